@@ -1,0 +1,28 @@
+"""adapters_kit: parameter-efficient fine-tuning of Hugging Face models, plugged into peft.
+
+    import adapters_kit as ak
+    model = ak.wrap(ak.load("path-or-hub-id", task="causal-lm"), "lora", r=16)
+
+Names are imported when first used, so that `import adapters_kit` costs milliseconds.
+"""
+
+import importlib
+
+_HOME = {
+    "AdapterError": "adapters_kit.errors",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        from adapters_kit.errors import did_you_mean
+
+        raise AttributeError(f"adapters_kit has no {name!r}. {did_you_mean(name, __all__)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,78 @@
+"""What can go wrong, as one tree.
+
+AdapterError (ValueError)
+├── UnknownNameError     a method, option, target, key, task or file name that does not exist
+├── RecipeError          a recipe; carries every problem found, not the first one only
+├── DataError            the training data
+├── ModelError           the base model: missing weights, wrong shapes, a part that is not there
+├── ShippingError        merging, exporting, checkpoint files
+└── MissingPackageError  an optional package (also an ImportError)
+
+Every message says what was wrong (the user's own words repeated), where, and how to put it right.
+No torch here: errors must be cheap to raise from the command line.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class AdapterError(ValueError):
+    """Root of everything that adapters_kit raises on purpose."""
+
+
+class UnknownNameError(AdapterError):
+    """A name that stands for nothing; the message ends with the nearest names that do."""
+
+
+class RecipeError(AdapterError):
+    """All the problems of one recipe.
+
+    Attributes:
+        problems: one sentence each, in the order of the file.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str = "the recipe") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{count} problem{'s' * (count != 1)} in {source}:\n{lines}")
+
+
+class DataError(AdapterError):
+    """The data cannot be used as given."""
+
+
+class ModelError(AdapterError):
+    """The base model cannot be used as given."""
+
+
+class ShippingError(AdapterError):
+    """A checkpoint cannot be read, merged, verified or exported."""
+
+
+class MissingPackageError(AdapterError, ImportError):
+    """A package that only some features need is absent or too old."""
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known names closest in spelling to `name`, best first."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=0.5)
+    return [by_lower[key] for key in found]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that ends an error about an unknown name.
+
+    Example:
+        >>> did_you_mean("lroa", ["lora", "dora", "prefix"])
+        'Did you mean lora or dora?'
+    """
+    known = sorted(set(known))
+    close = nearest(name, known)
+    if close:
+        return "Did you mean " + " or ".join([", ".join(close[:-1]), close[-1]] if close[1:] else close) + "?"
+    if not known:
+        return "None exist here."
+    shown = ", ".join(known[:30]) + (f" … ({len(known)} in all)" if len(known) > 30 else "")
+    return f"There are: {shown}."

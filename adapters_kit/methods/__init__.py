@@ -1,0 +1,1 @@
+"""One file a method; each declares `Method`s for the registry."""

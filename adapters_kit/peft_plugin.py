@@ -1,0 +1,58 @@
+"""The only file that touches peft's private registries.
+
+peft (0.21) has no public way to add a method from outside: `PeftType` is a closed enum, and mixed models carry their own
+hard-coded lists. What had to be reached into is here, so that one file breaks if peft moves.
+"""
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.mixed import model as mixed
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.peft_types import PeftType, register_peft_method
+
+
+def peft_type(name: str) -> PeftType:
+    """The member of `PeftType` called `name`, added if it is not there yet."""
+    key = name.upper()
+    if key not in PeftType.__members__:
+        member = str.__new__(PeftType, key)
+        member._name_ = member._value_ = key
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType)
+        PeftType._member_names_.append(key)
+        PeftType._member_map_[key] = member
+        PeftType._value2member_map_[key] = member
+        # EnumType forbids setting members; `type` does not ask it.
+        type.__setattr__(PeftType, key, member)
+    return PeftType[key]
+
+
+def register(
+    name: str, config_class: type[PeftConfig], model_class: type[BaseTuner], layer_class: type[BaseTunerLayer]
+) -> PeftType:
+    """Make `config_class` / `model_class` a peft method called `name`, usable in mixed models too.
+
+    Saving, loading, `add_adapter`, `set_adapter`, `AutoModel.from_pretrained(adapter_dir)` then work as for peft's own.
+    Calling it again with the same name replaces the classes (module reloads).
+
+    Args:
+        name: lower case, e.g. "bottleneck". Parameter names must start with `model_class.prefix`, which is `name + "_"`.
+    """
+    kind = peft_type(name)
+    if kind in PEFT_TYPE_TO_CONFIG_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config_class
+        PEFT_TYPE_TO_TUNER_MAPPING[kind] = model_class
+    else:
+        register_peft_method(
+            name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix, is_mixed_compatible=True
+        )
+    if kind not in mixed.COMPATIBLE_TUNER_TYPES:
+        mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, kind)
+        mixed.Layers = (*mixed.Layers, layer_class)
+        mixed.PREFIXES.append(model_class.prefix)
+    return kind
+
+
+def peft_methods() -> dict[str, type[PeftConfig]]:
+    """Every method that peft knows, ours included: lower-case name -> config class."""
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

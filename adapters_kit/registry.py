@@ -1,0 +1,105 @@
+"""From a short name ("lora") to a `Method`: how to build its peft config for a model.
+
+A method is declared once, as a `Method`. Ours are listed in `BUILTIN` as `module:attribute` strings, so that the names
+are known without importing torch. Third parties add theirs, without forking, through the entry-point group
+`adapters_kit.methods`:
+
+    [project.entry-points."adapters_kit.methods"]
+    mymethod = "my_package.methods:MYMETHOD"      # a Method
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from adapters_kit.errors import UnknownNameError, did_you_mean
+
+GROUP = "adapters_kit.methods"
+
+_LORA = "adapters_kit.methods.lora"
+_PROMPT = "adapters_kit.methods.prompt"
+BUILTIN: dict[str, str] = {
+    "lora": f"{_LORA}:LORA",
+    "rslora": f"{_LORA}:RSLORA",
+    "dora": f"{_LORA}:DORA",
+    "pissa": f"{_LORA}:PISSA",
+    "olora": f"{_LORA}:OLORA",
+    "loftq": f"{_LORA}:LOFTQ",
+    "adalora": f"{_LORA}:ADALORA",
+    "ia3": f"{_LORA}:IA3",
+    "vera": f"{_LORA}:VERA",
+    "oft": f"{_LORA}:OFT",
+    "prompt": f"{_PROMPT}:PROMPT",
+    "p-tuning": f"{_PROMPT}:P_TUNING",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One parameter-efficient method: a peft config class and the defaults that suit it.
+
+    Attributes:
+        name: short name, as given to `wrap`.
+        config: the peft config class as `module:Class`; imported when first used.
+        trains: what is trained, in a few words.
+        paper: where the method was published, e.g. "Hu et al. 2021, arXiv:2106.09685".
+        mergeable: whether the trained update folds into the base weights exactly.
+        defaults: options of the config that differ from peft's own defaults.
+        learning_rate: a good starting rate for AdamW.
+        prepare: `(model, options) -> options`, fills in what depends on the model (targets, widths). Called before
+            anything is changed; raises an `AdapterError` for a model that the method does not suit.
+    """
+
+    name: str
+    config: str
+    trains: str
+    paper: str
+    mergeable: bool
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 2e-4
+    prepare: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def config_class(self) -> type:
+        """The peft config class (imports peft)."""
+        return load_attribute(self.config)
+
+
+def load_attribute(reference: str) -> Any:
+    """The object that `module:attribute` names."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@cache
+def _declared() -> dict[str, Callable[[], Any]]:
+    found: dict[str, Callable[[], Any]] = {entry.name: entry.load for entry in entry_points(group=GROUP)}
+    # Ours come last: another package cannot silently replace what "lora" means.
+    found.update({name: lambda reference=reference: load_attribute(reference) for name, reference in BUILTIN.items()})
+    return found
+
+
+def names() -> list[str]:
+    """The short names of every declared method, sorted; imports nothing."""
+    return sorted(_declared())
+
+
+@cache
+def get(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        UnknownNameError: no such method, or an entry point that does not lead to a `Method`.
+    """
+    load = _declared().get(name)
+    if load is None:
+        raise UnknownNameError(f"Unknown method {name!r}. {did_you_mean(name, names())}")
+    method = load()
+    if not isinstance(method, Method):
+        raise UnknownNameError(
+            f"The entry point {name!r} of group {GROUP!r} leads to {method!r}, which is not an adapters_kit.registry.Method."
+        )
+    return method

@@ -1,0 +1,1 @@
+"""Training runs on top of Hugging Face's Trainer."""
