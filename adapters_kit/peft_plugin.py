@@ -1,7 +1,7 @@
 """The only file that touches peft's private registries.
 
-peft (0.21) has no public way to add a method from outside: `PeftType` is a closed enum, and mixed models carry their own
-hard-coded lists. What had to be reached into is here, so that one file breaks if peft moves.
+peft (0.21) has no public way to add a method from outside: `PeftType` is a closed enum, and mixed models carry their
+own hard-coded lists. What had to be reached into is here, so that one file breaks if peft moves.
 """
 
 from peft import PeftConfig
@@ -36,7 +36,7 @@ def register(
     Calling it again with the same name replaces the classes (module reloads).
 
     Args:
-        name: lower case, e.g. "bottleneck". Parameter names must start with `model_class.prefix`, which is `name + "_"`.
+        name: lower case, e.g. "bottleneck". Parameter names start with `model_class.prefix`, which is `name + "_"`.
     """
     kind = peft_type(name)
     if kind in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -44,7 +44,11 @@ def register(
         PEFT_TYPE_TO_TUNER_MAPPING[kind] = model_class
     else:
         register_peft_method(
-            name=name, config_cls=config_class, model_cls=model_class, prefix=model_class.prefix, is_mixed_compatible=True
+            name=name,
+            config_cls=config_class,
+            model_cls=model_class,
+            prefix=model_class.prefix,
+            is_mixed_compatible=True,
         )
     if kind not in mixed.COMPATIBLE_TUNER_TYPES:
         mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, kind)

@@ -100,6 +100,6 @@ def get(name: str) -> Method:
     method = load()
     if not isinstance(method, Method):
         raise UnknownNameError(
-            f"The entry point {name!r} of group {GROUP!r} leads to {method!r}, which is not an adapters_kit.registry.Method."
+            f"The entry point {name!r} of group {GROUP!r} leads to {method!r}, not to an adapters_kit.registry.Method."
         )
     return method
