@@ -10,6 +10,8 @@ import importlib
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
+    "methods": "adapters_kit.methods",
+    "wrap": "adapters_kit.wrapping",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

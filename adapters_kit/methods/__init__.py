@@ -1,1 +1,59 @@
-"""One file a method; each declares `Method`s for the registry."""
+"""One file a method; each declares `Method`s for the registry. Here: looking one up, and the table of all."""
+
+import dataclasses
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+from adapters_kit import registry
+from adapters_kit.errors import UnknownNameError, did_you_mean
+from adapters_kit.methods.targets import all_linears
+from adapters_kit.peft_plugin import peft_methods
+from adapters_kit.registry import Method
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`: declared in the registry, or any of peft's under its own lower-case name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    declared = name.lower().replace("_", "-")
+    if declared in registry.names():
+        return registry.get(declared)
+    of_peft = {other.replace("_", "-"): other for other in peft_methods()}
+    if declared in of_peft:
+        return _from_peft(of_peft[declared])
+    raise UnknownNameError(f"Unknown method {name!r}. {did_you_mean(declared, [*registry.names(), *of_peft])}")
+
+
+def methods() -> list[Method]:
+    """Every method, declared ones first, then the rest of peft's; each under the name that `wrap` takes."""
+    declared = [registry.get(name) for name in registry.names()]
+    shown = {method.name.replace("-", "_") for method in declared} | {"prompt_tuning"}
+    return declared + [_from_peft(name) for name in sorted(peft_methods()) if name not in shown]
+
+
+def _from_peft(name: str) -> Method:
+    config_class = peft_methods()[name]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(name.upper())
+    layer = getattr(tuner, "tuner_layer_cls", None)
+    prompt = "num_virtual_tokens" in fields
+    # Norms, tokens and whole-layer prompts have targets of their own; peft knows them for the models it supports.
+    own_targets = {"ln_tuning", "trainable_tokens", "adaption_prompt", "shadow"}
+    linear = "target_modules" in fields and name not in own_targets
+    return Method(
+        name=name.replace("_", "-"),
+        config=f"{config_class.__module__}:{config_class.__name__}",
+        trains="virtual tokens" if prompt else "see peft's documentation",
+        paper="",
+        mergeable=layer is not None and not prompt and name != "poly",
+        defaults={"num_virtual_tokens": 20} if prompt else {},
+        prepare=_linears_only if linear else None,
+    )
+
+
+def _linears_only(model: nn.Module, options: dict) -> dict:
+    """peft's own targets for models in its tables are kept out on purpose: one default for every architecture."""
+    return all_linears(model, options)

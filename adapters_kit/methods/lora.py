@@ -1,0 +1,186 @@
+"""The LoRA family and its relatives in peft, with the defaults that the literature settled on.
+
+Targets are all linears of the blocks ("LoRA Without Regret", Schulman et al. 2025: attention-only LoRA falls behind full
+fine-tuning, all layers do not), alpha = 2r, learning rates about ten times those of full fine-tuning.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters_kit.errors import AdapterError
+from adapters_kit.methods.targets import all_linears, all_linears_and_experts, matches
+from adapters_kit.registry import Method
+
+_LORA_CONFIG = "peft:LoraConfig"
+_LORA_PAPER = "Hu et al. 2021, arXiv:2106.09685"
+
+Prepare = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+
+
+def transposed(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """`fan_in_fan_out` for models whose targets are all GPT-2's `Conv1D` (weight stored in × out)."""
+    names = options.get("target_modules")
+    if isinstance(names, str) or not names or "fan_in_fan_out" in options:
+        return options
+    layers = dict(model.named_modules())
+    targets = [layers[path] for name in names for path in matches(name, layers)]
+    return {**options, "fan_in_fan_out": True} if all(isinstance(layer, Conv1D) for layer in targets) else options
+
+
+def scaled_by_rank(ratio: float, targets: Prepare) -> Prepare:
+    """A `prepare` which fills in targets, and `lora_alpha = ratio · r` where the user gave none."""
+
+    def prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+        options = transposed(model, targets(model, options))
+        rank = options["r"]
+        if not isinstance(rank, int) or rank < 1:
+            raise AdapterError(f"r={rank!r} is not a rank. Give a whole number of at least 1, such as r=16.")
+        options.setdefault("lora_alpha", round(ratio * rank))
+        return options
+
+    return prepare
+
+
+def _loftq(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    if getattr(model, "is_quantized", False):
+        raise AdapterError(
+            "loftq starts from 16-bit weights and quantizes them itself, but this model is quantized already. "
+            "Load it without quantize=, or use method 'lora'."
+        )
+    options.setdefault("loftq_config", {"loftq_bits": 4, "loftq_iter": 1})
+    return scaled_by_rank(1, all_linears)(model, options)
+
+
+def _adalora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    if not options.get("total_step"):
+        raise AdapterError(
+            "adalora plans its ranks over the whole run and needs total_step=<number of optimizer steps>. "
+            "adapters_kit.train fills it in by itself."
+        )
+    options = transposed(model, all_linears(model, options))
+    options.setdefault("lora_alpha", 2 * options["target_r"])
+    return options
+
+
+def _ia3(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """Rescale every linear: the input of those that leave the FFN, the output of all others."""
+    from adapters_kit.anatomy import map_model
+
+    if options.get("target_modules") is None and options.get("feedforward_modules") is None:
+        linears = map_model(model).linears
+        keys_values = [linear.path for linear in linears if linear.role in ("key", "value")]
+        down = [linear.path for linear in linears if linear.role == "down"]
+        options = {**options, "feedforward_modules": down}
+        # Fused projections have no key or value of their own; then every linear is rescaled.
+        options["target_modules"] = [*keys_values, *down] if keys_values and down else [x.path for x in linears]
+    elif options.get("feedforward_modules") is None:
+        options = {**options, "feedforward_modules": []}
+    return transposed(model, options)
+
+
+LORA = Method(
+    name="lora",
+    config=_LORA_CONFIG,
+    trains="a low-rank update beside every linear",
+    paper=_LORA_PAPER,
+    mergeable=True,
+    defaults={"r": 16},
+    prepare=scaled_by_rank(2, all_linears_and_experts),
+)
+
+# The scale is alpha/√r here; alpha = 16 as in the paper, so that it does not grow with the rank twice.
+RSLORA = Method(
+    name="rslora",
+    config=_LORA_CONFIG,
+    trains="LoRA scaled by alpha/√r, for high ranks",
+    paper="Kalajdzievski 2023, arXiv:2312.03732",
+    mergeable=True,
+    defaults={"r": 16, "use_rslora": True, "lora_alpha": 16},
+    prepare=scaled_by_rank(1, all_linears_and_experts),
+)
+
+DORA = Method(
+    name="dora",
+    config=_LORA_CONFIG,
+    trains="LoRA for the direction, a vector for the magnitude",
+    paper="Liu et al. 2024, arXiv:2402.09353",
+    mergeable=True,
+    defaults={"r": 16, "use_dora": True},
+    prepare=scaled_by_rank(2, all_linears),
+)
+
+# PiSSA, OLoRA and LoftQ split W itself, which needs scale 1: alpha = r.
+PISSA = Method(
+    name="pissa",
+    config=_LORA_CONFIG,
+    trains="LoRA started from the principal singular vectors",
+    paper="Meng et al. 2024, arXiv:2404.02948",
+    mergeable=True,
+    defaults={"r": 16, "init_lora_weights": "pissa"},
+    prepare=scaled_by_rank(1, all_linears),
+    learning_rate=5e-5,
+)
+
+OLORA = Method(
+    name="olora",
+    config=_LORA_CONFIG,
+    trains="LoRA started from a QR decomposition",
+    paper="Büyükakyüz 2024, arXiv:2406.01775",
+    mergeable=True,
+    defaults={"r": 16, "init_lora_weights": "olora"},
+    prepare=scaled_by_rank(1, all_linears),
+    learning_rate=5e-5,
+)
+
+LOFTQ = Method(
+    name="loftq",
+    config=_LORA_CONFIG,
+    trains="LoRA started from the quantization error",
+    paper="Li et al. 2023, arXiv:2310.08659",
+    mergeable=True,
+    defaults={"r": 16, "init_lora_weights": "loftq"},
+    prepare=_loftq,
+)
+
+ADALORA = Method(
+    name="adalora",
+    config="peft:AdaLoraConfig",
+    trains="LoRA as an SVD whose ranks are pruned while training",
+    paper="Zhang et al. 2023, arXiv:2303.10512",
+    mergeable=True,
+    defaults={"init_r": 24, "target_r": 16},
+    prepare=_adalora,
+    learning_rate=1e-3,
+)
+
+IA3 = Method(
+    name="ia3",
+    config="peft:IA3Config",
+    trains="one scale per channel of keys, values and FFN",
+    paper="Liu et al. 2022, arXiv:2205.05638",
+    mergeable=True,
+    prepare=_ia3,
+    learning_rate=3e-3,
+)
+
+VERA = Method(
+    name="vera",
+    config="peft:VeraConfig",
+    trains="two vectors around shared random matrices",
+    paper="Kopiczko et al. 2023, arXiv:2310.11454",
+    mergeable=True,
+    prepare=lambda model, options: transposed(model, all_linears(model, options)),
+    learning_rate=4e-3,
+)
+
+OFT = Method(
+    name="oft",
+    config="peft:OFTConfig",
+    trains="block-diagonal rotations of the weights",
+    paper="Qiu et al. 2023, arXiv:2306.07280",
+    mergeable=True,
+    prepare=all_linears,
+)

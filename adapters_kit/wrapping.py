@@ -1,0 +1,227 @@
+"""wrap(): freeze a model and put a trainable module on it, as a `peft.PeftModel`."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, load_peft_weights
+from torch import nn
+from transformers.models.auto import modeling_auto as auto
+
+from adapters_kit.anatomy import blocks
+from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.methods import find_method
+from adapters_kit.methods.targets import check_targets
+from adapters_kit.peft_plugin import peft_methods
+
+# peft's name for a task -> transformers' own table of the classes that do it.
+_TASK_TYPES = {
+    TaskType.CAUSAL_LM: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    TaskType.SEQ_2_SEQ_LM: auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    TaskType.SEQ_CLS: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    TaskType.TOKEN_CLS: auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    TaskType.QUESTION_ANS: auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+# Tasks whose head the user's labels define: it is trained and saved with the adapter.
+_HEAD_TASKS = (
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+def wrap(
+    model: nn.Module,
+    method: str | Path | PeftConfig = "lora",
+    *,
+    adapter_name: str = "default",
+    **overrides: Any,
+) -> PeftModel:
+    """Freeze `model` and add a trainable adapter to it.
+
+    Args:
+        model: any `transformers` model, or a `PeftModel`, which then gets one adapter more and activates it.
+        method: a short name (see `methods()`), any peft config object, or the folder of a saved adapter.
+        adapter_name: the adapter's name in the model.
+        **overrides: options of the method's peft config, e.g. `r=16`, `target_modules=["q_proj"]`.
+
+    Returns:
+        A `peft.PeftModel`. Its parameters outside the adapter (and a task head, which is trained with it) are frozen.
+
+    Raises:
+        UnknownNameError: a method, option or target that does not exist. The model is left as it was.
+        ModelError: the adapter does not fit the model. The model is left as it was.
+    """
+    wrapped = isinstance(model, PeftModel)
+    if wrapped and adapter_name in model.peft_config:
+        raise UnknownNameError(
+            f"The model already has an adapter named {adapter_name!r}. Choose another name: "
+            f"wrap(model, ..., adapter_name='{adapter_name}2')."
+        )
+    folder = _adapter_folder(method)
+    with _untouched_on_failure(model):
+        if folder is not None:
+            if overrides:
+                raise UnknownNameError(
+                    f"{folder} is a saved adapter, whose options are fixed; {sorted(overrides)} cannot be changed. "
+                    "Leave them out."
+                )
+            return _load_adapter(model, folder, adapter_name)
+        base = model.get_base_model() if wrapped else model
+        config = build_config(base, method, **overrides)
+        if not wrapped:
+            return get_peft_model(model, config, adapter_name=adapter_name)
+        if config.peft_type != model.peft_type:
+            raise AdapterError(
+                f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} beside "
+                "them. Wrap a fresh model, or make both adapters of one kind."
+            )
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return model
+
+
+def build_config(model: nn.Module, method: str | PeftConfig, **overrides: Any) -> PeftConfig:
+    """The peft config that `wrap` uses: defaults, the user's overrides, targets found by structure, all checked.
+
+    Args:
+        model: the base model, not wrapped. It is read, never changed.
+        method, overrides: as for `wrap`.
+    """
+    if isinstance(method, PeftConfig):
+        config_class = type(method)
+        chosen, defaults, prepare = config_to_options(method), {}, None
+    else:
+        declared = find_method(method)
+        config_class, chosen, defaults, prepare = declared.config_class, {}, declared.defaults, declared.prepare
+    known = {field.name for field in dataclasses.fields(config_class)}
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        hints = " ".join(f"{name!r}: {did_you_mean(name, known)}" for name in unknown)
+        raise UnknownNameError(f"{config_class.__name__} has no option {', '.join(map(repr, unknown))}. {hints}")
+    options = {**defaults, **chosen, **overrides}
+    check_targets(model, options)
+    if prepare is not None:
+        options = prepare(model, options)
+    if options.get("task_type") is None:
+        options["task_type"] = infer_task_type(model)
+    heads = task_heads(model)
+    if heads and "modules_to_save" in known:
+        options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
+    return config_class(**options)
+
+
+def config_to_options(config: PeftConfig) -> dict[str, Any]:
+    """The fields of a peft config that its constructor takes, without those that peft fills in itself."""
+    derived = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in derived
+    }
+
+
+def infer_task_type(model: nn.Module) -> TaskType | None:
+    """peft's task type, from transformers' tables of model classes; None for tasks that peft has no type for."""
+    name = type(model).__name__
+    return next((task for task, classes in _TASK_TYPES.items() if name in _class_names(classes)), None)
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """The modules that turn hidden states into the user's labels; empty for language models.
+
+    Found by structure: the top-level children with parameters that hold no blocks. A fresh module inside the body (a
+    pooler that the checkpoint lacks) counts too: left frozen at random, it would spoil every score.
+    """
+    if not any(type(model).__name__ in _class_names(classes) for classes in _HEAD_TASKS):
+        return []
+    body = {path.partition(".")[0] for path in blocks(model)} | {getattr(model, "base_model_prefix", "")}
+    heads = [name for name, child in model.named_children() if name not in body and any(child.parameters())]
+    return heads + [name for name in getattr(model, "fresh_modules", ()) if name.partition(".")[0] not in heads]
+
+
+def _class_names(classes: dict[str, Any]) -> set[str]:
+    return {name for entry in classes.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _adapter_folder(method: Any) -> Path | None:
+    """`method` as the folder of a saved adapter, if that is what it is."""
+    if isinstance(method, PeftConfig):
+        return None
+    folder = Path(method)
+    if (folder / CONFIG_NAME).is_file():
+        return folder
+    looks_like_path = isinstance(method, Path) or "/" in method or "\\" in method or method.startswith(".")
+    if not looks_like_path:
+        return None
+    if not folder.exists():
+        raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
+    raise UnknownNameError(f"{folder} holds no {CONFIG_NAME}, so it is not a saved adapter.")
+
+
+def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftModel:
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except KeyError as error:
+        kind = error.args[0]
+        raise ModelError(
+            f"{folder / CONFIG_NAME} asks for the method {kind!r}, which neither peft nor an imported plug-in provides. "
+            f"{did_you_mean(str(kind).lower(), peft_methods())}"
+        ) from None
+    saved = load_peft_weights(str(folder), device="cpu")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name, is_trainable=True)
+            model.set_adapter(adapter_name)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True, config=config)
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(folder, model, str(error)) from error
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    problems = [f"{key} is missing from the file" for key in expected.keys() - saved.keys()]
+    problems += [f"{key} fits no place in the model" for key in saved.keys() - expected.keys()]
+    if problems:
+        raise _misfit(folder, model, "; ".join(sorted(problems)[:3]))
+    return model
+
+
+def _misfit(folder: Path, model: nn.Module, details: str) -> ModelError:
+    details = details if len(details) < 600 else details[:600] + " …"
+    return ModelError(
+        f"The adapter in {folder} does not fit this {type(model).__name__}: {details}\n"
+        "Load the base model that it was trained on; adapter_config.json names it as base_model_name_or_path."
+    )
+
+
+@contextmanager
+def _untouched_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put the model's modules and `requires_grad` flags back if the block fails halfway through an injection."""
+    structure = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configs = dict(model.peft_config) if isinstance(model, PeftModel) else None
+    active = model.active_adapter if isinstance(model, PeftModel) else None
+    try:
+        yield
+    except BaseException as error:
+        for module, children, parameters in structure:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        if configs is None:
+            model.__dict__.pop("peft_config", None)
+        else:
+            model.peft_config.clear()
+            model.peft_config.update(configs)
+            model.set_adapter(active)
+        if isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, AdapterError):
+            raise AdapterError(f"peft refused this adapter, and the model was left as it was: {error}") from error
+        raise
