@@ -244,7 +244,10 @@ def build(name: str, *, model_class: str | None = None, **overrides: Any) -> tra
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
     with torch.random.fork_rng(devices=[]):  # tests keep their own random state
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class or FAMILIES[name].model)(config(name, **overrides))
+        chosen = model_class or FAMILIES[name].model
+        if chosen.endswith("ForQuestionAnswering"):
+            overrides = {"num_labels": 2, **overrides}  # a start and an end
+        model = getattr(transformers, chosen)(config(name, **overrides))
     perturb(model, seed)
     return model.eval()
 
@@ -255,7 +258,8 @@ def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     # DeepSeek's routing bias is a buffer, and zero when fresh.
     buffers = [tensor for key, tensor in model.named_buffers() if key.endswith("e_score_correction_bias")]
-    for tensor in [*model.parameters(), *buffers]:
+    # Fixed position tables are parameters without gradient: some are computed anew when a checkpoint is loaded.
+    for tensor in [*(p for p in model.parameters() if p.requires_grad), *buffers]:
         fan_in = tensor[0].numel() if tensor.dim() in (2, 4) else tensor.shape[-1] if tensor.dim() else 1
         std = 0.1 if tensor.dim() < 2 else 0.7 / fan_in**0.5
         tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=scale * std)
@@ -279,7 +283,7 @@ def inputs(
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     conf, head = base.config, type(base).__name__
-    text_to_text = conf.is_encoder_decoder
+    generates = conf.is_encoder_decoder and "Classification" not in head
     generator = torch.Generator().manual_seed(seed)
 
     def tokens() -> torch.Tensor:
@@ -304,12 +308,13 @@ def inputs(
         if padding == "right":
             result["attention_mask"] = mask = mask.flip(1)
         result["input_ids"] = result["input_ids"].masked_fill(mask == 0, PAD)
-    if text_to_text:
-        result["decoder_input_ids"] = tokens()
+        if conf.is_encoder_decoder:  # classifiers of this kind read the last EOS
+            last = (mask * torch.arange(length)).argmax(1)
+            result["input_ids"][torch.arange(batch), last] = EOS
     if labels:
         result |= _labels(head, conf, result, tokens)
-        if text_to_text:
-            del result["decoder_input_ids"]  # made from the labels, shifted
+    elif generates:  # with labels, the model makes them itself: the labels, shifted
+        result["decoder_input_ids"] = tokens()
     return {key: value.to(base.device) for key, value in result.items()}
 
 
@@ -322,6 +327,6 @@ def _labels(head: str, conf: Any, batch: dict[str, torch.Tensor], tokens: Any) -
         return {"labels": (ids % conf.num_labels).masked_fill(mask == 0, -100)}
     if head.endswith("ForQuestionAnswering"):
         return {"start_positions": torch.zeros(rows, dtype=torch.long), "end_positions": mask.sum(1) - 1}
-    if head.endswith(("SequenceClassification", "ImageClassification")):
+    if head.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
         return {"labels": torch.arange(rows) % conf.num_labels}
     return {"labels": ids.masked_fill(mask == 0, -100)}
