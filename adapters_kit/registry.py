@@ -8,11 +8,14 @@ are known without importing torch. Third parties add theirs, without forking, th
     mymethod = "my_package.methods:MYMETHOD"      # a Method
 """
 
+import ast
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from adapters_kit.errors import UnknownNameError, did_you_mean
@@ -85,6 +88,32 @@ def _declared() -> dict[str, Callable[[], Any]]:
 def names() -> list[str]:
     """The short names of every declared method, sorted; imports nothing."""
     return sorted(_declared())
+
+
+def canonical(name: str) -> str:
+    """The spelling that all look-ups use: lower case, hyphens; "P_Tuning" means "p-tuning"."""
+    return name.lower().replace("_", "-")
+
+
+@cache
+def known_names() -> list[str]:
+    """Every name that `wrap` takes: the declared methods and peft's others; imports nothing."""
+    return sorted({*names(), *peft_names()})
+
+
+@cache
+def peft_names() -> list[str]:
+    """The names of peft's own methods in our spelling ("ln-tuning"), read from its source text.
+
+    Importing peft imports torch, which takes seconds; a wrong recipe should be answered at once.
+    """
+    package = importlib.util.find_spec("peft")
+    source = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
+    if source is None or not source.is_file():
+        return []
+    enum = next(node for node in ast.parse(source.read_text()).body if getattr(node, "name", "") == "PeftType")
+    members = [node.targets[0].id for node in enum.body if isinstance(node, ast.Assign)]
+    return sorted(map(canonical, members))
 
 
 @cache

@@ -171,7 +171,7 @@ def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftMode
     except KeyError as error:
         kind = error.args[0]
         raise ModelError(
-            f"{folder / CONFIG_NAME} asks for the method {kind!r}, which neither peft nor an imported plug-in provides. "
+            f"{folder / CONFIG_NAME} asks for the method {kind!r}, which neither peft nor a plug-in provides. "
             f"{did_you_mean(str(kind).lower(), peft_methods())}"
         ) from None
     saved = load_peft_weights(str(folder), device="cpu")

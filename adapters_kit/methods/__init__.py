@@ -18,20 +18,21 @@ def find_method(name: str) -> Method:
     Raises:
         UnknownNameError: with the nearest names.
     """
-    declared = name.lower().replace("_", "-")
-    if declared in registry.names():
-        return registry.get(declared)
-    of_peft = {other.replace("_", "-"): other for other in peft_methods()}
-    if declared in of_peft:
-        return _from_peft(of_peft[declared])
-    raise UnknownNameError(f"Unknown method {name!r}. {did_you_mean(declared, [*registry.names(), *of_peft])}")
+    wanted = registry.canonical(name)
+    if wanted in registry.names():
+        return registry.get(wanted)
+    of_peft = {registry.canonical(other): other for other in peft_methods()}
+    if wanted in of_peft:
+        return _from_peft(of_peft[wanted])
+    raise UnknownNameError(f"Unknown method {name!r}. {did_you_mean(wanted, [*registry.names(), *of_peft])}")
 
 
 def methods() -> list[Method]:
     """Every method, declared ones first, then the rest of peft's; each under the name that `wrap` takes."""
     declared = [registry.get(name) for name in registry.names()]
-    shown = {method.name.replace("-", "_") for method in declared} | {"prompt_tuning"}
-    return declared + [_from_peft(name) for name in sorted(peft_methods()) if name not in shown]
+    # "prompt" is peft's prompt_tuning under a shorter name.
+    shown = {method.name for method in declared} | {"prompt-tuning"}
+    return declared + [_from_peft(name) for name in sorted(peft_methods()) if registry.canonical(name) not in shown]
 
 
 def _from_peft(name: str) -> Method:
@@ -44,7 +45,7 @@ def _from_peft(name: str) -> Method:
     own_targets = {"ln_tuning", "trainable_tokens", "adaption_prompt", "shadow"}
     linear = "target_modules" in fields and name not in own_targets
     return Method(
-        name=name.replace("_", "-"),
+        name=registry.canonical(name),
         config=f"{config_class.__module__}:{config_class.__name__}",
         trains="virtual tokens" if prompt else "see peft's documentation",
         paper="",

@@ -1,7 +1,7 @@
 """The LoRA family and its relatives in peft, with the defaults that the literature settled on.
 
-Targets are all linears of the blocks ("LoRA Without Regret", Schulman et al. 2025: attention-only LoRA falls behind full
-fine-tuning, all layers do not), alpha = 2r, learning rates about ten times those of full fine-tuning.
+Targets are all linears of the blocks ("LoRA Without Regret", Schulman et al. 2025: attention-only LoRA falls behind
+full fine-tuning, all layers do not), alpha = 2r, learning rates about ten times those of full fine-tuning.
 """
 
 from collections.abc import Callable
