@@ -10,6 +10,8 @@ import importlib
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
+    "load": "adapters_kit.loading",
+    "load_processor": "adapters_kit.loading",
     "methods": "adapters_kit.methods",
     "wrap": "adapters_kit.wrapping",
 }
