@@ -49,7 +49,7 @@ class Method:
         config: the peft config class as `module:Class`; imported when first used.
         trains: what is trained, in a few words.
         paper: where the method was published, e.g. "Hu et al. 2021, arXiv:2106.09685".
-        mergeable: whether the trained update folds into the base weights exactly.
+        mergeable: whether the trained update folds into the base weights; None where peft alone knows.
         defaults: options of the config that differ from peft's own defaults.
         learning_rate: a good starting rate for AdamW.
         prepare: `(model, options) -> options`, fills in what depends on the model (targets, widths). Called before
@@ -60,7 +60,7 @@ class Method:
     config: str
     trains: str
     paper: str
-    mergeable: bool
+    mergeable: bool | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
     prepare: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 from adapters_kit import registry
@@ -38,8 +37,6 @@ def methods() -> list[Method]:
 def _from_peft(name: str) -> Method:
     config_class = peft_methods()[name]
     fields = {field.name for field in dataclasses.fields(config_class)}
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(name.upper())
-    layer = getattr(tuner, "tuner_layer_cls", None)
     prompt = "num_virtual_tokens" in fields
     # Norms, tokens and whole-layer prompts have targets of their own; peft knows them for the models it supports.
     own_targets = {"ln_tuning", "trainable_tokens", "adaption_prompt", "shadow"}
@@ -49,7 +46,7 @@ def _from_peft(name: str) -> Method:
         config=f"{config_class.__module__}:{config_class.__name__}",
         trains="virtual tokens" if prompt else "see peft's documentation",
         paper="",
-        mergeable=layer is not None and not prompt and name != "poly",
+        mergeable=None,
         defaults={"num_virtual_tokens": 20} if prompt else {},
         prepare=_linears_only if linear else None,
     )
