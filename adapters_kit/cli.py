@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from adapters_kit import registry
 from adapters_kit.errors import AdapterError, did_you_mean
 
 

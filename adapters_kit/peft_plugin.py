@@ -4,11 +4,13 @@ peft (0.21) has no public way to add a method from outside: `PeftType` is a clos
 own hard-coded lists. What had to be reached into is here, so that one file breaks if peft moves.
 """
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.mixed import model as mixed
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 
 
 def peft_type(name: str) -> PeftType:
@@ -60,3 +62,26 @@ def register(
 def peft_methods() -> dict[str, type[PeftConfig]]:
     """Every method that peft knows, ours included: lower-case name -> config class."""
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def refused_by_peft(model: nn.Module, path: str) -> bool:
+    """Whether peft will not adapt this linear: Mamba's kernels read some weights without calling the layer."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, path.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def renamed_by_peft(model: nn.Module, path: str) -> bool:
+    """Whether peft's LoRA takes this linear for a fused expert.
+
+    In mixture-of-experts models, peft maps the expert names of transformers 4 to the fused parameters of transformers
+    5, by their last part only: a dense layer's or a shared expert's `down_proj` would silently go untrained.
+    """
+    config = LoraConfig(target_modules=[path])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:
+        return True
+    return path not in config.target_modules

@@ -1,17 +1,17 @@
 """wrap(): freeze a model and put a trainable module on it, as a `peft.PeftModel`."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from adapters_kit.anatomy import blocks
+from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.methods import find_method
 from adapters_kit.methods.targets import check_targets
@@ -76,13 +76,13 @@ def wrap(
         base = model.get_base_model() if wrapped else model
         config = build_config(base, method, **overrides)
         if not wrapped:
-            return get_peft_model(model, config, adapter_name=adapter_name)
+            return _inject(get_peft_model, model, config, adapter_name=adapter_name)
         if config.peft_type != model.peft_type:
             raise AdapterError(
                 f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} beside "
                 "them. Wrap a fresh model, or make both adapters of one kind."
             )
-        model.add_adapter(adapter_name, config)
+        _inject(model.add_adapter, adapter_name, config)
         model.set_adapter(adapter_name)
         return model
 
@@ -111,6 +111,11 @@ def build_config(model: nn.Module, method: str | PeftConfig, **overrides: Any) -
         options = prepare(model, options)
     if options.get("task_type") is None:
         options["task_type"] = infer_task_type(model)
+    if issubclass(config_class, PromptLearningConfig) and options["task_type"] is None:
+        raise ModelError(
+            f"peft's {config_class.__name__} needs to know the task, and has none for {type(model).__name__}. "
+            "Use 'lora' or another method that works inside the layers."
+        )
     heads = task_heads(model)
     if heads and "modules_to_save" in known:
         options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
@@ -136,13 +141,12 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
 def task_heads(model: nn.Module) -> list[str]:
     """The modules that turn hidden states into the user's labels; empty for language models.
 
-    Found by structure: the top-level children with parameters that hold no blocks. A fresh module inside the body (a
-    pooler that the checkpoint lacks) counts too: left frozen at random, it would spoil every score.
+    A fresh module inside the body (a pooler that the checkpoint lacks) counts too: left frozen at random, it would
+    spoil every score. `load` notes such modules in `model.fresh_modules`.
     """
     if not any(type(model).__name__ in _class_names(classes) for classes in _HEAD_TASKS):
         return []
-    body = {path.partition(".")[0] for path in blocks(model)} | {getattr(model, "base_model_prefix", "")}
-    heads = [name for name, child in model.named_children() if name not in body and any(child.parameters())]
+    heads = head(model)
     return heads + [name for name in getattr(model, "fresh_modules", ()) if name.partition(".")[0] not in heads]
 
 
@@ -163,6 +167,16 @@ def _adapter_folder(method: Any) -> Path | None:
     if not folder.exists():
         raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
     raise UnknownNameError(f"{folder} holds no {CONFIG_NAME}, so it is not a saved adapter.")
+
+
+def _inject(put: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return put(*args, **kwargs)
+    except AdapterError:
+        raise
+    except Exception as error:  # peft raises whatever its parts raise: KeyError, TypeError, AssertionError ...
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"peft cannot put this adapter on this model, which is left as it was. {reason}") from error
 
 
 def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftModel:
@@ -208,7 +222,7 @@ def _untouched_on_failure(model: nn.Module) -> Iterator[None]:
     active = model.active_adapter if isinstance(model, PeftModel) else None
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         for module, children, parameters in structure:
             module._modules.clear()
             module._modules.update(children)
@@ -222,6 +236,4 @@ def _untouched_on_failure(model: nn.Module) -> Iterator[None]:
             model.peft_config.clear()
             model.peft_config.update(configs)
             model.set_adapter(active)
-        if isinstance(error, (ValueError, TypeError, NotImplementedError)) and not isinstance(error, AdapterError):
-            raise AdapterError(f"peft refused this adapter, and the model was left as it was: {error}") from error
         raise

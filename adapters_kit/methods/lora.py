@@ -7,11 +7,12 @@ full fine-tuning, all layers do not), alpha = 2r, learning rates about ten times
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.errors import AdapterError
-from adapters_kit.methods.targets import all_linears, all_linears_and_experts, matches
+from adapters_kit.methods.targets import all_linears, lora_linears, lora_linears_and_experts, matches
 from adapters_kit.registry import Method
 
 _LORA_CONFIG = "peft:LoraConfig"
@@ -44,14 +45,28 @@ def scaled_by_rank(ratio: float, targets: Prepare) -> Prepare:
     return prepare
 
 
+def _olora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    options = scaled_by_rank(1, lora_linears)(model, options)
+    if options.get("fan_in_fan_out"):
+        raise AdapterError(
+            f"peft's OLoRA does not know the transposed Conv1D layers of {type(model).__name__}. Use 'pissa' or 'lora'."
+        )
+    return options
+
+
 def _loftq(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     if getattr(model, "is_quantized", False):
         raise AdapterError(
             "loftq starts from 16-bit weights and quantizes them itself, but this model is quantized already. "
             "Load it without quantize=, or use method 'lora'."
         )
+    if not torch.cuda.is_available():
+        raise AdapterError(
+            "loftq quantizes the weights to find its starting point, which peft does on CUDA only, and there is no GPU "
+            "here. Use 'pissa' or 'lora' instead."
+        )
     options.setdefault("loftq_config", {"loftq_bits": 4, "loftq_iter": 1})
-    return scaled_by_rank(1, all_linears)(model, options)
+    return scaled_by_rank(1, lora_linears)(model, options)
 
 
 def _adalora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +103,7 @@ LORA = Method(
     paper=_LORA_PAPER,
     mergeable=True,
     defaults={"r": 16},
-    prepare=scaled_by_rank(2, all_linears_and_experts),
+    prepare=scaled_by_rank(2, lora_linears_and_experts),
 )
 
 # The scale is alpha/√r here; alpha = 16 as in the paper, so that it does not grow with the rank twice.
@@ -99,7 +114,7 @@ RSLORA = Method(
     paper="Kalajdzievski 2023, arXiv:2312.03732",
     mergeable=True,
     defaults={"r": 16, "use_rslora": True, "lora_alpha": 16},
-    prepare=scaled_by_rank(1, all_linears_and_experts),
+    prepare=scaled_by_rank(1, lora_linears_and_experts),
 )
 
 DORA = Method(
@@ -109,7 +124,7 @@ DORA = Method(
     paper="Liu et al. 2024, arXiv:2402.09353",
     mergeable=True,
     defaults={"r": 16, "use_dora": True},
-    prepare=scaled_by_rank(2, all_linears),
+    prepare=scaled_by_rank(2, lora_linears),
 )
 
 # PiSSA, OLoRA and LoftQ split W itself, which needs scale 1: alpha = r.
@@ -120,7 +135,7 @@ PISSA = Method(
     paper="Meng et al. 2024, arXiv:2404.02948",
     mergeable=True,
     defaults={"r": 16, "init_lora_weights": "pissa"},
-    prepare=scaled_by_rank(1, all_linears),
+    prepare=scaled_by_rank(1, lora_linears),
     learning_rate=5e-5,
 )
 
@@ -131,7 +146,7 @@ OLORA = Method(
     paper="Büyükakyüz 2024, arXiv:2406.01775",
     mergeable=True,
     defaults={"r": 16, "init_lora_weights": "olora"},
-    prepare=scaled_by_rank(1, all_linears),
+    prepare=_olora,
     learning_rate=5e-5,
 )
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from adapters_kit.anatomy import block_linears, expert_parameters
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
+from adapters_kit.peft_plugin import refused_by_peft, renamed_by_peft
 
 # Words that peft itself expands; they name no module.
 _PEFT_KEYWORDS = ("all-linear",)
@@ -67,24 +68,38 @@ def check_targets(model: nn.Module, options: dict[str, Any]) -> None:
 
 def all_linears(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with `target_modules` set to every linear of the blocks, unless the user chose targets."""
-    if options.get("target_modules") is not None or options.get("target_parameters") is not None:
+    return options if _chosen(options) else {**options, "target_modules": _linears(model)}
+
+
+def lora_linears(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """As `all_linears`, for variants of LoRA that cannot act on bare parameters (DoRA, PiSSA, OLoRA, LoftQ)."""
+    if _chosen(options):
         return options
-    linears = block_linears(model)
+    return {**options, "target_modules": [path for path in _linears(model) if not renamed_by_peft(model, path)]}
+
+
+def lora_linears_and_experts(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """As `all_linears`, with fused mixture-of-experts parameters, and what peft takes for them, as bare parameters."""
+    if _chosen(options):
+        return options
+    linears = _linears(model)
+    modules = [path for path in linears if not renamed_by_peft(model, path)]
+    parameters = expert_parameters(model) + [f"{path}.weight" for path in linears if path not in modules]
+    return {**options, "target_modules": modules} | ({"target_parameters": parameters} if parameters else {})
+
+
+def _chosen(options: dict[str, Any]) -> bool:
+    return options.get("target_modules") is not None or options.get("target_parameters") is not None
+
+
+def _linears(model: nn.Module) -> list[str]:
+    linears = [path for path in block_linears(model) if not refused_by_peft(model, path)]
     if not linears:
         raise ModelError(
             f"{type(model).__name__} has no linear layers inside repeated blocks, so there is no default target. "
             "Name the modules yourself: target_modules=[...]."
         )
-    return {**options, "target_modules": linears}
-
-
-def all_linears_and_experts(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """As `all_linears`, and fused mixture-of-experts parameters through `target_parameters`."""
-    if options.get("target_modules") is not None or options.get("target_parameters") is not None:
-        return options
-    experts = expert_parameters(model)
-    options = all_linears(model, options)
-    return {**options, "target_parameters": experts} if experts else options
+    return linears
 
 
 def _endings(paths: Iterable[str]) -> set[str]:
