@@ -10,6 +10,13 @@ import importlib
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
+    "PrefixConfig": "adapters_kit.methods.prefix",
+    "eject": "adapters_kit.methods.prefix",
+    "Recipe": "adapters_kit.recipe",
+    "Run": "adapters_kit.training.report",
+    "evaluate": "adapters_kit.training.using",
+    "predict": "adapters_kit.training.using",
+    "train": "adapters_kit.training.trainer",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
     "methods": "adapters_kit.methods",

@@ -5,6 +5,7 @@ AdapterError (ValueError)
 ├── RecipeError          a recipe; carries every problem found, not the first one only
 ├── DataError            the training data
 ├── ModelError           the base model: missing weights, wrong shapes, a part that is not there
+├── TrainingError        a run that had to stop: a loss that is not a number, no memory left
 ├── ShippingError        merging, exporting, checkpoint files
 └── MissingPackageError  an optional package (also an ImportError)
 
@@ -44,6 +45,10 @@ class DataError(AdapterError):
 
 class ModelError(AdapterError):
     """The base model cannot be used as given."""
+
+
+class TrainingError(AdapterError):
+    """A run that cannot start where it should, or had to stop."""
 
 
 class ShippingError(AdapterError):

@@ -1,1 +1,17 @@
-"""One file a task: head, encoding, collation, scores."""
+"""One file a task: the columns it needs, encoding, collating, predicting, scoring."""
+
+from adapters_kit.errors import UnknownNameError, did_you_mean
+from adapters_kit.registry import load_attribute
+from adapters_kit.tasks.base import Task
+
+_HOME = {
+    "causal-lm": "adapters_kit.tasks.causal_lm:CausalLM",
+    "text-classification": "adapters_kit.tasks.text_classification:TextClassification",
+}
+
+
+def get(name: str) -> type[Task]:
+    """The class of the task called `name`."""
+    if name not in _HOME:
+        raise UnknownNameError(f"Unknown task {name!r}. {did_you_mean(name, _HOME)}")
+    return load_attribute(_HOME[name])

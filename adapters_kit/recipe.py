@@ -1,0 +1,352 @@
+"""A recipe: what to train, on what, how. YAML, Python and command-line flags are three spellings of the same fields.
+
+    recipe = Recipe(model="path-or-hub-id", task="text-classification", data="reviews.csv", method="lora")
+    recipe = Recipe.read("recipe.yaml", flags=["--method.r", "16", "--training.learning_rate", "1e-4"])
+
+A recipe with mistakes is refused as a whole: one `RecipeError` lists every problem, with the line of the file or the flag
+that it stands on and the nearest name that exists. No torch here: a wrong recipe is answered in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adapters_kit import registry
+from adapters_kit.errors import RecipeError, did_you_mean
+from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
+
+# The roles that a task's data columns can play; `data.columns` names the column for each.
+TASKS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("text", "prompt", "completion", "messages"),
+    "text-classification": ("text", "text_pair", "label"),
+    "token-classification": ("tokens", "tags"),
+    "question-answering": ("question", "context", "answers"),
+    "seq2seq": ("source", "target"),
+    "masked-lm": ("text",),
+    "image-classification": ("image", "label"),
+}
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class MethodSpec(BaseModel):
+    """The fine-tuning method: a name, then any option of that method's peft config (`r`, `lora_alpha` …)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "lora"
+    """Short name of a method (`adapters-kit methods` lists them) or the folder of a saved adapter to continue from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name, as given."""
+        return dict(self.model_extra or {})
+
+
+class DataSpec(BaseModel):
+    """Where the examples come from and which column is what."""
+
+    model_config = _STRICT
+
+    train: str
+    """A CSV, TSV, JSON, JSONL, Parquet or text file; a folder with train and test files, one saved by `datasets`, or
+    with one sub-folder of images a class; or a hub id."""
+    test: str | None = None
+    """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Role to column name, such as {text: review, label: stars}; recognised by name where left out."""
+    subset: str | None = None
+    """The configuration of a hub data set that has several."""
+    test_size: float = Field(0.1, gt=0)
+    """Held-out part when no test set is given: a fraction below 1, or a number of rows."""
+    limit: int | None = Field(None, ge=1)
+    """Use at most so many training rows (drawn with the seed)."""
+    test_limit: int | None = Field(None, ge=1)
+    """Use at most so many held-out rows (drawn with the seed)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"train": str(value)} if isinstance(value, str | Path) else value
+
+
+class TrainingSpec(BaseModel):
+    """How to train."""
+
+    model_config = _STRICT
+
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate; by default the one that suits the method."""
+    batch_size: int = Field(16, ge=1)
+    """Examples in one forward pass on one device."""
+    eval_batch_size: int | None = Field(None, ge=1)
+    """Examples in one forward pass of an evaluation; by default twice `batch_size`."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes to one optimizer step; the effective batch is this times `batch_size` times the devices."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest input in tokens, longer ones are cut; by default what the model can take, at most 512."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """The optimizer; the 8-bit and paged ones need bitsandbytes."""
+    lora_plus_ratio: float | None = Field(None, gt=0)
+    """LoRA+: the learning rate of the B matrices over that of the A matrices (16 is usual)."""
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up."""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Part of the steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to at most this norm; 0 leaves them alone."""
+    seed: int = Field(0, ge=0)
+    """Seeds the split, the new parameters, the order of the examples and dropout."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Dtype of the frozen weights and of the arithmetic; auto is bf16 on a GPU that has it, else fp32. Adapter
+    parameters stay fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    fuse: bool = True
+    """Use the fused LoRA layers, where the model's layers allow."""
+    chunked_loss: bool = True
+    """Causal LM: compute the loss in pieces, so that the logits of a whole batch never exist at once."""
+    packing: bool = False
+    """Causal LM: several examples to a row of `max_length` tokens, each seeing only itself."""
+    group_by_length: bool = True
+    """Put examples of similar length in a batch, so that little of it is padding."""
+    evals_per_epoch: int = Field(1, ge=0)
+    """Evaluations during an epoch; 0 leaves the one at the end only."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better score."""
+    keep_best: bool = True
+    """Keep the adapter of the best evaluation, not of the last step."""
+    save_every: int | None = Field(None, ge=1)
+    """Write a checkpoint to resume from every so many steps; by default at every evaluation."""
+    auto_batch: bool = False
+    """Out of memory: halve `batch_size`, double `gradient_accumulation`, and start again."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between two lines of `metrics.jsonl`."""
+    log_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    """Trackers that receive the metrics too."""
+    samples: int = Field(8, ge=0)
+    """Held-out examples whose predictions, base beside tuned, are written to `samples.jsonl`."""
+
+
+class Recipe(BaseModel):
+    """One training run, completely described.
+
+    Raises:
+        RecipeError: listing every problem found.
+    """
+
+    model_config = _STRICT
+
+    version: Literal[1] = 1
+    """Version of this format."""
+    model: str
+    """The base model: a folder, a hub id or a .gguf file."""
+    task: Literal[tuple(TASKS)]
+    """What the model learns to do."""
+    data: DataSpec
+    """The examples: a path, or a mapping with the keys below."""
+    method: MethodSpec = MethodSpec()
+    """The fine-tuning method: a name, or a mapping of `name` and options."""
+    problem: Literal["single-label", "multi-label", "regression"] | None = None
+    """Text classification: kind of target; single-label unless the labels are lists (multi-label)."""
+    labels: list[str] | None = None
+    """The classes in the order of the model's outputs; by default those of the training data, sorted."""
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
+    """Hold the frozen weights at 4 or 8 bits (bitsandbytes)."""
+    answer_only: bool = True
+    """Causal LM with prompts or chats: only the answer's tokens count in the loss."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Generation: longest answer in tokens."""
+    training: TrainingSpec = TrainingSpec()
+    """How to train."""
+
+    def __init__(self, **fields: Any) -> None:
+        problems = _cross_checks(fields)
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            problems = _explain(error) + problems
+        if problems:
+            raise RecipeError([f"{'.'.join(path)}: {text}" for path, text in problems])
+
+    @classmethod
+    def read(cls, path: str | Path | None, flags: Sequence[str] = ()) -> Recipe:
+        """The recipe of a YAML file, with command-line flags laid over it.
+
+        Args:
+            path: the file; None starts from nothing, all fields coming from the flags.
+            flags: as typed, e.g. ["--method.r", "16", "--training.packing"]. `--key=value` works too, and a flag
+                without a value is true.
+
+        Raises:
+            RecipeError: every problem of the file and the flags, each with its line or flag.
+        """
+        fields, places, problems = {}, {}, []
+        if path is not None:
+            path = Path(path)
+            if not path.is_file():
+                near = (
+                    did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+                    if path.parent.is_dir()
+                    else ""
+                )
+                raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
+            fields, places, problems = parse_yaml(path.read_text(encoding="utf-8"))
+        problems = [(place, text) for place, text in problems]
+        problems += parse_flags(flags, fields, places, known_flags())
+        found = _cross_checks(fields)
+        recipe = None
+        try:
+            recipe = cls.__new__(cls)
+            BaseModel.__init__(recipe, **fields)
+        except ValidationError as error:
+            found = _explain(error) + found
+        problems += [(_place(path_, places), f"{'.'.join(path_)}: {text}") for path_, text in found]
+        if problems:
+            problems.sort(key=lambda item: item[0].order)
+            where = f"the recipe {path}" if path is not None else "the flags"
+            raise RecipeError([f"{place.text}{': ' if place.text else ''}{text}" for place, text in problems], where)
+        return recipe
+
+    def changed(self, **values: Any) -> Recipe:
+        """A copy with some fields changed; a dotted name reaches inside.
+
+        Example:
+            >>> recipe = Recipe(model="m", task="causal-lm", data="d.jsonl")
+            >>> recipe.changed(**{"training.seed": 1, "method.r": 4}).method.options
+            {'r': 4}
+        """
+        fields = self.model_dump()
+        for dotted, value in values.items():
+            *parents, last = dotted.split(".")
+            inside = fields
+            for parent in parents:
+                inside = inside[parent]
+            inside[last] = value
+        return type(self)(**fields)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML with every field written out; `Recipe.read` gives an equal recipe back."""
+        return dump(self.model_dump(mode="json"))
+
+
+def known_flags() -> dict[str, str]:
+    """Every dotted key of a recipe and its help text, in the order of the file."""
+    found = {}
+    for name, field in Recipe.model_fields.items():
+        found[name] = field.description or ""
+        inner = {"data": DataSpec, "method": MethodSpec, "training": TrainingSpec}.get(name)
+        for key, part in inner.model_fields.items() if inner else ():
+            found[f"{name}.{key}"] = part.description or ""
+    return found
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the recipe file, for editors: `data` and `method` may be plain strings there."""
+    made = Recipe.model_json_schema()
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    made["title"] = "adapters_kit recipe"
+    for name in ("data", "method"):
+        field = made["properties"][name]
+        made["properties"][name] = {
+            "description": field.pop("description", ""),
+            "anyOf": [{"type": "string"}, field],
+        }
+    return made
+
+
+Problem = tuple[tuple[str, ...], str]  # dotted path, sentence
+
+
+def _explain(error: ValidationError) -> list[Problem]:
+    """Pydantic's findings in our words."""
+    problems = []
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        given = item.get("input")
+        if item["type"] == "extra_forbidden":
+            siblings = _keys_at(path[:-1])
+            where = f" in {'.'.join(path[:-1])!r}" if path[1:] else ""
+            problems.append((path, f"there is no key {path[-1]!r}{where}. {did_you_mean(path[-1], siblings)}"))
+        elif item["type"] == "missing":
+            problems.append((path, "is missing and has no default."))
+        elif item["type"] == "literal_error":
+            choices = _choices(item["ctx"]["expected"])
+            problems.append(
+                (path, f"{given!r} is not one of {', '.join(choices)}. {did_you_mean(str(given), choices)}")
+            )
+        else:
+            problems.append((path, f"{given!r} does not fit: {item['msg'][:1].lower() + item['msg'][1:]}."))
+    return problems
+
+
+def _choices(expected: str) -> list[str]:
+    return [part.strip(" '") for part in expected.replace(" or ", ", ").split(",")]
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    if not path:
+        return list(Recipe.model_fields)
+    return list({"data": DataSpec, "training": TrainingSpec}[path[0]].model_fields)
+
+
+def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
+    """What one field alone cannot know. Works on raw input, so that these problems are told with all the others."""
+
+    def part(name: str) -> Mapping[str, Any]:
+        value = fields.get(name)
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        return value if isinstance(value, Mapping) else {}
+
+    problems: list[Problem] = []
+    task, training = fields.get("task"), part("training")
+
+    method = fields.get("method", "lora")
+    method = method if isinstance(method, str) else part("method").get("name", "lora")
+    known = registry.known_names()
+    is_name = isinstance(method, str) and registry.canonical(method) in known
+    if isinstance(method, str) and not is_name and not (Path(method) / "adapter_config.json").is_file():
+        looks_like_path = "/" in method or "\\" in method
+        reason = "no adapter_config.json in that folder" if looks_like_path else did_you_mean(method, known)
+        problems.append((("method",), f"there is no method {method!r}: {reason}"))
+
+    roles = TASKS.get(task) if isinstance(task, str) else None
+    columns = part("data").get("columns")
+    for role in columns if roles and isinstance(columns, Mapping) else ():
+        if role not in roles:
+            text = f"the task {task} has no column {role!r}. {did_you_mean(str(role), roles)}"
+            problems.append((("data", "columns", str(role)), text))
+    if roles:
+        if training.get("packing") is True and task != "causal-lm":
+            problems.append((("training", "packing"), f"packing is for causal-lm, the task is {task}."))
+        if fields.get("problem") and task != "text-classification":
+            problems.append((("problem",), f"only text-classification has this key, the task is {task}."))
+    if training.get("early_stopping") and training.get("evals_per_epoch", 1) == 0:
+        problems.append((("training", "early_stopping"), "needs evaluations: set evals_per_epoch to 1 or more."))
+    if fields.get("quantize") and training.get("precision") == "fp32" and fields["quantize"] == "int8":
+        problems.append((("training", "precision"), "int8 weights compute in 16 bits: use auto, bf16 or fp16."))
+    return problems
+
+
+def _place(path: tuple[str, ...], places: Mapping[tuple[str, ...], Place]) -> Place:
+    """Where the path, or the nearest thing around it, was written."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return Place("", 10**9)

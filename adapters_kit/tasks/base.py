@@ -1,0 +1,247 @@
+"""What every task gives: which columns it needs, how rows become tensors, how predictions are made and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import ClassLabel, Dataset, Value
+from torch import nn
+
+from adapters_kit.errors import DataError
+from adapters_kit.recipe import Recipe
+
+IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
+Features = Sequence[dict[str, Any]]
+
+
+class Task:
+    """One task on one data set. `fit` looks at the rows, `bind` at the model; then everything else works.
+
+    Attributes:
+        columns: role to column name.
+        labels: names of the classes in the order of the model's outputs; None where a task has none.
+        processor: the tokenizer or image processor.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[tuple[str, ...], ...]]
+    """Alternatives; each is a set of roles that is enough."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    targets: ClassVar[tuple[str, ...]] = ("label",)
+    """Roles that hold what is to be predicted."""
+    metric: ClassVar[str] = "loss"
+    """The score by which evaluations are compared."""
+    higher_is_better: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None) -> None:
+        self.recipe = recipe
+        self.columns = dict(columns)
+        self.labels = labels
+        self.processor: Any = None
+        self.max_length = recipe.training.max_length or 512
+
+    def fit(self, train: Dataset, test: Dataset | None) -> None:
+        """Checks the rows and learns what they say about the task (the classes). Raises DataError."""
+
+    def strata(self, data: Dataset) -> list[Any] | None:
+        """One class per row for a stratified split, or None."""
+        return None
+
+    def bind(self, processor: Any, model: nn.Module) -> None:
+        """Takes the processor and the limits of the model."""
+        self.processor = processor
+        self.max_length = self.recipe.training.max_length or min(512, longest_input(processor, model))
+
+    def encode(self, data: Dataset, *, answers: bool = True) -> Features:
+        """One dict of arrays per row; `row` is its number in `data`. Without `answers`, the target columns may be absent."""
+        raise NotImplementedError
+
+    def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """A padded batch."""
+        raise NotImplementedError
+
+    def step(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
+        """What the model says about each example of a batch; the items are what `score` and `show` read."""
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
+        """The model's answer to every row, as a user wants to see it; the target columns may be absent."""
+        features = self.encode(data, answers=False)
+        results = self.run(model, features, batch_size)
+        return [self.show(result, data[feature["row"]]) for result, feature in zip(results, features, strict=True)]
+
+    def run(
+        self,
+        model: nn.Module,
+        features: Features,
+        batch_size: int,
+        step: Callable[[nn.Module, dict[str, torch.Tensor]], list[Any]] | None = None,
+        collate: Callable[[Features], dict[str, torch.Tensor]] | None = None,
+    ) -> list[Any]:
+        """`step` over all features in batches of similar length; results in the order of the features.
+
+        Under a launcher with several processes every process takes its share of the batches and gets all results.
+        """
+        step, collate = step or self.step, collate or self.collate
+        state = PartialState()
+        order = sorted(range(len(features)), key=lambda i: -self.length(features[i]))
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        # Every process runs the model equally often: a sharded forward is a meeting of all of them.
+        padded = batches + batches[-1:] * (-len(batches) % state.num_processes)
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        mine: list[tuple[int, Any]] = []
+        try:
+            with torch.no_grad(), autocast(model, device):
+                for number, rows in enumerate(padded):
+                    if number % state.num_processes != state.process_index:
+                        continue
+                    batch = {k: v.to(device) for k, v in collate([features[i] for i in rows]).items() if k != "row"}
+                    mine += zip(rows, step(model, batch), strict=True)
+        finally:
+            model.train(was_training)
+        return [result for _, result in sorted(dict(gather_object(mine)).items())]
+
+    def score(self, results: Sequence[Any], features: Features) -> dict[str, float]:
+        """The metrics; `results` and `features` are in the same order."""
+        raise NotImplementedError
+
+    def show(self, result: Any, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A prediction as a user wants to see it."""
+        raise NotImplementedError
+
+    def length(self, feature: Mapping[str, Any]) -> int:
+        """Tokens of one example, for grouping."""
+        return len(feature["input_ids"]) if "input_ids" in feature else 1
+
+    def text(self, data: Dataset, role: str) -> list[str]:
+        """The strings of a role's column, checked to be strings."""
+        return strings(data, self.columns[role], role)
+
+
+def strings(data: Dataset, column: str, role: str) -> list[str]:
+    """A column of text.
+
+    Raises:
+        DataError: numbers, lists or missing values, with the first row concerned.
+    """
+    kind = data.features[column]
+    if isinstance(kind, Value) and kind.dtype not in ("string", "large_string", "null"):
+        raise DataError(
+            f"Column {column!r} should be the {role}, but holds {kind.dtype} (first row: {data[0][column]!r}). "
+            f"Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(data.column_names)}."
+        )
+    values = data[column][:]
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(
+                f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r} "
+                f"({type(value).__name__}), not a string."
+            )
+    return values
+
+
+def class_names(train: Dataset, test: Dataset | None, column: str, given: Sequence[str] | None) -> list[str]:
+    """The classes of a label column, sorted (numbers by value), or as the user gives them.
+
+    Raises:
+        DataError: a label that is neither string nor integer; a class seen in the held-out part only.
+    """
+    kind = train.features[column]
+    inner = getattr(kind, "feature", kind)
+    if isinstance(inner, ClassLabel):
+        names = list(inner.names)
+    else:
+        seen = set(labels_of(train, column))
+        names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
+    if given is not None:
+        unknown = sorted(set(names) - set(given))
+        if unknown:
+            raise DataError(f"labels: {list(given)} leaves out classes of column {column!r}: {unknown[:10]}.")
+        names = list(given)
+    if len(names) < 2:
+        raise DataError(f"Column {column!r} has one class only, {names}: nothing can be learned from it.")
+    if test is not None:
+        extra = sorted(set(labels_of(test, column)) - set(names))
+        if extra:
+            raise DataError(
+                f"The held-out data has classes that the training data never shows: {extra[:10]}. "
+                "Add examples of them to the training data or leave those rows out."
+            )
+    return names
+
+
+def labels_of(data: Dataset, column: str) -> list[str]:
+    """The labels of a column as strings, one per row (lists of labels are flattened)."""
+    kind = data.features[column]
+    inner = getattr(kind, "feature", kind)
+    values = data[column][:]
+    found = []
+    for index, value in enumerate(values):
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, str | int):
+                raise DataError(
+                    f"Labels are strings or integers; column {column!r}, row {index + 1} holds {item!r} "
+                    f"({type(item).__name__}). To predict a number, set problem: regression."
+                )
+            found.append(inner.int2str(item) if isinstance(inner, ClassLabel) and isinstance(item, int) else str(item))
+    return found
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdigit()
+
+
+def longest_input(processor: Any, model: nn.Module) -> int:
+    """Tokens that the model can take, from its position embeddings and its tokenizer; huge if neither says."""
+    sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            # RoBERTa's kind counts positions from behind the padding index.
+            sizes.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    limit = getattr(processor, "model_max_length", None)
+    if isinstance(limit, int) and limit < 10**9:
+        sizes.append(limit)
+    return min(sizes, default=10**9)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> torch.Tensor:
+    """Rows of different length as one int64 tensor (rows, longest)."""
+    width = max(len(row) for row in rows)
+    out = torch.full((len(rows), width), value, dtype=torch.long)
+    for index, row in enumerate(rows):
+        if len(row):
+            where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            out[index, where] = torch.as_tensor(np.asarray(row, dtype=np.int64))
+    return out
+
+
+def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and, where the tokenizer makes them, token_type_ids of a batch."""
+    ids = [feature["input_ids"] for feature in features]
+    batch = {
+        "input_ids": pad(ids, processor.pad_token_id or 0, side),
+        "attention_mask": pad([np.ones(len(row), dtype=np.int64) for row in ids], 0, side),
+    }
+    if "token_type_ids" in features[0]:
+        batch["token_type_ids"] = pad([feature["token_type_ids"] for feature in features], 0, side)
+    return batch
+
+
+def compact(ids: Sequence[int]) -> np.ndarray:
+    """Token ids at 4 bytes each: a Python list takes up to 36."""
+    return np.asarray(ids, dtype=np.int32)
+
+
+def autocast(model: nn.Module, device: torch.device) -> torch.autocast:
+    """16-bit arithmetic for a model held in 16 bits, whose adapter parameters are fp32; nothing for fp32 models."""
+    kinds = {parameter.dtype for parameter in model.parameters()} & {torch.bfloat16, torch.float16}
+    return torch.autocast(device.type, dtype=next(iter(kinds), None), enabled=bool(kinds))

@@ -1,0 +1,111 @@
+"""From a recipe to a task with checked rows, and to a base model: everything that training, evaluation and plan share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from adapters_kit import registry, tasks
+from adapters_kit.loading import load, load_processor
+from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.base import Task
+from adapters_kit.training import data
+from adapters_kit.wrapping import wrap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
+    """The recipe's task, knowing its columns and classes, and both parts of its data. Reads no model.
+
+    Raises:
+        DataError: anything about the data that training would trip over.
+    """
+    kind = tasks.get(recipe.task)
+    found = data.read(recipe.data)
+    columns = data.recognise(found.train, recipe.data.columns, kind.needs, kind.optional)
+    if found.test is not None:
+        data.recognise(found.test, columns, kind.needs, kind.optional)
+    seed = recipe.training.seed
+    task = kind(recipe, columns)
+    if found.test is None:
+        task.fit(found.train, None)
+        found = data.split(found.train, recipe.data.test_size, seed, task.strata(found.train))
+    task.fit(found.train, found.test)
+    return task, data.Splits(
+        data.take(found.train, recipe.data.limit, seed), data.take(found.test, recipe.data.test_limit, seed)
+    )
+
+
+def precision(recipe: Recipe) -> str:
+    """fp32, bf16 or fp16: the recipe's choice, or what this machine and the quantization ask for."""
+    chosen = recipe.training.precision
+    if chosen != "auto":
+        return chosen
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return "bf16" if on_gpu or recipe.quantize else "fp32"
+
+
+def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
+    """The base model with the task's head, in the recipe's precision, and its processor; the task is bound to both."""
+    torch.manual_seed(recipe.training.seed)  # a new head starts from the seed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(
+        recipe.model,
+        recipe.task,
+        labels=task.labels,
+        quantize=recipe.quantize,
+        dtype=DTYPES[precision(recipe)],
+        device_map={"": torch.cuda.current_device()} if recipe.quantize and device.type == "cuda" else None,
+    )
+    processor = load_processor(recipe.model)
+    task.bind(processor, model)
+    if not recipe.quantize:
+        model.to(device)
+    return model, processor
+
+
+def add_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with the recipe's adapter on it. What is trained is held in fp32, whatever the base model's dtype."""
+    torch.manual_seed(recipe.training.seed)
+    wrapped = wrap(model, recipe.method.name, **recipe.method.options)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def learning_rate(recipe: Recipe) -> float:
+    """The recipe's, or the one that suits the method."""
+    if recipe.training.learning_rate is not None:
+        return recipe.training.learning_rate
+    name = recipe.method.name
+    if Path(name).is_dir() or name not in registry.names():
+        return 2e-4
+    return registry.get(name).learning_rate
+
+
+def filled_in(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe with the choices that were left to us written out; training it again gives the same run."""
+    return recipe.changed(
+        **{
+            "labels": task.labels,
+            "data.columns": task.columns,
+            "training.learning_rate": learning_rate(recipe),
+            "training.precision": precision(recipe),
+            "training.max_length": task.max_length,
+        }
+    )
+
+
+def rows_of(source: Any) -> Dataset:
+    """Rows for evaluation or prediction: a path, a hub id, one dict of columns, a list of dicts, or a Dataset."""
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, str | Path):
+        return data.read_rows(source)
+    return Dataset.from_list([source] if isinstance(source, dict) else list(source))

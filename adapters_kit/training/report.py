@@ -1,0 +1,171 @@
+"""The run folder: what it holds, how it is written and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters_kit.errors import TrainingError
+from adapters_kit.recipe import Recipe
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        path: its folder: recipe.yaml, adapter/, metrics.json, metrics.jsonl, README.md, environment.json, curves.png …
+        metrics: what metrics.json holds; the base model's scores start with `base_`.
+        recipe: the recipe with everything filled in that was left to be found out.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in peft's format, with the tokenizer and the recipe beside it."""
+        return self.path / "adapter"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The finished run in a folder.
+
+        Raises:
+            TrainingError: there is none, or it has not finished.
+        """
+        path = Path(path)
+        if not (path / "metrics.json").is_file():
+            started = (path / "recipe.yaml").is_file()
+            raise TrainingError(
+                f"{path} is {'a run that has not finished: go on with resume=True' if started else 'no run folder'}."
+            )
+        return cls(path, json.loads((path / "metrics.json").read_text()), Recipe.read(path / "recipe.yaml"))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(path: Path, content: str) -> None:
+    """A text file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(content)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, indented, complete or not at all."""
+    write(path, json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that the numbers were made with."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("adapters-kit", *_PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["cpus"] = os.cpu_count()
+    found["threads"] = torch.get_num_threads()
+    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    return found
+
+
+def card(recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """The model card: data, recipe, scores and how to load, with the front matter that the hub reads."""
+    scores = [name.removeprefix("base_") for name in metrics if name.startswith("base_")]
+    rows = "\n".join(
+        f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |"
+        for name in scores
+        if name in metrics
+    )
+    auto = {
+        "causal-lm": "AutoModelForCausalLM",
+        "text-classification": "AutoModelForSequenceClassification",
+        "token-classification": "AutoModelForTokenClassification",
+        "question-answering": "AutoModelForQuestionAnswering",
+        "seq2seq": "AutoModelForSeq2SeqLM",
+        "masked-lm": "AutoModelForMaskedLM",
+        "image-classification": "AutoModelForImageClassification",
+    }[recipe.task]
+    options = f", num_labels={len(recipe.labels)}" if recipe.labels else ""
+    options += ", ignore_mismatched_sizes=True" if recipe.labels else ""
+    hub_name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+    examples = "\n".join(f"- `{json.dumps(sample, ensure_ascii=False)}`" for sample in samples[:3])
+    return f"""---
+base_model: {hub_name}
+library_name: peft
+pipeline_tag: {_PIPELINE[recipe.task]}
+tags: [adapters-kit, {recipe.method.name if "/" not in recipe.method.name else "adapter"}]
+---
+
+# {recipe.method.name} adapter of {hub_name} for {recipe.task}
+
+Trained with [adapters_kit](https://pypi.org/project/adapters-kit/): {metrics["trainable_params"]:,} of
+{metrics["total_params"]:,} parameters, {metrics["train_examples"]:,} examples, {metrics["steps"]:,} steps.
+
+## Scores on {metrics["test_examples"]:,} held-out examples
+
+| metric | base model | with this adapter |
+|---|---|---|
+{rows}
+
+The adapter kept is that of the best `{metric}` among the evaluations.
+
+## Load
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained("{hub_name}"{options})
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+## Data
+
+`{recipe.data.train}`{f", held out: `{recipe.data.test}`" if recipe.data.test else ""}
+
+{"## Samples" if examples else ""}
+
+{examples}
+
+## Recipe
+
+```yaml
+{recipe.to_yaml().rstrip()}
+```
+"""
+
+
+_PIPELINE = {
+    "causal-lm": "text-generation",
+    "text-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "seq2seq": "text2text-generation",
+    "masked-lm": "fill-mask",
+    "image-classification": "image-classification",
+}
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
