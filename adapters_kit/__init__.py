@@ -19,6 +19,8 @@ _HOME = {
     "train": "adapters_kit.training.trainer",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
+    "MergeReport": "adapters_kit.shipping.merge",
+    "merge": "adapters_kit.shipping.merge",
     "methods": "adapters_kit.methods",
     "wrap": "adapters_kit.wrapping",
 }
@@ -32,7 +34,9 @@ def __getattr__(name: str):
         from adapters_kit.errors import did_you_mean
 
         raise AttributeError(f"adapters_kit has no {name!r}. {did_you_mean(name, __all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    # `methods` is a package that can be called; every other name lives in a module of another name.
+    return home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

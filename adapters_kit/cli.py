@@ -45,14 +45,14 @@ def methods(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from adapters_kit.methods import methods as all_methods
+    from adapters_kit.methods import table
 
-    table = Table("name", "config", "trains", "merges", "paper", box=None, pad_edge=False)
+    shown = Table("name", "config", "trains", "merges", "paper", box=None, pad_edge=False)
     merges = {True: "yes", False: "no", None: "?"}
-    for method in all_methods():
+    for method in table():
         config = method.config.partition(":")[2]
-        table.add_row(method.name, config, method.trains, merges[method.mergeable], method.paper)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        shown.add_row(method.name, config, method.trains, merges[method.mergeable], method.paper)
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:

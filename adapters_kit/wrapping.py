@@ -206,7 +206,9 @@ def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftMode
 
 
 def _misfit(folder: Path, model: nn.Module, details: str) -> ModelError:
-    details = details if len(details) < 600 else details[:600] + " …"
+    mismatches = [line.strip() for line in details.splitlines() if "size mismatch" in line]
+    if mismatches:
+        details = f"{mismatches[0]} ({len(mismatches)} such tensors)"
     return ModelError(
         f"The adapter in {folder} does not fit this {type(model).__name__}: {details}\n"
         "Load the base model that it was trained on; adapter_config.json names it as base_model_name_or_path."

@@ -1,6 +1,8 @@
 """One file a method; each declares `Method`s for the registry. Here: looking one up, and the table of all."""
 
 import dataclasses
+import sys
+from types import ModuleType
 
 from torch import nn
 
@@ -26,7 +28,7 @@ def find_method(name: str) -> Method:
     raise UnknownNameError(f"Unknown method {name!r}. {did_you_mean(wanted, [*registry.names(), *of_peft])}")
 
 
-def methods() -> list[Method]:
+def table() -> list[Method]:
     """Every method, declared ones first, then the rest of peft's; each under the name that `wrap` takes."""
     declared = [registry.get(name) for name in registry.names()]
     # "prompt" is peft's prompt_tuning under a shorter name.
@@ -55,3 +57,13 @@ def _from_peft(name: str) -> Method:
 def _linears_only(model: nn.Module, options: dict) -> dict:
     """peft's own targets for models in its tables are kept out on purpose: one default for every architecture."""
     return all_linears(model, options)
+
+
+class _Room(ModuleType):
+    """`adapters_kit.methods` is this package, and calling it gives the table: one name for both."""
+
+    def __call__(self) -> list[Method]:
+        return table()
+
+
+sys.modules[__name__].__class__ = _Room
