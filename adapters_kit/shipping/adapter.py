@@ -1,0 +1,147 @@
+"""An adapter folder as it lies on the disk: its peft config, its weights, the record of its base.
+
+Nothing of the model is built here. What cannot be trusted is refused: unknown methods, pickles that carry code, damaged
+files, values that are not finite.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters_kit.errors import ShippingError, did_you_mean
+from adapters_kit.shipping.checkpoint import open_file
+
+CONFIG, WEIGHTS, PICKLE, RECORD = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapters_kit.json",
+)
+
+
+@dataclass
+class Adapter:
+    """What an adapter folder says.
+
+    Attributes:
+        config: the parsed `adapter_config.json`, as a peft config.
+        weights: name -> tensor, as stored.
+        record: the parsed `adapters_kit.json` (see `identity.record_base`), empty for an adapter trained elsewhere.
+    """
+
+    folder: Path
+    config: Any
+    weights: dict[str, torch.Tensor]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str | None:
+        return self.config.base_model_name_or_path or None
+
+    @property
+    def method(self) -> str:
+        return str(self.config.peft_type.value).lower()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `ShippingError` that names the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ShippingError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ShippingError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ShippingError(f"{path} is not a JSON object.")
+    return value
+
+
+def read_config(folder: Path) -> Any:
+    """The peft config of an adapter folder.
+
+    Raises:
+        ShippingError: no adapter there, or a method that this installation does not know.
+    """
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
+        raise ShippingError(f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
+    kind = read_json(folder / CONFIG).get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        _register_ours()
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        hint = did_you_mean(str(kind), (name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ShippingError(
+            f"{folder / CONFIG} is of type {kind!r}, which is not known here. {hint} "
+            "If another package provides it, install that package."
+        )
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # peft raises whatever the fields provoke
+        raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
+
+
+def _register_ours() -> None:
+    """Methods from outside peft become known to it when the module of their config is imported."""
+    from adapters_kit import registry
+
+    for name in registry.names():
+        _ = registry.get(name).config_class
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, checked finite.
+
+    Raises:
+        ShippingError: no weights, damaged weights, a pickle that would run code, NaN or infinite values.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        with open_file(folder / WEIGHTS) as file:
+            weights = {name: file.read(name) for name in file.tensors}
+    elif (folder / PICKLE).is_file():
+        weights = _read_pickle(folder / PICKLE)
+    else:
+        raise ShippingError(f"Neither {WEIGHTS} nor {PICKLE} in {folder}: the adapter has no weights.")
+    broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    if broken:
+        raise ShippingError(
+            f"{len(broken)} of {len(weights)} tensors in {folder} hold NaN or infinite values, such as {broken[0]!r}. "
+            "The training diverged; take an earlier checkpoint."
+        )
+    return weights
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite; works for the 8-bit float types too."""
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ShippingError(
+            f"{path} is a pickle that needs to run code to load, which could do anything. Load it where you trust it "
+            f"and save it as {WEIGHTS}."
+        ) from error
+    except Exception as error:
+        raise ShippingError(f"{path} cannot be read: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ShippingError(f"{path} does not hold a table of tensors.")
+    return weights
+
+
+def read_adapter(folder: Path | str) -> Adapter:
+    """Everything an adapter folder says; see `read_config` and `read_weights` for what is refused."""
+    folder = Path(folder)
+    config = read_config(folder)
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    return Adapter(folder, config, read_weights(folder), record)

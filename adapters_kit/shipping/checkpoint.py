@@ -1,0 +1,302 @@
+"""Safetensors checkpoints, read without building a model: headers, the shard index, one tensor at a time.
+
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON (`name -> dtype, shape, data_offsets`)
+and the tensors' bytes, back to back. Everything that the JSON claims is checked before a byte is used: these files come
+from the network.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adapters_kit.errors import ShippingError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        start, stop: byte range in that file, counted from its beginning.
+        dtype: as the header spells it, e.g. "BF16".
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def _refuse(path: Path, what: str) -> ShippingError:
+    return ShippingError(f"{path}: {what}. The file is damaged or incomplete: fetch or save it again.")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _parse_json(raw: bytes, path: Path, what: str) -> dict:
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise _refuse(path, f"{what} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _refuse(path, f"{what} is not a JSON object")
+    return value
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse_entry(name: str, entry: object, path: Path, data_start: int, data_size: int) -> Stored:
+    if not isinstance(entry, dict):
+        raise _refuse(path, f"tensor {name!r} has no description")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ShippingError(
+            f"{path}: tensor {name!r} has dtype {dtype!r}; these are known: {', '.join(DTYPES)}. "
+            "Save the model in one of them."
+        )
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise _refuse(path, f"tensor {name!r} has shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _refuse(path, f"tensor {name!r} has data_offsets {offsets!r}")
+    begin, end = offsets
+    if begin > end or end > data_size:
+        raise _refuse(path, f"tensor {name!r} claims bytes {begin}–{end} of {data_size}")
+    expected = prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != expected:
+        raise _refuse(path, f"tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes and has {end - begin}")
+    return Stored(path, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of one safetensors file, in the order of their bytes, and the file's metadata.
+
+    Raises:
+        ShippingError: the file is not a whole, consistent safetensors file: truncated, overlapping tensors, holes,
+            sizes that contradict shapes, an unknown dtype, JSON that does not parse.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > min(size - 8, MAX_HEADER):
+                raise _refuse(path, f"not a safetensors file: a header of {length} bytes in a file of {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise ShippingError(f"{path} cannot be read: {error.strerror}.") from error
+    header = _parse_json(raw, path, "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _refuse(path, "__metadata__ is not a table of strings")
+    data_start = 8 + length
+    stored = [(name, _parse_entry(name, entry, path, data_start, size - data_start)) for name, entry in header.items()]
+    stored.sort(key=lambda item: (item[1].start, item[1].stop))
+    reached = data_start
+    for name, place in stored:
+        if place.start != reached:
+            problem = "overlaps the tensor before it" if place.start < reached else "leaves a hole before it"
+            raise _refuse(path, f"tensor {name!r} {problem}")
+        reached = place.stop
+    if reached != size:
+        raise _refuse(path, f"the tensors end at byte {reached}, the file at {size}")
+    return dict(stored), metadata
+
+
+def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file whose tensors (`name -> dtype name, shape`) follow in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # tensors start on a multiple of 8, as readers that map the file expect
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict]:
+    """The shard index: tensor name -> file name, and the index's metadata.
+
+    Raises:
+        ShippingError: not an index, or a shard named by anything but a bare file name (a path could lead out of the
+            folder).
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ShippingError(f"{path} cannot be read: {error.strerror}.") from error
+    index = _parse_json(raw, path, "the index")
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _refuse(path, "the index has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or file in {".", ".."} or set(file) & {"/", "\\", "\0"}:
+            raise ShippingError(
+                f"{path}: tensor {name!r} is said to lie in {file!r}. A shard must be a bare file name beside its "
+                "index; a path could lead to another file. Do not trust this folder."
+            )
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+@dataclass
+class Checkpoint:
+    """The safetensors files of a folder, opened lazily and read by tensor.
+
+    Attributes:
+        tensors: name -> where it lies, file by file, in the order of the bytes.
+        metadata: file name -> that file's `__metadata__`.
+        index: the metadata of the shard index, None for a single file.
+    """
+
+    folder: Path
+    tensors: dict[str, Stored]
+    metadata: dict[str, dict[str, str]]
+    index: dict | None = None
+    _open: dict[Path, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def files(self) -> list[str]:
+        """Shard file names, in the order of the index."""
+        return list(self.metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the tensors."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def descriptor(self, file: Path) -> int:
+        """An open file descriptor for reading `file`; closed by `close`."""
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        return self._open[file]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored: a fresh copy, contiguous, on the CPU."""
+        stored = self.tensors[name]
+        buffer = np.empty(stored.nbytes, dtype=np.uint8)
+        view, done = memoryview(buffer), 0
+        while done < stored.nbytes:
+            count = os.preadv(self.descriptor(stored.file), [view[done:]], stored.start + done)
+            if not count:
+                raise _refuse(stored.file, f"the file ends inside tensor {name!r}")
+            done += count
+        if not stored.nbytes:
+            return torch.empty(stored.shape, dtype=stored.torch_dtype)
+        return torch.from_numpy(buffer).view(stored.torch_dtype).view(stored.shape)
+
+    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of at most `size` bytes; each piece is gone when the next is asked for."""
+        stored = self.tensors[name]
+        buffer = memoryview(bytearray(min(size, stored.nbytes)))
+        position = stored.start
+        while position < stored.stop:
+            piece = buffer[: min(size, stored.stop - position)]
+            count = os.preadv(self.descriptor(stored.file), [piece], position)
+            if not count:
+                raise _refuse(stored.file, f"the file ends inside tensor {name!r}")
+            yield piece[:count]
+            position += count
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_file(path: Path) -> Checkpoint:
+    """One safetensors file as a checkpoint."""
+    path = Path(path)
+    tensors, metadata = read_header(path)
+    return Checkpoint(path.parent, tensors, {path.name: metadata})
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The model weights of a folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Raises:
+        ShippingError: no safetensors weights, both kinds at once, a shard that is missing, an index that contradicts
+            its shards, or a damaged file.
+    """
+    folder = Path(folder)
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise ShippingError(
+            f"{folder} holds both {SINGLE} and {INDEX}: one of them is left over from an older save, and readers "
+            "disagree which to take. Remove the stale one."
+        )
+    if single.is_file():
+        return open_file(single)
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".gguf", ".h5"})
+        found = f"; it has {', '.join(others[:5])}" if others else ""
+        raise ShippingError(f"No {SINGLE} and no {INDEX} in {folder}{found}. Save the model with save_pretrained.")
+    weight_map, index_metadata = read_index(index)
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise ShippingError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
+        found, metadata[file] = read_header(folder / file)
+        expected = {name for name, place in weight_map.items() if place == file}
+        for problem, names in (("are missing", expected - found.keys()), ("are extra", found.keys() - expected)):
+            if names:
+                raise ShippingError(
+                    f"{folder / file} does not hold what {INDEX} says: {len(names)} tensors {problem}, such as "
+                    f"{min(names)!r}. Shards of two saves are mixed: fetch or save the model again."
+                )
+        tensors.update(found)
+    return Checkpoint(folder, tensors, metadata, index_metadata)

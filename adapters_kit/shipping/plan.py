@@ -1,0 +1,155 @@
+"""The plan of a merge: which stored tensors change, which are new, which are copied. Whatever can be refused without
+reading the weights is refused here, before anything is written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from adapters_kit.errors import ShippingError
+from adapters_kit.shipping import deltas
+from adapters_kit.shipping.adapter import Adapter
+from adapters_kit.shipping.checkpoint import Checkpoint
+from adapters_kit.shipping.layout import Layout, lay_out
+from adapters_kit.shipping.skeleton import Origin, base_config, model_class, read_parameter, stored_name, trace
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass
+class Job:
+    """A merge, planned.
+
+    Attributes:
+        origins: parameter -> how the base stores it; every name of a tied parameter leads to the one that is stored.
+        written: parameters whose stored tensors change.
+        added: parameters that get a new tensor -> its name.
+        renamed: base tensor -> its name in the output, where that differs.
+        dropped: base tensors that the trained model has no use for.
+        untied: whether embedding and head stop sharing their weight.
+    """
+
+    adapter: Adapter
+    attached: deltas.Attached
+    checkpoint: Checkpoint
+    origins: dict[str, Origin]
+    written: set[str]
+    added: dict[str, str]
+    renamed: dict[str, str]
+    dropped: set[str]
+    untied: bool
+    layout: Layout
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A base parameter by its name in the model, in the dtype that it is stored in."""
+        origin = self.origins[name]
+        made = read_parameter(self.attached.bare, origin, self.checkpoint.read)
+        return made[name] if name in made else made[origin.parameters[0]]
+
+    @property
+    def computed(self) -> set[str]:
+        """Base tensors whose values change."""
+        return {key for name in self.written for key in self.origins[name].keys}
+
+
+def plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Job:
+    """Match an adapter with the stored tensors of its base.
+
+    Args:
+        dtype: of the output's float tensors; None keeps each tensor's own.
+
+    Raises:
+        ShippingError: the adapter does not fit, or the base lacks parameters that the adapter does not bring along.
+    """
+    config = base_config(checkpoint.folder, adapter)
+    if getattr(config, "quantization_config", None):
+        raise ShippingError(
+            f"{checkpoint.folder} holds quantized weights; an update cannot be added to them. Give the original "
+            "16-bit or 32-bit model with base=."
+        )
+    attached = deltas.attach(adapter, model_class(adapter, config), config)
+    bare = attached.bare
+    stored, unused = trace(bare, checkpoint.tensors)
+    origins = dict(stored)
+    for name, names in attached.tied.items():
+        keeper = next((other for other in names if other in stored), None)
+        if keeper is not None:
+            origins.setdefault(name, stored[keeper])
+    shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in attached.replaced.items()}
+    for unit in attached.units:
+        shapes |= unit.shapes
+    _check_complete(attached, origins, shapes, checkpoint.folder)
+
+    job = Job(adapter, attached, checkpoint, origins, set(), {}, {}, set(), False, Layout({}))
+    split, shared = _split(job, stored, shapes)
+    job.untied = bool(split)
+    fresh = {name for name in shapes.keys() - shared if name not in origins}
+    job.added = {name: stored_name(bare, name) for name in sorted(fresh | split)}
+    job.written = {name for name in shapes.keys() - shared - split if name in origins}
+    same_class = type(bare).__name__ in (config.architectures or [type(bare).__name__])
+    if not same_class:
+        # Another head than the base's: write what `save_pretrained` of the trained model would.
+        job.dropped = set(unused)
+        full = {origin.keys[0]: name for name, origin in stored.items() if origin.converter is None}
+        job.renamed = {key: name for key, name in full.items() if name == f"{bare.base_model_prefix}.{key}"}
+    job.layout = lay_out(
+        checkpoint,
+        dtype=dtype,
+        computed=job.computed,
+        reshaped=_reshaped(job, shapes),
+        added={key: shapes.get(name) or tuple(bare.get_parameter(name).shape) for name, key in job.added.items()},
+        renamed=job.renamed,
+        dropped=job.dropped,
+    )
+    return job
+
+
+def _reshaped(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    plain = [name for name in job.written if job.origins[name].converter is None]
+    return {job.origins[name].keys[0]: shapes[name] for name in plain}
+
+
+def _check_complete(attached: deltas.Attached, origins: Mapping[str, Origin], shapes: Shapes, folder: Path) -> None:
+    names = {name for name, _ in attached.bare.named_parameters(remove_duplicate=False)}
+    missing = names - origins.keys() - shapes.keys()
+    missing |= {f"{unit.path}.{name}" for unit in attached.units for name in unit.wanted} - origins.keys()
+    if missing:
+        raise ShippingError(
+            f"{len(missing)} parameters of {type(attached.bare).__name__} are neither in the base {folder} nor in the "
+            f"adapter, such as {min(missing)!r}: they were random when the adapter was trained, and nobody saved them. "
+            "Train again with them in modules_to_save, or give the right base with base=."
+        )
+
+
+def _split(job: Job, stored: Mapping[str, Origin], shapes: Shapes) -> tuple[set[str], set[str]]:
+    """Tied parameters: names that need a tensor of their own now, and names that still share another's.
+
+    A parameter with several names (embedding and head) stays tied if all of them end up equal. Else each name gets its
+    own tensor: adding the embedding's update to the head as well would be another model.
+    """
+    attached = job.attached
+    split: set[str] = set()
+    shared: set[str] = set()
+    for names in set(attached.tied.values()):
+        changed = shapes.keys() & set(names)
+        if not changed:
+            continue
+        keeper = next((name for name in names if name in stored), names[0])
+        others = set(names) - {keeper}
+        if changed == set(names) and _all_equal(job, names):
+            shared |= others
+        else:
+            split |= others
+    return split, shared
+
+
+def _all_equal(job: Job, names: tuple[str, ...]) -> bool:
+    attached = job.attached
+    values = [attached.replaced[name] for name in names if name in attached.replaced]
+    for unit in attached.units:
+        if set(unit.shapes) & set(names):
+            merged = deltas.merge_unit(unit, job.adapter, job.read)
+            values += [value for name, value in merged.items() if name in names]
+    return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
