@@ -3,8 +3,8 @@
     recipe = Recipe(model="path-or-hub-id", task="text-classification", data="reviews.csv", method="lora")
     recipe = Recipe.read("recipe.yaml", flags=["--method.r", "16", "--training.learning_rate", "1e-4"])
 
-A recipe with mistakes is refused as a whole: one `RecipeError` lists every problem, with the line of the file or the flag
-that it stands on and the nearest name that exists. No torch here: a wrong recipe is answered in a fraction of a second.
+A recipe with mistakes is refused as a whole: one `RecipeError` lists every problem, with the line of the file or the
+flag that it stands on and the nearest name that exists. No torch here: the answer comes in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adapters_kit import registry
-from adapters_kit.errors import RecipeError, did_you_mean
+from adapters_kit.errors import RecipeError, did_you_mean, nearest
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 
 # The roles that a task's data columns can play; `data.columns` names the column for each.
@@ -200,11 +200,7 @@ class Recipe(BaseModel):
         if path is not None:
             path = Path(path)
             if not path.is_file():
-                near = (
-                    did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
-                    if path.parent.is_dir()
-                    else ""
-                )
+                near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
                 raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
             fields, places, problems = parse_yaml(path.read_text(encoding="utf-8"))
         problems = [(place, text) for place, text in problems]
@@ -287,12 +283,15 @@ def _explain(error: ValidationError) -> list[Problem]:
             problems.append((path, "is missing and has no default."))
         elif item["type"] == "literal_error":
             choices = _choices(item["ctx"]["expected"])
-            problems.append(
-                (path, f"{given!r} is not one of {', '.join(choices)}. {did_you_mean(str(given), choices)}")
-            )
+            problems.append((path, f"{given!r} is not one of {', '.join(choices)}. {_near(str(given), choices)}"))
         else:
             problems.append((path, f"{given!r} does not fit: {item['msg'][:1].lower() + item['msg'][1:]}."))
     return problems
+
+
+def _near(given: str, choices: list[str]) -> str:
+    """The hint alone: the message has named all choices already."""
+    return did_you_mean(given, choices) if nearest(given, choices) else ""
 
 
 def _choices(expected: str) -> list[str]:
@@ -323,7 +322,7 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     is_name = isinstance(method, str) and registry.canonical(method) in known
     if isinstance(method, str) and not is_name and not (Path(method) / "adapter_config.json").is_file():
         looks_like_path = "/" in method or "\\" in method
-        reason = "no adapter_config.json in that folder" if looks_like_path else did_you_mean(method, known)
+        reason = "no adapter_config.json in that folder." if looks_like_path else did_you_mean(method, known)
         problems.append((("method",), f"there is no method {method!r}: {reason}"))
 
     roles = TASKS.get(task) if isinstance(task, str) else None
@@ -350,3 +349,9 @@ def _place(path: tuple[str, ...], places: Mapping[tuple[str, ...], Place]) -> Pl
         if path[:length] in places:
             return places[path[:length]]
     return Place("", 10**9)
+
+
+if __name__ == "__main__":  # python -m adapters_kit.recipe > docs/recipe.schema.json
+    import json
+
+    print(json.dumps(schema(), indent=2))

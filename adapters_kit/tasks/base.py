@@ -58,7 +58,7 @@ class Task:
         self.max_length = self.recipe.training.max_length or min(512, longest_input(processor, model))
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        """One dict of arrays per row; `row` is its number in `data`. Without `answers`, the target columns may be absent."""
+        """One dict of arrays per row; `row` is its number in `data`. Without `answers` targets may be absent."""
         raise NotImplementedError
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

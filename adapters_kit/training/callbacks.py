@@ -120,7 +120,7 @@ class Meter(TrainerCallback):
 
 
 class Screen(TrainerCallback):
-    """Live progress with time left, tokens a second, loss, learning rate and memory; plain lines when not a terminal."""
+    """Live progress: time left, loss, learning rate, tokens a second, memory; plain lines when not a terminal."""
 
     def __init__(self, meter: Meter, metric: str, console: Console | None = None) -> None:
         self.meter, self.metric = meter, metric
@@ -151,9 +151,13 @@ class Screen(TrainerCallback):
         self.last.update(logs)
         score = logs.get(f"eval_{self.metric}")
         if score is not None:
-            self.console.print(f"step {state.global_step}: held-out {self.metric} {score:.4f}", highlight=False)
+            self.console.print(
+                f"step {state.global_step}: held-out {self.metric} {score:.4f}", highlight=False, soft_wrap=True
+            )
         elif "loss" in logs and self.bar is None:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._note(state)}", highlight=False)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {self._note(state)}", highlight=False, soft_wrap=True
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()

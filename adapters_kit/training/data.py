@@ -1,4 +1,4 @@
-"""Reading examples: files, folders and hub data sets become `datasets.Dataset`s; columns are recognised, splits made."""
+"""Reading examples: files, folders and hub data sets become `datasets.Dataset`s; finding columns; making splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recipe to a task with checked rows, and to a base model: everything that training, evaluation and plan share."""
+"""From a recipe to a task with checked rows, and to a base model: what training, evaluation and plan share."""
 
 from __future__ import annotations
 

@@ -91,12 +91,8 @@ def environment() -> dict[str, Any]:
 
 def card(recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]]) -> str:
     """The model card: data, recipe, scores and how to load, with the front matter that the hub reads."""
-    scores = [name.removeprefix("base_") for name in metrics if name.startswith("base_")]
-    rows = "\n".join(
-        f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |"
-        for name in scores
-        if name in metrics
-    )
+    scores = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
+    rows = "\n".join(f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in scores)
     auto = {
         "causal-lm": "AutoModelForCausalLM",
         "text-classification": "AutoModelForSequenceClassification",
@@ -119,7 +115,7 @@ tags: [adapters-kit, {recipe.method.name if "/" not in recipe.method.name else "
 
 # {recipe.method.name} adapter of {hub_name} for {recipe.task}
 
-Trained with [adapters_kit](https://pypi.org/project/adapters-kit/): {metrics["trainable_params"]:,} of
+Trained with adapters_kit: {metrics["trainable_params"]:,} of
 {metrics["total_params"]:,} parameters, {metrics["train_examples"]:,} examples, {metrics["steps"]:,} steps.
 
 ## Scores on {metrics["test_examples"]:,} held-out examples

@@ -9,8 +9,8 @@ from torch.utils.data import Sampler
 class OrderedByEpoch(Sampler[int]):
     """A new random order every epoch, by default with examples of similar length next to each other.
 
-    Grouping looks at `window` batches at a time: inside a window rows are sorted by length and cut into batches, and the
-    batches are shuffled. The batch with the longest row comes first, so that a lack of memory shows at once.
+    Grouping looks at `window` batches at a time: inside a window rows are sorted by length and cut into batches, and
+    the batches are shuffled. The batch with the longest row comes first, so that a lack of memory shows at once.
 
     Attributes:
         epoch: set it before iterating.

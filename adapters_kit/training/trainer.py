@@ -58,18 +58,22 @@ def train(
         _same_recipe(out, recipe)
     train_features, test_features = task.encode(splits.train), task.encode(splits.test)
     console.print(
-        f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out", highlight=False
+        f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out",
+        highlight=False,
+        soft_wrap=True,
     )
     batch = recipe.training.eval_batch_size or 2 * recipe.training.batch_size
     base_results = task.run(model, test_features, batch)
     base = task.score(base_results, test_features)
-    console.print(f"base model: held-out {task.metric} {base[task.metric]:.4f}", highlight=False)
+    console.print(f"base model: held-out {task.metric} {base[task.metric]:.4f}", highlight=False, soft_wrap=True)
     shown = splits.test.select(range(min(recipe.training.samples, len(splits.test))))
     base_samples = task.predict(model, shown, batch) if len(shown) else []
 
     model = add_adapter(model, recipe)
     trainable, total = model.get_nb_trainable_parameters()
-    console.print(f"{recipe.method.name}: {trainable:,} of {total:,} parameters are trained", highlight=False)
+    console.print(
+        f"{recipe.method.name}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
+    )
     if PartialState().is_main_process:
         if overwrite and out.exists():
             shutil.rmtree(out)
@@ -140,7 +144,7 @@ def _fit(
         accumulation = recipe.training.gradient_accumulation * 2
         changes = {"training.batch_size": (size + 1) // 2, "training.gradient_accumulation": accumulation}
         recipe = recipe.changed(**changes)
-        console.print(f"out of memory: going on with {changes}", highlight=False)
+        console.print(f"out of memory: going on with {changes}", highlight=False, soft_wrap=True)
         del trainer
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -263,6 +267,10 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
     # Fewer steps than one interval: still one evaluation, at the end.
     evaluate_every = min(evaluate_every, steps) if evaluate_every else None
     kind = precision(recipe)
+    with_warmup = training.scheduler == "constant" and training.warmup > 0
+    scheduler = "constant_with_warmup" if with_warmup else training.scheduler
+    # Named only when asked for: the argument is being renamed and warns.
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         num_train_epochs=training.epochs,
@@ -271,17 +279,13 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         per_device_eval_batch_size=training.eval_batch_size or 2 * training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.scheduler
-        if training.warmup == 0 or training.scheduler != "constant"
-        else "constant_with_warmup",
+        lr_scheduler_type=scheduler,
         warmup_steps=round(training.warmup * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         bf16=kind == "bf16",
         fp16=kind == "fp16",
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         eval_strategy="steps" if evaluate_every else "no",
         eval_steps=evaluate_every,
         save_strategy="steps" if evaluate_every else "no",
@@ -298,7 +302,7 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         report_to=list(training.log_to) or "none",
         log_level="error",
         ddp_find_unused_parameters=False,
-        restore_callback_states_from_checkpoint=False,
+        **(checkpointing if training.gradient_checkpointing else {}),
     )
 
 
@@ -332,15 +336,10 @@ def _same_recipe(out: Path, recipe: Recipe) -> None:
     if not (out / "recipe.yaml").is_file():
         return
     before, now = _flat(Recipe.read(out / "recipe.yaml").model_dump()), _flat(recipe.model_dump())
-    changed = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    ]
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
-        raise TrainingError(
-            f"{out} was begun with another recipe; resuming needs the same. Changed: {'; '.join(changed)}."
-        )
+        told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        raise TrainingError(f"{out} was begun with another recipe, and resuming needs the same. Changed: {told}.")
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
