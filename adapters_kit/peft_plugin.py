@@ -4,8 +4,11 @@ peft (0.21) has no public way to add a method from outside: `PeftType` is a clos
 own hard-coded lists. What had to be reached into is here, so that one file breaks if peft moves.
 """
 
-from peft import LoraConfig, PeftConfig
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, mixed_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import mixed as mixed_package
 from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils.peft_types import PeftType, register_peft_method
@@ -53,10 +56,54 @@ def register(
             is_mixed_compatible=True,
         )
     if kind not in mixed.COMPATIBLE_TUNER_TYPES:
-        mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, kind)
+        # The package around the module holds a reference of its own, and that is the one which is checked.
+        mixed.COMPATIBLE_TUNER_TYPES = mixed_package.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, kind)
         mixed.Layers = (*mixed.Layers, layer_class)
         mixed.PREFIXES.append(model_class.prefix)
+        mixed.Configs = mixed.Configs | config_class
+        mixed_model.MixedModel = MixedModel
+    _OURS[config_class] = model_class
     return kind
+
+
+_OURS: dict[type[PeftConfig], type[BaseTuner]] = {}
+
+
+class MixedModel(mixed.MixedModel):
+    """peft's model of several adapter types at once, which also knows the types registered here.
+
+    A registered `model_class` is called with this object as `self`, so what it needs must come from the arguments and
+    `self.model`. It may define `detach_from(model)`, which takes its adapters off, for methods without a `base_layer`.
+    """
+
+    def _prepare_adapter_config(self, config: PeftConfig, model_config: dict) -> PeftConfig:
+        return config if type(config) in _OURS else super()._prepare_adapter_config(config, model_config)
+
+    def _prepare_model(self, config: PeftConfig, model: nn.Module) -> None:
+        if type(config) in _OURS:
+            _OURS[type(config)]._prepare_model(self, config, self.model)
+        else:
+            super()._prepare_model(config, model)
+
+    @staticmethod
+    def _check_target_module_exists(config: PeftConfig, key: str):
+        owner = _OURS.get(type(config), mixed.MixedModel)
+        return owner._check_target_module_exists(config, key)
+
+    def _create_and_replace(self, config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        if type(config) in _OURS:
+            _OURS[type(config)]._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        ours = {_OURS[type(config)] for config in self.peft_config.values() if type(config) in _OURS}
+        for model_class in ours:
+            if merge:
+                model_class._check_merge_allowed(self)
+            if hasattr(model_class, "detach_from"):
+                model_class.detach_from(self.model)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
 
 def peft_methods() -> dict[str, type[PeftConfig]]:

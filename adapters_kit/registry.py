@@ -24,6 +24,7 @@ GROUP = "adapters_kit.methods"
 
 _LORA = "adapters_kit.methods.lora"
 _PROMPT = "adapters_kit.methods.prompt"
+_BOTTLENECK = "adapters_kit.methods.bottleneck"
 BUILTIN: dict[str, str] = {
     "lora": f"{_LORA}:LORA",
     "rslora": f"{_LORA}:RSLORA",
@@ -35,8 +36,15 @@ BUILTIN: dict[str, str] = {
     "ia3": f"{_LORA}:IA3",
     "vera": f"{_LORA}:VERA",
     "oft": f"{_LORA}:OFT",
+    "houlsby": f"{_BOTTLENECK}:HOULSBY",
+    "pfeiffer": f"{_BOTTLENECK}:PFEIFFER",
+    "parallel": f"{_BOTTLENECK}:PARALLEL",
+    "adapterplus": f"{_BOTTLENECK}:ADAPTERPLUS",
+    "compacter": f"{_BOTTLENECK}:COMPACTER",
+    "compacter++": f"{_BOTTLENECK}:COMPACTER_PLUS_PLUS",
     "prompt": f"{_PROMPT}:PROMPT",
     "p-tuning": f"{_PROMPT}:P_TUNING",
+    "prefix": "adapters_kit.methods.prefix:PREFIX",
 }
 
 
