@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from adapters_kit.anatomy import block_linears, expert_parameters
+from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
 from adapters_kit.peft_plugin import refused_by_peft, renamed_by_peft
 
@@ -94,6 +95,8 @@ def _chosen(options: dict[str, Any]) -> bool:
 
 def _linears(model: nn.Module) -> list[str]:
     linears = [path for path in block_linears(model) if not refused_by_peft(model, path)]
+    never_called = bypassed(model, linears)
+    linears = [path for path in linears if path not in never_called]
     if not linears:
         raise ModelError(
             f"{type(model).__name__} has no linear layers inside repeated blocks, so there is no default target. "
