@@ -20,10 +20,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; here it is a number."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {key: list(value) for key, value in _class.yaml_implicit_resolvers.items()}
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 Path = tuple[str, ...]
 
@@ -128,4 +133,4 @@ def _put(fields: dict[str, Any], path: Path, value: Any) -> None:
 
 def dump(fields: Mapping[str, Any]) -> str:
     """YAML in the order given."""
-    return yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(dict(fields), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
