@@ -8,8 +8,11 @@ Names are imported when first used, so that `import adapters_kit` costs millisec
 
 import importlib
 
+from adapters_kit import peft_hook
+
 _HOME = {
     "AdapterError": "adapters_kit.errors",
+    "BottleneckConfig": "adapters_kit.methods.bottleneck",
     "PrefixConfig": "adapters_kit.methods.prefix",
     "eject": "adapters_kit.methods.prefix",
     "Recipe": "adapters_kit.recipe",
@@ -21,6 +24,8 @@ _HOME = {
     "load_processor": "adapters_kit.loading",
     "MergeReport": "adapters_kit.shipping.merge",
     "merge": "adapters_kit.shipping.merge",
+    "fuse": "adapters_kit.kernels.fuse",
+    "unfuse": "adapters_kit.kernels.fuse",
     "methods": "adapters_kit.methods",
     "wrap": "adapters_kit.wrapping",
 }
@@ -35,9 +40,13 @@ def __getattr__(name: str):
 
         raise AttributeError(f"adapters_kit has no {name!r}. {did_you_mean(name, __all__)}")
     home = importlib.import_module(_HOME[name])
+    peft_hook.register()
     # `methods` is a package that can be called; every other name lives in a module of another name.
     return home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+peft_hook.install()

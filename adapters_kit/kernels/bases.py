@@ -1,0 +1,99 @@
+"""The frozen layers that LoRA sits on, as the fused node sees them: nn.Linear, Conv1D, bitsandbytes' 4 and 8 bit."""
+
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters_kit.kernels.lora import Quantized
+
+_DENSE = (nn.Linear, Conv1D)
+_FOUR_BIT: tuple[type, ...] = ()
+_EIGHT_BIT: tuple[type, ...] = ()
+if is_bnb_available():
+    import bitsandbytes as bnb
+
+    _EIGHT_BIT = (bnb.nn.Linear8bitLt,)
+    if is_bnb_4bit_available():
+        _FOUR_BIT = (bnb.nn.Linear4bit,)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is no DTensor and no other subclass with a mind of its own."""
+    kind = type(tensor)
+    return kind is nn.Parameter or kind is Tensor or kind.__name__ in ("Params4bit", "Int8Params")
+
+
+def why_plain(base: nn.Module) -> str | None:
+    """Why LoRA on this base cannot be fused; None if it can."""
+    kind = type(base)
+    if kind in _DENSE:
+        return None if base.weight.is_floating_point() else f"its base weight is {base.weight.dtype}"
+    if kind in _FOUR_BIT:
+        state = getattr(base.weight, "quant_state", None)
+        if state is None:
+            return "its 4-bit weight is not quantized yet"
+        if getattr(state, "packing_format_for_cpu", False):
+            return "its 4-bit weight is packed for inference on the CPU"
+        if tuple(state.shape) != (base.out_features, base.in_features):
+            return "its 4-bit weight is stored transposed"
+        return None
+    if kind in _EIGHT_BIT:
+        return "its 8-bit weight is quantized anew at every step" if base.state.has_fp16_weights else None
+    return f"its base layer is a {kind.__name__}"
+
+
+def compute_dtypes(base: nn.Module, x: Tensor) -> "tuple[torch.dtype, torch.dtype] | str":
+    """The dtype to compute in and the dtype of the output, as the base layer chooses them; or why there is none."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if x.dtype == torch.float64:  # autocast leaves float64 alone
+        autocast = None
+    if type(base) in _FOUR_BIT:
+        chosen = base.compute_dtype
+        if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+            chosen = x.dtype
+        return chosen or x.dtype, x.dtype
+    if type(base) in _EIGHT_BIT:
+        return autocast or x.dtype, x.dtype
+    if autocast is not None:
+        return autocast, autocast
+    if x.dtype != base.weight.dtype:
+        return f"its input is {x.dtype} and its weight {base.weight.dtype}"
+    return x.dtype, x.dtype
+
+
+def weight_and_bias(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """`(out, in)` weight, None if quantized, and bias."""
+    if type(base) is nn.Linear:
+        return base.weight, base.bias
+    if type(base) is Conv1D:
+        return base.weight.t(), base.bias
+    return None, base.bias
+
+
+def quantized(base: nn.Module) -> Quantized | None:
+    """How to multiply by a quantized weight; None for a plain one."""
+    if type(base) in _DENSE:
+        return None
+    return Quantized(base, _dense_4bit(base) if type(base) in _FOUR_BIT else _dense_8bit(base))
+
+
+def _dense_4bit(base: Any) -> Any:
+    def dense(dtype: torch.dtype) -> Tensor:
+        weight = base.weight
+        return bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
+
+    return dense
+
+
+def _dense_8bit(base: Any) -> Any:
+    def dense(dtype: torch.dtype) -> Tensor:
+        rows, scales = base.state.CB, base.state.SCB
+        if rows is None:
+            rows, scales = base.weight.CB, base.weight.SCB
+        return rows.to(dtype).mul_((scales / 127.0).unsqueeze(1))
+
+    return dense
