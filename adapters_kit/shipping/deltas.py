@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.adapter import Adapter, is_finite
 from adapters_kit.shipping.skeleton import empty_model, fill
@@ -71,7 +72,7 @@ class Attached:
         model: the `PeftModel`; base parameters on the meta device, the adapter's real, in float32.
         base: the bare model inside, its modules replaced by peft's.
         bare: the same model untouched, for its names.
-        places: parameter name -> the module of `base` that owns it.
+        owners: parameter or buffer name -> the module of `base` that owns it.
         units: the modules that change.
         replaced: whole parameters that the adapter brings along (biases, resized embeddings), by name in the base.
         tied: name -> all names of the same parameter, for parameters with several names.
@@ -81,7 +82,7 @@ class Attached:
     model: PeftModel
     base: PreTrainedModel
     bare: PreTrainedModel
-    places: dict[str, nn.Module]
+    owners: dict[str, nn.Module]
     units: list[Unit]
     replaced: dict[str, torch.Tensor]
     tied: dict[str, tuple[str, ...]]
@@ -100,16 +101,14 @@ def fit_config(kind: type, config: PretrainedConfig, adapter: Adapter) -> PreTra
     """The empty model, with the vocabulary and the number of labels of the parameters that the adapter brings along."""
     model = empty_model(kind, config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(),) if hasattr(layer, "weight")}
-    vocabulary = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in embeddings}
-    output = model.get_output_embeddings()
+    sized = {f"{path}.weight" for path in (*embeddings(model), output_embeddings(model)) if path}
+    words = model.config.get_text_config()
     changed = False
     for key, tensor in adapter.weights.items():
         name = key.removeprefix(_PREFIX).replace(".modules_to_save", "").replace(".base_layer", "")
         if tensor.ndim == 0 or name not in shapes or shapes[name] == tuple(tensor.shape):
             continue
-        is_head = output is not None and model.get_submodule(name.rpartition(".")[0]) is output
-        if name in vocabulary or is_head:
+        if name in sized and shapes[name][0] == getattr(words, "vocab_size", None):
             config.get_text_config().vocab_size = tensor.shape[0]
         elif not adapter.record:
             config.num_labels = tensor.shape[0]
@@ -144,6 +143,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     base = copy.deepcopy(bare)
     originals = {module: path for path, module in base.named_modules()}
     tied = tied_names(base)
+    computed = {id(parameter) for parameter in base.parameters() if not parameter.is_meta}
     peft_config = copy.deepcopy(adapter.config)
     peft_config.inference_mode = True
     if getattr(peft_config, "init_lora_weights", None) is not None:
@@ -160,16 +160,16 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
             f"{len(result.unexpected_keys)} tensors of {adapter.folder} match nothing in {type(base).__name__}, such "
             f"as {result.unexpected_keys[0]!r}. The adapter belongs to another base, or its config names other targets."
         )
-    places = {
+    owners = {
         f"{path}.{leaf}" if path else leaf: module
         for module, path in originals.items()
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
     }
     replaced: dict[str, torch.Tensor] = {}
-    for name, module in places.items():
-        parameter = module._parameters[name.rpartition(".")[2]]
-        if not parameter.is_meta:
+    for name, module in owners.items():
+        parameter = module._parameters.get(name.rpartition(".")[2])
+        if parameter is not None and not parameter.is_meta and id(parameter) not in computed:
             replaced = dict.fromkeys(tied.get(name, (name,)), parameter.data) | replaced
     own = {id(parameter) for module in originals for parameter in module._parameters.values()}
     missing = [name for name, p in model.named_parameters() if p.is_meta and id(p) not in own]
@@ -181,7 +181,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     units = list(_units(base, originals))
     if not units and not replaced:
         raise ShippingError(f"{adapter.folder} changes nothing in {type(base).__name__}.")
-    return Attached(model, base, bare, places, units, replaced, tied, config)
+    return Attached(model, base, bare, owners, units, replaced, tied, config)
 
 
 def _load(model: PeftModel, weights: dict[str, torch.Tensor]) -> Any:

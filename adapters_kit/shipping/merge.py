@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ def merge(
             if verify != "off":
                 report.check = compare(job, stage, batches=2 if verify == "sample" else 8)
         shutil.rmtree(work, ignore_errors=True)
-        write_manifest(stage, {"adapter": str(read.folder), "base": str(source)})
+        check = None if report.check is None else asdict(report.check)
+        write_manifest(stage, {"adapter": str(read.folder), "base": str(source), "check": check})
     return report
 
 
@@ -239,8 +240,9 @@ def _write_config(job: Job, stage: Path, dtype: torch.dtype | None) -> None:
     if old.num_labels != new.num_labels:
         changes |= {"id2label": {str(k): v for k, v in new.id2label.items()}, "label2id": new.label2id}
     text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else None
-    if old.get_text_config().vocab_size != new.get_text_config().vocab_size:
-        (raw if text is None else text)["vocab_size"] = new.get_text_config().vocab_size
+    words = getattr(new.get_text_config(), "vocab_size", None)
+    if words != getattr(old.get_text_config(), "vocab_size", None):
+        (raw if text is None else text)["vocab_size"] = words
     if job.untied:
         changes["tie_word_embeddings"] = False
         if text is not None and "tie_word_embeddings" in text:

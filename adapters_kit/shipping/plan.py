@@ -112,7 +112,8 @@ def _reshaped(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
 
 
 def _check_complete(attached: deltas.Attached, origins: Mapping[str, Origin], shapes: Shapes, folder: Path) -> None:
-    names = {name for name, _ in attached.bare.named_parameters(remove_duplicate=False)}
+    parameters = attached.bare.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in parameters if parameter.is_meta}
     missing = names - origins.keys() - shapes.keys()
     missing |= {f"{unit.path}.{name}" for unit in attached.units for name in unit.wanted} - origins.keys()
     if missing:

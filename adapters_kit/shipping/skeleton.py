@@ -5,6 +5,7 @@ names; a prefix more or less). Its own conversion rules are applied here tensor 
 """
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,18 @@ def empty_model(kind: type, config: PretrainedConfig, trust_remote_code: bool = 
         else:
             model = kind._from_config(config, dtype=torch.float32)
     model.tie_weights()
+    _make_fixed(model)
     return model.eval().requires_grad_(False)
+
+
+def _make_fixed(model: PreTrainedModel) -> None:
+    """Give values to parameters that are computed, not trained, and so are in no checkpoint (sinusoidal positions)."""
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_save or []]
+    for name, parameter in list(model.named_parameters()):
+        if any(pattern.search(name) for pattern in patterns):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            fill(model, {name: torch.empty_like(parameter, device="cpu")})
+            model._init_weights(owner)
 
 
 def base_config(folder: Path, adapter: Adapter | None = None) -> PretrainedConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters_kit.anatomy import blocks, probe_inputs
+from adapters_kit.anatomy import blocks, probe_inputs, routers
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.checkpoint import open_checkpoint
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
@@ -38,6 +38,7 @@ class Comparison:
             moved at random within half a unit in the last place.
         dtype: of the changed weights.
         values: number of outputs compared.
+        routed: whether the model has routers.
     """
 
     largest: float
@@ -48,10 +49,14 @@ class Comparison:
     floor_kl: float | None
     dtype: str
     values: int
+    routed: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.largest <= MARGIN * self.floor_largest and self.mean <= MARGIN * self.floor_mean
+        """Within the margin. A router may send a token elsewhere for the last bit of a weight, so that single outputs
+        of a mixture of experts jump; there the mean decides."""
+        within = self.mean <= MARGIN * self.floor_mean
+        return within and (self.routed or self.largest <= MARGIN * self.floor_largest)
 
     def __str__(self) -> str:
         kl = "" if self.kl is None else f", KL {self.kl:.1e} ({self.floor_kl:.1e})"
@@ -87,7 +92,9 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
             dtype = max((checkpoint.tensors[name].dtype for name in checkpoint.tensors), key=_count(checkpoint))
     largest, mean, kl, values = _difference(expected, got)
     floor = _difference(got, moved)
-    result = Comparison(largest, mean, kl, *floor[:3], dtype=dtype, values=values)
+    result = Comparison(
+        largest, mean, kl, *floor[:3], dtype=dtype, values=values, routed=bool(routers(job.attached.bare))
+    )
     if not result.passed:
         raise ShippingError(f"The merged model is not the trained one. {result} Nothing was written.")
     return result
@@ -109,7 +116,8 @@ def vary(model: nn.Module, seed: int) -> Outputs:
     """Inputs that the model runs on: `ROWS` rows of random tokens, pixels or sound."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
-    tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    longest = getattr(config, "max_position_embeddings", None) or TOKENS
+    tokens = min(TOKENS, longest) if longest > 0 else TOKENS  # XLNet says -1: no limit
     smallest = probe_inputs(base, tokens)
     pool = probe_inputs(base, 200)
     generator = torch.Generator().manual_seed(seed)
@@ -145,14 +153,12 @@ def _reference(job: Job) -> Iterator[nn.Module]:
     inside = tuple(unit.path + "." for unit in attached.units)
     plain = {
         name: module
-        for name, module in attached.places.items()
-        if not name.startswith(inside) and module._parameters[name.rpartition(".")[2]].is_meta
+        for name, module in attached.owners.items()
+        if not name.startswith(inside) and _is_empty(module, name)
     }
     for name, buffer in attached.bare.named_buffers():
         if name in job.origins:
-            path, _, leaf = name.rpartition(".")
-            owner = attached.base.get_submodule(path)
-            owner._buffers[leaf] = job.read(name).to(buffer.dtype)
+            attached.owners[name]._buffers[name.rpartition(".")[2]] = job.read(name).to(buffer.dtype)
 
     def put(names: Iterable[str]) -> None:
         for name in names:
@@ -181,6 +187,11 @@ def _reference(job: Job) -> Iterator[nn.Module]:
         yield attached.model
 
 
+def _is_empty(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name.rpartition(".")[2])
+    return parameter is not None and parameter.is_meta
+
+
 @contextmanager
 def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.Module]:
     """The model of a checkpoint in float32; parameters in `moved` are shifted within half a unit in the last place."""
@@ -189,8 +200,8 @@ def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.M
         keeper = next((other for other in names if other in origins), None)
         if keeper is not None:
             origins.setdefault(name, origins[keeper])
-    names = dict(model.named_parameters(remove_duplicate=False))
-    missing = names.keys() - origins.keys()
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    missing = names - origins.keys()
     if missing or unused:
         raise ShippingError(f"The merged folder is incomplete or has strangers: {sorted(missing)[:3]}, {unused[:3]}.")
     for name, buffer in list(model.named_buffers()):
