@@ -110,11 +110,14 @@ def load(
         )
         options["dtype"] = torch.bfloat16 if dtype is None else as_dtype(dtype)
     try:
-        model, _ = auto_class.from_pretrained(source.location, **options)
+        model, report = auto_class.from_pretrained(source.location, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"Cannot load {source.name}: {error}") from error
-    if task in LABELLED and model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = _first(model.config.get_text_config().eos_token_id)
+    text = model.config.get_text_config()
+    # Image models have no tokens at all.
+    if task in LABELLED and getattr(text, "eos_token_id", None) is not None and text.pad_token_id is None:
+        text.pad_token_id = _first(text.eos_token_id)
+    model.fresh_modules = _fresh_modules(model, report)
     return model
 
 
@@ -249,6 +252,20 @@ def _set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {label: index for index, label in enumerate(names)}
+
+
+def _fresh_modules(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    """The outermost modules of which the checkpoint held nothing (or nothing of the right shape): they are random.
+
+    `wrap` trains and saves them with the adapter.
+    """
+    fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    found: list[str] = []
+    for path, module in model.named_modules():
+        keys = [f"{path}.{key}" for key, _ in module.named_parameters()]
+        if path and keys and fresh.issuperset(keys) and not any(path.startswith(outer + ".") for outer in found):
+            found.append(path)
+    return found
 
 
 def _read_config(source: Source, *, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

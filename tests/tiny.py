@@ -185,7 +185,8 @@ FAMILIES: dict[str, Family] = {
         "vision",
         "CLIPConfig",
         "CLIPForImageClassification",
-        {"vision_config": {**LAYERS, "image_size": 16, "patch_size": 8}, "projection_dim": 64, "num_labels": 3},
+        {"vision_config": {**LAYERS, "image_size": 16, "patch_size": 8}, "text_config": {**TOKENS, **LAYERS}}
+        | {"projection_dim": 64, "num_labels": 3},
     ),
     # audio
     "whisper": Family(
