@@ -1,5 +1,6 @@
 """Where the blocks, branches, linears, experts, embeddings and head of a transformers model are, found by structure."""
 
+from adapters_kit.anatomy.layout import Block, Branch, Linear, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.structure import (
     base_model,
@@ -11,14 +12,21 @@ from adapters_kit.anatomy.structure import (
     output_embeddings,
     routers,
 )
+from adapters_kit.anatomy.writers import map_model
 
 __all__ = [
+    "Block",
+    "Branch",
+    "Linear",
+    "ModelMap",
+    "Tap",
     "base_model",
     "block_linears",
     "blocks",
     "embeddings",
     "expert_parameters",
     "head",
+    "map_model",
     "output_embeddings",
     "probe_inputs",
     "routers",
