@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from adapters_kit.errors import AdapterError, did_you_mean
+from adapters_kit.errors import AdapterError, DataError, did_you_mean
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,6 +19,16 @@ class _Parser(argparse.ArgumentParser):
         sys.stderr.write(f"adapters-kit: {message}\nTry: {self.prog} --help\n")
         raise SystemExit(2)
 
+    def format_help(self) -> str:
+        """The usual help, and for verbs that take them every recipe key with its meaning."""
+        text = super().format_help()
+        if not self.get_default("takes_recipe_keys"):
+            return text
+        from adapters_kit.recipe import known_flags
+
+        lines = [f"  --{key}\n      {' '.join(meaning.split())}" for key, meaning in known_flags().items()]
+        return f"{text}\nrecipe keys:\n" + "\n".join(lines) + "\n"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a mistake in what was asked, 130 when interrupted."""
@@ -24,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, verbs = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
         parser.error(f"there is no verb {arguments[0]!r}. {did_you_mean(arguments[0], verbs)}")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.takes_recipe_keys:
-        verb = verbs[options.verb]
-        flags = [flag for action in verb._actions for flag in action.option_strings if flag.startswith("--")]
-        verb.error(f"{options.verb} takes no {rest[0]!r}. {did_you_mean(rest[0], flags)}")
+    verb = verbs.get(arguments[0]) if arguments else None
+    flags = _take_recipe_flags(verb, arguments) if verb and verb.get_default("takes_recipe_keys") else []
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        verbs[options.verb].error(
+            f"unknown argument {unknown[0]!r}. {did_you_mean(unknown[0], _flags(verbs[options.verb]))}"
+        )
     try:
-        options.run(options, rest) if options.takes_recipe_keys else options.run(options)
+        options.run(options, flags) if options.takes_recipe_keys else options.run(options)
     except AdapterError as error:
         sys.stderr.write(f"adapters-kit: {error}\n")
         return 2
@@ -38,6 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("adapters-kit: interrupted\n")
         return 130
     return 0
+
+
+def _flags(verb: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in verb._actions for flag in action.option_strings]
+
+
+def _take_recipe_flags(verb: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
+    """Moves keys such as `--method.r 16` out of `arguments`; argparse would take their values for positionals."""
+    from adapters_kit.recipe import known_flags
+
+    own, keys = _flags(verb), known_flags()
+    taken: list[str] = []
+    position = 1
+    while position < len(arguments):
+        word = arguments[position]
+        name = word.partition("=")[0]
+        if not word.startswith("--") or name in own:
+            position += 1
+            continue
+        if name[2:].partition(".")[0] not in keys:
+            verb.error(f"unknown argument {name!r}. {did_you_mean(name, [*own, *(f'--{key}' for key in keys)])}")
+        has_value = "=" not in word and position + 1 < len(arguments) and not arguments[position + 1].startswith("--")
+        taken += arguments[position : position + 1 + has_value]
+        del arguments[position : position + 1 + has_value]
+    return taken
 
 
 def methods(options: argparse.Namespace) -> None:
@@ -55,6 +94,73 @@ def methods(options: argparse.Namespace) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
+def train(options: argparse.Namespace, flags: list[str]) -> None:
+    """Train a recipe. Every key of the recipe is a flag too: --method.r 16 --training.learning_rate 1e-4"""
+    from adapters_kit.recipe import Recipe
+
+    recipe = Recipe.read(options.recipe, flags)
+    if options.print_recipe:
+        print(recipe.to_yaml(), end="")
+        return
+    out = options.out or Path("runs") / (options.recipe.stem if options.recipe else recipe.method.name)
+    from adapters_kit.training.trainer import train as run_training
+
+    run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)
+    _show_metrics(run.metrics)
+    print(f"Run folder: {run.path}   adapter: {run.adapter}")
+
+
+def evaluate(options: argparse.Namespace, flags: list[str]) -> None:
+    """Score a run, an adapter or a plain model on held-out data."""
+    from adapters_kit.recipe import keys_of
+
+    keys = keys_of(flags)
+    from adapters_kit.training.using import evaluate as score
+
+    _show_metrics(score(options.name, options.data, **keys))
+
+
+def predict(options: argparse.Namespace, flags: list[str]) -> None:
+    """Answers of a run, an adapter or a plain model, one JSON object a line."""
+    from adapters_kit.recipe import keys_of
+
+    if bool(options.text) == bool(options.data):
+        raise DataError("Give either texts or --data FILE: adapters-kit predict runs/x 'a text' 'another'")
+    keys = keys_of(flags)
+    if options.out and options.out.exists():
+        raise DataError(f"{options.out} exists already; predictions never overwrite a file. Choose another --out.")
+    from adapters_kit.training.using import predict as answer
+
+    answers = answer(options.name, options.data or options.text, **keys)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    if options.out:
+        options.out.write_text(lines, encoding="utf-8")
+        print(f"{len(answers)} predictions in {options.out}")
+    else:
+        print(lines, end="")
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Fold an adapter into its base model's weights, and prove that both compute the same."""
+    from adapters_kit.shipping.merge import merge as fold
+
+    report = fold(
+        options.adapter,
+        options.out,
+        base=options.base,
+        dtype=options.dtype,
+        verify=options.verify,
+        overwrite=options.overwrite,
+    )
+    print(report)
+
+
+def _show_metrics(metrics: dict[str, object]) -> None:
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="adapters-kit",
@@ -62,13 +168,39 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, function, recipe_keys: bool = False) -> _Parser:
+    def verb(function: Callable, name: str = "", recipe_keys: bool = False) -> _Parser:
         summary = function.__doc__.splitlines()[0]
+        name = name or function.__name__
         made = subparsers.add_parser(name, help=summary, description=function.__doc__, allow_abbrev=False)
         made.set_defaults(run=function, takes_recipe_keys=recipe_keys)
         return made
 
-    verb("methods", methods)
+    verb(methods)
+
+    made = verb(train, recipe_keys=True)
+    made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")
+    made.add_argument("--out", type=Path, help="run folder (default: runs/ and the recipe's name)")
+    made.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    made.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
+    made.add_argument("--print-recipe", action="store_true", help="print the effective recipe and stop")
+
+    made = verb(evaluate, "eval", recipe_keys=True)
+    made.add_argument("name", help="run folder, adapter folder, or a model with --task")
+    made.add_argument("--data", help="file, folder or hub id (default: the run's own held-out data)")
+
+    made = verb(predict, recipe_keys=True)
+    made.add_argument("name", help="run folder, adapter folder, or a model with --task")
+    made.add_argument("text", nargs="*", help="inputs")
+    made.add_argument("--data", help="file or folder of inputs")
+    made.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+
+    made = verb(merge)
+    made.add_argument("adapter", help="adapter folder, such as runs/x/adapter")
+    made.add_argument("out", help="model folder to write")
+    made.add_argument("--base", help="base model (default: the one that the adapter names)")
+    made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
+    made.add_argument("--verify", choices=["sample", "full", "off"], default="sample", help="how much to compare")
+    made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     return parser, subparsers.choices
 
 

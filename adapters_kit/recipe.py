@@ -252,6 +252,27 @@ def known_flags() -> dict[str, str]:
     return found
 
 
+def keys_of(flags: Sequence[str]) -> dict[str, Any]:
+    """Flags as dotted keys and values: ["--training.seed", "1"] -> {"training.seed": 1}.
+
+    Raises:
+        RecipeError: a key that no recipe has.
+    """
+    fields: dict[str, Any] = {}
+    places: dict[tuple[str, ...], Place] = {}
+    problems = parse_flags(flags, fields, places, known_flags())
+    if problems:
+        raise RecipeError([f"{place.text}: {text}" for place, text in problems], "the flags")
+
+    def value(path: tuple[str, ...]) -> Any:
+        inside: Any = fields
+        for part in path:
+            inside = inside[part]
+        return inside
+
+    return {".".join(path): value(path) for path in places}
+
+
 def schema() -> dict[str, Any]:
     """JSON schema of the recipe file, for editors: `data` and `method` may be plain strings there."""
     made = Recipe.model_json_schema()
