@@ -67,17 +67,18 @@ def read_config(folder: Path) -> Any:
         ShippingError: no adapter there, or a method that this installation does not know.
     """
     from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from adapters_kit.peft_plugin import peft_methods
 
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
         raise ShippingError(f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
     kind = read_json(folder / CONFIG).get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if str(kind).lower() not in peft_methods():
         _register_ours()
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        hint = did_you_mean(str(kind), (name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING))
+    if str(kind).lower() not in peft_methods():
+        hint = did_you_mean(str(kind), (name.upper() for name in peft_methods()))
         raise ShippingError(
             f"{folder / CONFIG} is of type {kind!r}, which is not known here. {hint} "
             "If another package provides it, install that package."
