@@ -9,6 +9,7 @@ Names are imported when first used, so that `import adapters_kit` costs millisec
 import importlib
 
 from adapters_kit import peft_hook
+from adapters_kit.noise import quiet
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
@@ -32,6 +33,8 @@ _HOME = {
 
 __all__ = sorted([*_HOME, "__version__"])
 __version__ = "0.1.0"
+
+quiet()
 
 
 def __getattr__(name: str):
