@@ -55,7 +55,7 @@ def train(
     model, processor = load_base(recipe, task)
     recipe = filled_in(recipe, task)
     if resume:
-        _same_recipe(out, recipe)
+        recipe = _begun_recipe(out, recipe)
     train_features, test_features = task.encode(splits.train), task.encode(splits.test)
     console.print(
         f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out",
@@ -82,6 +82,7 @@ def train(
     PartialState().wait_for_everyone()
 
     trainer, seconds = _fit(model, task, recipe, train_features, test_features, processor, out, resume, console)
+    recipe = trainer.recipe
     results = trainer.results_of_kept()
     metrics = {
         **{f"base_{name}": value for name, value in base.items()},
@@ -144,7 +145,12 @@ def _fit(
         accumulation = recipe.training.gradient_accumulation * 2
         changes = {"training.batch_size": (size + 1) // 2, "training.gradient_accumulation": accumulation}
         recipe = recipe.changed(**changes)
-        console.print(f"out of memory: going on with {changes}", highlight=False, soft_wrap=True)
+        console.print(f"out of memory: beginning again with {changes}", highlight=False, soft_wrap=True)
+        resume = False
+        if PartialState().is_main_process:
+            # Checkpoints of another batch size count other steps.
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+            report.write(out / "recipe.yaml", recipe.to_yaml())
         del trainer
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -284,6 +290,7 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
+        use_cpu=not torch.cuda.is_available(),
         bf16=kind == "bf16",
         fp16=kind == "fp16",
         eval_strategy="steps" if evaluate_every else "no",
@@ -331,15 +338,18 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _same_recipe(out: Path, recipe: Recipe) -> None:
-    """Refuses to resume a run under another recipe: the result would be neither's."""
+def _begun_recipe(out: Path, recipe: Recipe) -> Recipe:
+    """The recipe that the run in `out` was begun with; another one is refused: the result would be neither's."""
     if not (out / "recipe.yaml").is_file():
-        return
-    before, now = _flat(Recipe.read(out / "recipe.yaml").model_dump()), _flat(recipe.model_dump())
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return recipe
+    begun = Recipe.read(out / "recipe.yaml")
+    before, now = _flat(begun.model_dump()), _flat(recipe.model_dump())
+    own = {"training.batch_size", "training.gradient_accumulation"} if recipe.training.auto_batch else set()
+    changed = [key for key in {**before, **now} if key not in own and before.get(key) != now.get(key)]
     if changed:
         told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
         raise TrainingError(f"{out} was begun with another recipe, and resuming needs the same. Changed: {told}.")
+    return begun
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
