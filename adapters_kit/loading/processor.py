@@ -1,0 +1,39 @@
+"""The tokenizer, image processor or feature extractor that goes with a model."""
+
+import os
+from typing import Any
+
+import transformers
+
+from adapters_kit.errors import ModelError
+from adapters_kit.loading.source import find
+
+
+def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, image processor, feature extractor or combined processor that goes with the model called `name`.
+
+    A tokenizer without a padding token pads with its end-of-text token, so that batches work; the attention mask tells
+    padding from text.
+
+    Args:
+        name: hub id, local folder, or the path of a .gguf file.
+
+    Raises:
+        UnknownNameError: no such local path.
+        ModelError: no processor files there.
+    """
+    source = find(name)
+    options = {"trust_remote_code": trust_remote_code, **source.options(revision)}
+    auto_class = transformers.AutoTokenizer if source.gguf_file else transformers.AutoProcessor
+    try:
+        processor = auto_class.from_pretrained(source.location, **options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"No tokenizer or processor for {source.name}: {reason} Copy the processor files of the original model "
+            "beside the weights, or name the model they come from."
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor

@@ -1,0 +1,27 @@
+"""Two messages of bitsandbytes that say nothing to the user, left out. All its other messages come through."""
+
+import logging
+
+_NOISE = {
+    # Once for every int8 product in evaluation: thousands of lines.
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast from",
+    # At every import of peft on a CPU with AVX512-bf16, about an inference kernel that adapters_kit turns off.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
+
+
+class _StartsWith(logging.Filter):
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.start)
+
+
+def quiet() -> None:
+    """Install the filters; more than once does no harm."""
+    for name, start in _NOISE.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _StartsWith) for known in logger.filters):
+            logger.addFilter(_StartsWith(start))

@@ -1,0 +1,280 @@
+"""4- and 8-bit linears through bitsandbytes, kept correct: what is quantized, and what bitsandbytes gets wrong.
+
+    nf4, fp4   4 bits a weight and a scale for every 64 of them (Dettmers et al. 2023, arXiv:2305.14314)
+    int8       8 bits a weight and a scale for every row (Dettmers et al. 2022, arXiv:2208.07339)
+
+Two faults of bitsandbytes on CPU (seen in 0.50.2) are dealt with here. A forward pass without gradients repacks 4-bit
+weights into a layout that backward, merging and `dequantize_4bit` misread: `keep_layout`. And rows whose length is a
+multiple of 16 but not of 64 are unpacked with the wrong scales: `check_sizes` tries each size before it is used.
+"""
+
+import ctypes
+import importlib.metadata
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from adapters_kit.anatomy import block_linears
+from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
+
+KINDS = ("nf4", "fp4", "int8")
+OLDEST = "0.49.0"
+BLOCK = 64  # weights that share a scale in 4-bit formats
+TRIM_EVERY = 8 << 20  # bytes quantized between two calls of malloc_trim
+
+
+def check_kind(quantize: str) -> None:
+    """Raises:
+    UnknownNameError: not one of `KINDS`.
+    MissingPackageError: bitsandbytes is absent, too old, or its native library does not load.
+    """
+    if quantize not in KINDS:
+        raise UnknownNameError(f"Unknown quantize={quantize!r}. {did_you_mean(str(quantize), KINDS)}")
+    try:
+        version = importlib.metadata.version("bitsandbytes")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingPackageError(
+            f'quantize="{quantize}" needs bitsandbytes: pip install "bitsandbytes>={OLDEST}"'
+        ) from None
+    if Version(version) < Version(OLDEST):
+        raise MissingPackageError(
+            f'bitsandbytes {version} is too old for quantize="{quantize}": pip install -U "bitsandbytes>={OLDEST}"'
+        )
+    try:
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except Exception as error:  # a broken installation fails in many ways
+        raise MissingPackageError(
+            f"bitsandbytes {version} cannot be imported ({error}): pip install --force-reinstall bitsandbytes"
+        ) from error
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        raise MissingPackageError(
+            f"bitsandbytes {version} has no native library for this machine (torch {torch.__version__}): "
+            "`python -m bitsandbytes` shows what it looked for."
+        )
+
+
+def bnb_config(
+    quantize: str,
+    *,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    double_quant: bool = True,
+    quant_storage: torch.dtype = torch.uint8,
+    skip: Sequence[str] = (),
+) -> BitsAndBytesConfig:
+    """transformers' config for one of `KINDS`.
+
+    Args:
+        compute_dtype: dtype of the matrix products with 4-bit weights.
+        double_quant: quantize the scales of 4-bit blocks too (0.37 bit less per weight).
+        quant_storage: dtype that packed 4-bit weights pretend to have. FSDP wants that of the other weights.
+        skip: modules to leave alone, as `modules_to_leave` gives them.
+    """
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_storage=quant_storage,
+        llm_int8_skip_modules=list(skip),
+    )
+
+
+def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
+    """Paths of the linears to quantize: those of the blocks, without routers and without `skip`.
+
+    Args:
+        model: may be on the meta device.
+        skip: full paths, or ends of paths ("o_proj", "mlp.down_proj"), or parents ("model.layers.0").
+
+    Raises:
+        UnknownNameError: an entry of `skip` matches none of them.
+        ModelError: the blocks hold no linear that bitsandbytes could replace.
+    """
+    # transformers replaces exactly these classes; a subclass may compute something else.
+    found = [path for path in block_linears(model) if type(model.get_submodule(path)) in (nn.Linear, Conv1D)]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no linear layers in its blocks; load it without quantize.")
+    for entry in skip:
+        if not any(_names(entry, path) for path in found):
+            parts = {part for path in found for part in (path, path.rpartition(".")[2])}
+            raise UnknownNameError(f"skip={entry!r} matches no linear of the blocks. {did_you_mean(entry, parts)}")
+    return [path for path in found if not any(_names(entry, path) for entry in skip)]
+
+
+def modules_to_leave(model: nn.Module, wanted: Collection[str]) -> list[str]:
+    """What transformers must be told to skip so that exactly `wanted` is quantized (it would take every linear).
+
+    Plain paths, as other readers of the config expect them; an anchored pattern where a plain path would, by
+    transformers' rules, take a wanted layer along ("score" is also the end of "layers.0.score").
+    """
+    wanted = set(wanted)
+    leave = []
+    for path, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and path not in wanted:
+            clashes = any(not should_convert_module(other, [path]) for other in wanted)
+            leave.append(f"^{re.escape(path)}$" if clashes else path)
+    return leave
+
+
+def check_sizes(model: nn.Module, paths: Sequence[str], quantize: str, device: str = "cpu") -> None:
+    """Refuse layers that bitsandbytes would compute wrongly, or only through a compiler, on this device.
+
+    Raises:
+        ModelError: naming them, with the two ways out.
+    """
+    if quantize == "int8":
+        return
+    bad: dict[int, list[str]] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        width = module.nx if isinstance(module, Conv1D) else module.in_features
+        if not unpacks_right(width, quantize, device):
+            bad.setdefault(width, []).append(path)
+    if bad:
+        names = sorted({path.rpartition(".")[2] for paths in bad.values() for path in paths})
+        widths = ", ".join(map(str, sorted(bad)))
+        raise ModelError(
+            f'quantize="{quantize}": bitsandbytes on {device} unpacks rows of {widths} weights wrongly (a multiple of '
+            f'{BLOCK} is safe); they are in {", ".join(names[:8])}. Use quantize="int8", or leave them out: '
+            f"skip={names[:8]}."
+        )
+
+
+@cache
+def unpacks_right(width: int, quantize: str, device: str = "cpu") -> bool:
+    """Whether 4-bit rows of `width` weights come back as their codes and scales say. Tried, not assumed."""
+    if width % BLOCK == 0:
+        return True
+    if width % 2:
+        return False  # computed by code that bitsandbytes compiles on the spot
+    from bitsandbytes import functional
+
+    weight = torch.randn(33, width, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type=quantize)
+    nibbles = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: weight.numel()]
+    scales = state.absmax.repeat_interleave(BLOCK)[: weight.numel()]
+    expected = (state.code[nibbles.long()] * scales).view_as(weight)
+    return torch.allclose(functional.dequantize_4bit(packed, state), expected, atol=1e-5)
+
+
+def keep_layout(model: nn.Module) -> int:
+    """Stop bitsandbytes from repacking 4-bit weights on CPU, and undo it where it already happened.
+
+    Repacked weights are still read by `backward`, by `dequantize_4bit` and so by merging as if they were not: training
+    after an evaluation then follows wrong gradients, without an error. Cheap, and safe to call again.
+
+    Returns:
+        How many layers had to be unpacked. Their scales went through bf16, a relative error of up to 0.4 %; zero for a
+        model that `load` returned.
+    """
+    unpacked = 0
+    for module in four_bit_layers(model):
+        module.support_avx512bf16_for_cpu = False
+        state = module.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                module.weight.data, state
+            )
+            module.quant_state = module.weight.quant_state
+            unpacked += 1
+    return unpacked
+
+
+def four_bit_layers(model: nn.Module) -> Iterator[Any]:
+    """The model's `bitsandbytes.nn.Linear4bit` modules."""
+    # By name: a model without them must not need the package.
+    return (module for module in model.modules() if "Linear4bit" in {cls.__name__ for cls in type(module).__mro__})
+
+
+def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndBytesConfig) -> None:
+    """Replace the linears at `paths` of a loaded model one after another: the peak is one layer above the start.
+
+    For weights that transformers cannot quantize while reading them (GGUF files). The model then counts as quantized
+    and saves like any other.
+    """
+    import bitsandbytes as bnb
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    trimmer = Trimmer()
+    for path in paths:
+        old = model.get_submodule(path)
+        weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
+        rows, width = weight.shape
+        if config.load_in_8bit:
+            new = bnb.nn.Linear8bitLt(
+                width,
+                rows,
+                old.bias is not None,
+                has_fp16_weights=False,
+                threshold=config.llm_int8_threshold,
+                device="meta",
+            )
+            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        else:
+            new = bnb.nn.Linear4bit(
+                width,
+                rows,
+                old.bias is not None,
+                config.bnb_4bit_compute_dtype,
+                compress_statistics=config.bnb_4bit_use_double_quant,
+                quant_type=config.bnb_4bit_quant_type,
+                quant_storage=config.bnb_4bit_quant_storage,
+                device="meta",
+            )
+            options = {**new.weight.__dict__, "module": new}
+            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options).to(weight.device)
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.data, requires_grad=False)
+        new.source_cls = type(old)
+        new.train(old.training)
+        old.weight = None  # the old copy goes before the next one is made
+        model.set_submodule(path, new)
+        trimmer(weight.nbytes)
+        del weight
+    trimmer.now()
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    quantizer.postprocess_model(model)
+
+
+class Trimmer:
+    """Gives freed memory back to the system from time to time, where the C library is glibc.
+
+    Quantizing makes several fp32 temporaries of each weight; freed, they stay in the heap between the small results and
+    add up to more than the model.
+    """
+
+    def __init__(self) -> None:
+        self.read = 0
+        try:
+            self.trim = ctypes.CDLL(None).malloc_trim
+        except (OSError, AttributeError, TypeError):  # macOS, Windows, musl
+            self.trim = None
+
+    def __call__(self, nbytes: int) -> None:
+        self.read += nbytes
+        if self.read >= TRIM_EVERY:
+            self.now()
+
+    def now(self) -> None:
+        self.read = 0
+        if self.trim is not None:
+            self.trim(0)
+
+
+def _names(entry: str, path: str) -> bool:
+    return f".{path}.".endswith(f".{entry}.") or path.startswith(f"{entry}.")
