@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.methods import find_method
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
@@ -41,6 +42,7 @@ def wrap(
     method: str | Path | PeftConfig = "lora",
     *,
     adapter_name: str = "default",
+    fuse: bool = True,
     **overrides: Any,
 ) -> PeftModel:
     """Freeze `model` and add a trainable adapter to it.
@@ -49,6 +51,7 @@ def wrap(
         model: any `transformers` model, or a `PeftModel`, which then gets one adapter more and activates it.
         method: a short name (see `methods()`), any peft config object, or the folder of a saved adapter.
         adapter_name: the adapter's name in the model.
+        fuse: let LoRA layers compute as fused nodes where they can (see `fuse`): the same numbers with less memory.
         **overrides: options of the method's peft config, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Returns:
@@ -72,19 +75,23 @@ def wrap(
                     f"{folder} is a saved adapter, whose options are fixed; {sorted(overrides)} cannot be changed. "
                     "Leave them out."
                 )
-            return _load_adapter(model, folder, adapter_name)
-        base = model.get_base_model() if wrapped else model
-        config = build_config(base, method, **overrides)
-        if not wrapped:
-            return _inject(get_peft_model, model, config, adapter_name=adapter_name)
-        if config.peft_type != model.peft_type:
-            raise AdapterError(
-                f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} beside "
-                "them. Wrap a fresh model, or make both adapters of one kind."
-            )
-        _inject(model.add_adapter, adapter_name, config)
-        model.set_adapter(adapter_name)
-        return model
+            model = _load_adapter(model, folder, adapter_name)
+        else:
+            base = model.get_base_model() if wrapped else model
+            config = build_config(base, method, **overrides)
+            if not wrapped:
+                model = _inject(get_peft_model, model, config, adapter_name=adapter_name)
+            elif config.peft_type != model.peft_type:
+                raise AdapterError(
+                    f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} "
+                    "beside them. Wrap a fresh model, or make both adapters of one kind."
+                )
+            else:
+                _inject(model.add_adapter, adapter_name, config)
+                model.set_adapter(adapter_name)
+    if fuse:
+        fuse_layers(model)
+    return model
 
 
 def build_config(model: nn.Module, method: str | PeftConfig, **overrides: Any) -> PeftConfig:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters_kit.anatomy import map_model
 from adapters_kit.errors import AdapterError
 from adapters_kit.methods.targets import all_linears, lora_linears, lora_linears_and_experts, matches
 from adapters_kit.registry import Method
@@ -81,19 +82,18 @@ def _adalora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ia3(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """Rescale every linear: the input of those that leave the FFN, the output of all others."""
-    from adapters_kit.anatomy import map_model
+    """Rescale keys, values and the input of what leaves the FFN, as the paper does.
 
-    if options.get("target_modules") is None and options.get("feedforward_modules") is None:
-        linears = map_model(model).linears
-        keys_values = [linear.path for linear in linears if linear.role in ("key", "value")]
-        down = [linear.path for linear in linears if linear.role == "down"]
-        options = {**options, "feedforward_modules": down}
-        # Fused projections have no key or value of their own; then every linear is rescaled.
-        options["target_modules"] = [*keys_values, *down] if keys_values and down else [x.path for x in linears]
-    elif options.get("feedforward_modules") is None:
-        options = {**options, "feedforward_modules": []}
-    return transposed(model, options)
+    Where projections are fused (GPT-2's q/k/v), all linears are rescaled: there are no keys and values of their own.
+    """
+    if options.get("target_modules") is not None:
+        return transposed(model, {"feedforward_modules": [], **options})
+    usable = all_linears(model, options)["target_modules"]
+    roles = {linear.path: linear.role for linear in map_model(model).linears if linear.path in usable}
+    down = [path for path, role in roles.items() if role == "down"]
+    keys_values = [path for path, role in roles.items() if role in ("k", "v")]
+    targets = [*keys_values, *down] if keys_values and down else usable
+    return transposed(model, {"feedforward_modules": down, **options, "target_modules": targets})
 
 
 LORA = Method(
