@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera.model import _kaiming_init
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -153,6 +154,12 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
         model = wrapper(base, peft_config, low_cpu_mem_usage=True).eval()
         weights = {name: _single(tensor) for name, tensor in adapter.weights.items()}
         result = _load(model, weights)
+        _regenerate(model)
+    except NotImplementedError as error:
+        raise ShippingError(
+            f"peft cannot build a {adapter.method} adapter without the weights of its base ({error}). Merge it in "
+            "memory: peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()."
+        ) from error
     except Exception as error:  # peft raises KeyError, RuntimeError, ValueError, TypeError for what does not fit
         raise ShippingError(f"{adapter.folder} does not fit {kind.__name__}: {error}") from error
     if result.unexpected_keys:
@@ -204,6 +211,18 @@ def _load(model: PeftModel, weights: dict[str, torch.Tensor]) -> Any:
     return model.load_state_dict(mapped, strict=False, assign=True)
 
 
+def _regenerate(model: PeftModel) -> None:
+    """Values that peft makes anew at loading because no file holds them."""
+    config, tuner = model.peft_config["default"], model.base_model
+    if getattr(config, "save_projection", True) is False:  # VeRA: random matrices, made from a seed
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        for shared in (tuner.vera_A, tuner.vera_B):
+            shared["default"] = _kaiming_init(tuple(shared["default"].shape), generator=generator)
+    for module in model.modules():
+        if hasattr(module, "ranknum") and "default" in module.ranknum:  # AdaLoRA: the rank that the scale divides by
+            module.ranknum["default"] = nn.Parameter(torch.tensor([float(module.r["default"])]), requires_grad=False)
+
+
 def _single(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -243,14 +262,15 @@ def empty_unit(unit: Unit, names: Sequence[str]) -> None:
 
 
 def merge_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The merged parameters of one unit in float32, by their name in the base model.
+    """The merged parameters of one unit in float32, by their name in the base model. The unit itself stays unmerged.
 
     Raises:
         ShippingError: peft cannot merge this layer, or the sum is not finite.
     """
-    names = unit.wanted
+    layer, base = copy.deepcopy((unit.module, unit.base))
+    unit = Unit(unit.path, layer, base)
+    shapes = unit.shapes
     fill_unit(unit, adapter, read)
-    layer = unit.module
     try:
         if hasattr(layer, "unload_and_optionally_merge_module"):
             result = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
@@ -260,14 +280,8 @@ def merge_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor]
     except Exception as error:
         raise ShippingError(f"{unit.path} cannot be merged: {error}") from error
     merged = {f"{unit.path}.{name}": parameter.data for name, parameter in result.named_parameters()}
-    if merged.keys() != unit.shapes.keys():
-        raise ShippingError(
-            f"{unit.path} has other parameters after merging; it cannot be stored in the base's layout."
-        )
-    for module in layer.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merged_adapters.clear()  # the merged weight is dropped below, so the layer is unmerged again
-    empty_unit(unit, names)
+    if merged.keys() != shapes.keys():
+        raise ShippingError(f"{unit.path} has other parameters after merging, which the base's layout cannot hold.")
     for name, tensor in merged.items():
         if not is_finite(tensor):
             raise ShippingError(f"{name} + {adapter.folder} is not finite: the base or the adapter is broken.")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.adapter import is_finite, read_adapter, read_json
-from adapters_kit.shipping.checkpoint import DTYPES, open_checkpoint
+from adapters_kit.shipping.adapter import Adapter, is_finite, read_adapter, read_json
+from adapters_kit.shipping.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from adapters_kit.shipping.deltas import merge_unit
+from adapters_kit.shipping.identity import differences, wrong_base
 from adapters_kit.shipping.layout import Tensor, write_index
 from adapters_kit.shipping.plan import Job, plan
 from adapters_kit.shipping.skeleton import stored_form
@@ -77,6 +78,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     verify: str = "sample",
     overwrite: bool = False,
+    force: bool = False,
 ) -> MergeReport:
     """Write a model folder that computes what base + adapter computes, without building either.
 
@@ -84,14 +86,20 @@ def merge(
     is copied by the kernel. Memory holds the adapter and the largest changed tensor in float32. `out` appears when
     everything is written and verified, or not at all.
 
+    An adapter that `train` made on a quantized base is merged into the dequantized weights, because they are what it
+    was trained on; `base="original"` takes the original ones and reports how far the result is from the trained model.
+
     Args:
         adapter: a peft adapter folder.
         out: the folder to write; it must not exist or be empty, unless `overwrite`.
-        base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names.
-        dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own.
+        base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
+            takes that one without the quantization of the training.
+        dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own (for a quantized
+            base, that of the training).
         verify: "sample" compares the outputs of merged and base + adapter on two small batches, "full" on eight;
             "off" compares nothing.
         overwrite: replace what `out` holds, in one step at the end.
+        force: merge into a base whose tensors differ from those recorded at training; the report says which.
 
     Returns:
         A report; its text shows the largest difference beside what rounding to the output dtype alone costs.
@@ -104,12 +112,15 @@ def merge(
         raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
     target = as_dtype(dtype)
     read = read_adapter(Path(adapter))
-    source = base_of(read, base)
+    original = base == "original"
+    source = base_of(read, None if original else base)
     with staged(Path(out), overwrite=overwrite) as stage:
         begin = time.perf_counter()
         work = stage / ".base"
         with as_checkpoint(source, work) as folder, open_checkpoint(folder) as checkpoint:
-            job = plan(read, checkpoint, target)
+            notes = _check_base(read, source, checkpoint, force)
+            job = plan(read, checkpoint, target, original)
+            job.notes += notes
             write(job, stage)
             _write_config(job, stage, target)
             _copy_files(folder, read.folder, stage)
@@ -129,6 +140,18 @@ def merge(
         check = None if report.check is None else asdict(report.check)
         write_manifest(stage, {"adapter": str(read.folder), "base": str(source), "check": check})
     return report
+
+
+def _check_base(adapter: Adapter, source: Path, checkpoint: Checkpoint, force: bool) -> list[str]:
+    """Compare the base with the record of the training; what to tell the user."""
+    if not adapter.record.get("tensors"):
+        return [
+            f"{adapter.folder} has no record of its base (adapters_kit.json): nobody checked that it is the right one."
+        ]
+    found = differences(adapter.record, source, checkpoint if source.is_dir() else None)
+    if found and not force:
+        raise wrong_base(adapter.folder, adapter.record, source, found)
+    return [f"Forced onto another base than the recorded one: {line}." for line in found]
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -224,6 +247,10 @@ def _write_changed(job: Job, files: dict[str, int]) -> None:
         write_ready(list(merged))
         for name in merged.keys() - job.written:
             del pending[name]
+    for name in sorted(job.written - set(job.attached.replaced)):
+        if name in job.rounded and not any(name in unit.shapes for unit in job.attached.units):
+            pending[name] = job.read(name)
+            write_ready([name])
     for name in job.added.keys() - job.attached.replaced.keys():
         if not any(name in unit.shapes for unit in job.attached.units):
             put(job.added[name], job.read(name))  # was tied to a weight that changed; keeps the old values

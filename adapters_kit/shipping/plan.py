@@ -3,15 +3,19 @@ reading the weights is refused here, before anything is written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping import deltas
 from adapters_kit.shipping.adapter import Adapter
 from adapters_kit.shipping.checkpoint import Checkpoint
 from adapters_kit.shipping.layout import Layout, lay_out
+from adapters_kit.shipping.quantized import roundtrip
 from adapters_kit.shipping.skeleton import Origin, base_config, model_class, read_parameter, stored_name, trace
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,6 +32,8 @@ class Job:
         renamed: base tensor -> its name in the output, where that differs.
         dropped: base tensors that the trained model has no use for.
         untied: whether embedding and head stop sharing their weight.
+        rounding: how the base was quantized in training (see `identity.quantization`), None if it was not.
+        original: merge into the original weights although the training saw quantized ones.
     """
 
     adapter: Adapter
@@ -40,13 +46,27 @@ class Job:
     dropped: set[str]
     untied: bool
     layout: Layout
+    rounding: dict[str, Any] | None = None
+    original: bool = False
     notes: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> torch.Tensor:
-        """A base parameter by its name in the model, in the dtype that it is stored in."""
+        """A base parameter by its name in the model: as stored, or as the quantized base held it in training."""
         origin = self.origins[name]
         made = read_parameter(self.attached.bare, origin, self.checkpoint.read)
-        return made[name] if name in made else made[origin.parameters[0]]
+        value = made[name] if name in made else made[origin.parameters[0]]
+        return value if self.original or name not in self.rounded else self._round(name, value)
+
+    @cached_property
+    def rounded(self) -> frozenset[str]:
+        """Parameters that the quantized base held in 4 or 8 bit."""
+        return frozenset(f"{path}.weight" for path in (self.rounding or {}).get("modules", ()))
+
+    def _round(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        value = value.to(getattr(torch, self.adapter.record["dtype"]))
+        if isinstance(self.attached.bare.get_submodule(name.rpartition(".")[0]), Conv1D):  # stored transposed
+            return roundtrip(value.T, self.rounding).T
+        return roundtrip(value, self.rounding)
 
     @property
     def computed(self) -> set[str]:
@@ -54,11 +74,12 @@ class Job:
         return {key for name in self.written for key in self.origins[name].keys}
 
 
-def plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Job:
+def plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None, original: bool = False) -> Job:
     """Match an adapter with the stored tensors of its base.
 
     Args:
-        dtype: of the output's float tensors; None keeps each tensor's own.
+        dtype: of the output's float tensors; None keeps each tensor's own, for a quantized base that of the training.
+        original: merge into the original weights even if the training saw quantized ones.
 
     Raises:
         ShippingError: the adapter does not fit, or the base lacks parameters that the adapter does not bring along.
@@ -83,11 +104,17 @@ def plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None) ->
     _check_complete(attached, origins, shapes, checkpoint.folder)
 
     job = Job(adapter, attached, checkpoint, origins, set(), {}, {}, set(), False, Layout({}))
+    job.rounding, job.original = adapter.record.get("quantize"), original
+    if job.rounding and dtype is None:
+        dtype = getattr(torch, adapter.record["dtype"])
     split, shared = _split(job, stored, shapes)
     job.untied = bool(split)
     fresh = {name for name in shapes.keys() - shared if name not in origins}
     job.added = {name: stored_name(bare, name) for name in sorted(fresh | split)}
     job.written = {name for name in shapes.keys() - shared - split if name in origins}
+    if not original:
+        # The weights that the adapter leaves alone were rounded in training as well.
+        job.written |= {name for name in job.rounded if name in origins}
     same_class = type(bare).__name__ in (config.architectures or [type(bare).__name__])
     if not same_class:
         # Another head than the base's: write what `save_pretrained` of the trained model would.
@@ -108,7 +135,7 @@ def plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None) ->
 
 def _reshaped(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     plain = [name for name in job.written if job.origins[name].converter is None]
-    return {job.origins[name].keys[0]: shapes[name] for name in plain}
+    return {job.origins[name].keys[0]: shapes[name] for name in plain if name in shapes}
 
 
 def _check_complete(attached: deltas.Attached, origins: Mapping[str, Origin], shapes: Shapes, folder: Path) -> None:

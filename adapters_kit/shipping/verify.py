@@ -6,14 +6,14 @@ a unit in its last place. What that does to the outputs is the rounding floor; a
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from adapters_kit.anatomy import blocks, probe_inputs, routers
+from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.checkpoint import open_checkpoint
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
@@ -78,31 +78,34 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        with _reference(job) as model:
-            inputs = [vary(model, index) for index in range(batches)]
-            expected = [_run(model, batch) for batch in inputs]
         config = base_config(merged)
         kind = type(job.attached.bare)
         changed = job.written | job.added.keys()
         with open_checkpoint(merged) as checkpoint:
             with _stored(empty_model(kind, config), checkpoint, set()) as model:
+                inputs = [vary(model, index) for index in range(batches)]
                 got = [_run(model, batch) for batch in inputs]
             with _stored(empty_model(kind, config), checkpoint, changed) as model:
                 moved = [_run(model, batch) for batch in inputs]
-            dtype = max((checkpoint.tensors[name].dtype for name in checkpoint.tensors), key=_count(checkpoint))
+            dtypes = [stored.dtype for stored in checkpoint.tensors.values()]
+        with _reference(job) as model:
+            expected = [_run(model, batch) for batch in inputs]
     largest, mean, kl, values = _difference(expected, got)
     floor = _difference(got, moved)
-    result = Comparison(
-        largest, mean, kl, *floor[:3], dtype=dtype, values=values, routed=bool(routers(job.attached.bare))
-    )
+    usual = max(set(dtypes), key=dtypes.count)
+    routed = bool(routers(job.attached.bare) or expert_parameters(job.attached.bare))
+    result = Comparison(largest, mean, kl, *floor[:3], dtype=usual, values=values, routed=routed)
+    if job.original and job.rounding:
+        with torch.no_grad(), _reference(replace(job, original=False)) as model:
+            drift = _difference([_run(model, batch) for batch in inputs], got)
+        kl = "" if drift[2] is None else f", KL {drift[2]:.1e}"
+        job.notes.append(
+            f"Warning: merged into the original weights, but the adapter was trained on {job.rounding['type']} ones. "
+            f"The result is not the trained model: outputs differ by up to {drift[0]:.1e}, mean {drift[1]:.1e}{kl}."
+        )
     if not result.passed:
         raise ShippingError(f"The merged model is not the trained one. {result} Nothing was written.")
     return result
-
-
-def _count(checkpoint: Any) -> Callable[[str], int]:
-    names = [stored.dtype for stored in checkpoint.tensors.values()]
-    return names.count
 
 
 def _run(model: nn.Module, batch: Outputs) -> Outputs:
