@@ -29,6 +29,7 @@ _HOME = {
     "unfuse": "adapters_kit.kernels.fuse",
     "methods": "adapters_kit.methods",
     "wrap": "adapters_kit.wrapping",
+    "map_model": "adapters_kit.anatomy",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -1,7 +1,8 @@
 """Where the blocks, branches, linears, experts, embeddings and head of a transformers model are, found by structure."""
 
-from adapters_kit.anatomy.layout import Block, Branch, Linear, ModelMap, Tap
+from adapters_kit.anatomy.layout import Block, Branch, ExpertWeight, Linear, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
+from adapters_kit.anatomy.render import render, tree
 from adapters_kit.anatomy.structure import (
     base_model,
     block_linears,
@@ -17,6 +18,7 @@ from adapters_kit.anatomy.writers import map_model
 __all__ = [
     "Block",
     "Branch",
+    "ExpertWeight",
     "Linear",
     "ModelMap",
     "Tap",
@@ -29,5 +31,7 @@ __all__ = [
     "map_model",
     "output_embeddings",
     "probe_inputs",
+    "render",
     "routers",
+    "tree",
 ]

@@ -6,9 +6,10 @@ Mamba's `dt_proj`, WavLM's attention. An adapter layer there would never run, ye
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,11 @@ from adapters_kit.anatomy.structure import base_model, walk
 _WEIGHT_READ = re.compile(r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|numel|size)\b)")
 
 
-def bypassed(model: nn.Module, linears: Sequence[str]) -> set[str]:
+def bypassed(model: nn.Module, linears: Sequence[str], inputs: Mapping[str, Any] | None = None) -> set[str]:
     """Those of the paths `linears` that a training step uses without calling them.
 
     Source code names the suspects (for most models none, at the cost of reading a file or two); only then one forward
-    on `probe_inputs` tells which of them are called after all. Where that forward cannot be finished (on the meta
+    on `inputs` (`probe_inputs(model)` if None) tells which of them are called after all. Where that forward cannot be finished (on the meta
     device some cannot), a suspect about which nothing was seen counts as called.
     """
     modules = dict(walk(model))
@@ -35,11 +36,13 @@ def bypassed(model: nn.Module, linears: Sequence[str]) -> set[str]:
             suspects[path] = (modules[parent], name)
     if not suspects:
         return set()
-    never = _never_called(model, list(suspects.values()))
+    never = _never_called(model, list(suspects.values()), inputs)
     return {path for path, (owner, name) in suspects.items() if (type(owner), name) in never}
 
 
-def _never_called(model: nn.Module, suspects: list[tuple[nn.Module, str]]) -> set[tuple[type, str]]:
+def _never_called(
+    model: nn.Module, suspects: list[tuple[nn.Module, str]], inputs: Mapping[str, Any] | None
+) -> set[tuple[type, str]]:
     """`(class, child)` of suspects whose owner ran to its end, in some block, and called the child in none."""
     called: set[tuple[type, str]] = set()
     finished: set[tuple[type, str]] = set()
@@ -54,7 +57,7 @@ def _never_called(model: nn.Module, suspects: list[tuple[nn.Module, str]]) -> se
     # Fused kernels may be for training only, and the flag that they ask is that of the module that owns the weight.
     modes = {owner: owner.training for owner, _ in suspects}
     base = base_model(model)
-    inputs = probe_inputs(base)
+    inputs = probe_inputs(base) if inputs is None else dict(inputs)
     if base.device.type == "meta":
         inputs.pop("attention_mask", None)  # transformers asks whether it is all ones, which meta cannot tell
     try:

@@ -33,7 +33,7 @@ class Linear:
             neither the flow of data nor the name settles it.
         in_features, out_features: widths, whatever the storage (4 bit, Conv1D).
         kind: class of the module, e.g. "Linear", "Linear4bit", "Conv1D".
-        bypassed: another module reads the weight directly (Mamba's `dt_proj`), so that what wraps this one never runs.
+        bypassed: never called, its weight is used by another module (Mamba's `dt_proj`): what wraps it never runs.
     """
 
     path: str
@@ -42,6 +42,19 @@ class Linear:
     out_features: int
     kind: str
     bypassed: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """A fused weight of all experts of one layer; `path` is what `LoraConfig(target_parameters=...)` takes.
+
+    Attributes:
+        path: full path of the parameter in the base model.
+        shape: (experts, ., .): the order of in and out features differs between models.
+    """
+
+    path: str
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class Block:
         kind: class of the module.
         branches: what it adds to the stream, in the order of the additions.
         linears: every linear inside, also those outside any branch; routers of experts are left out.
-        experts: paths of fused 3-D expert parameters.
+        experts: fused 3-D expert parameters.
         hidden_size: width of the residual stream; None if the block never ran.
         key_value_heads: of its self-attention; None without one or if unknown.
         calls: how often one forward runs it: 12 for ALBERT's shared layer, 0 if the probe did not reach it.
@@ -112,7 +125,7 @@ class Block:
     kind: str
     branches: tuple[Branch, ...]
     linears: tuple[Linear, ...]
-    experts: tuple[str, ...]
+    experts: tuple[ExpertWeight, ...]
     hidden_size: int | None
     key_value_heads: int | None
     calls: int
@@ -147,8 +160,8 @@ class ModelMap:
         return tuple(linear for block in self.blocks for linear in block.linears)
 
     @property
-    def experts(self) -> tuple[str, ...]:
-        return tuple(path for block in self.blocks for path in block.experts)
+    def experts(self) -> tuple[ExpertWeight, ...]:
+        return tuple(weight for block in self.blocks for weight in block.experts)
 
     def branches(self, *kinds: Kind) -> Iterator[tuple[Block, Branch]]:
         """Every `(block, branch)`, of the given kinds if any are given."""

@@ -66,7 +66,11 @@ def flow_roles(branch: Branch, shapes: Mapping[str, tuple[int, int]], seen: Trac
 
 
 def linears_of(
-    paths: Sequence[str], modules: Mapping[str, nn.Module], branches: Sequence[Branch], seen: Trace
+    paths: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    branches: Sequence[Branch],
+    seen: Trace,
+    never_called: set[str],
 ) -> tuple[Linear, ...]:
     """The linears of a block, with their roles."""
     shapes = {path: linear_shape(modules[path]) for path in paths}
@@ -74,7 +78,13 @@ def linears_of(
     for branch in branches:
         roles |= flow_roles(branch, shapes, seen)
     return tuple(
-        Linear(path, roles.get(path, ""), *shapes[path], type(modules[path]).__name__, path in seen.bypassed)
+        Linear(
+            path,
+            roles.get(path, ""),
+            *shapes[path],
+            type(modules[path]).__name__,
+            path in seen.read and not seen.calls[path],
+        )
         for path in paths
     )
 

@@ -124,7 +124,6 @@ class Trace(TorchFunctionMode):
         order: the time of each module's first return.
         upstream: for each linear, the modules that its input went through since the stream.
         activated: linears whose output went straight into an activation function.
-        bypassed: linears whose weight was read by another module, so that whatever wraps them never runs.
         fed: attention modules that were given states of another sequence.
     """
 
@@ -139,10 +138,8 @@ class Trace(TorchFunctionMode):
         self.order: dict[str, int] = {}
         self.upstream: dict[str, frozenset[str]] = {}
         self.activated: set[str] = set()
-        self.bypassed: set[str] = set()
         self.fed: set[str] = set()
         self.norms = {path for path, module in modules.items() if _is_norm(module)}
-        self._weights = {id(module.weight): path for path, module in modules.items() if is_linear(module)}
         self._notes: dict[int, Note] = {}
         self._alive: list[torch.Tensor] = []  # ids stay unique while the tensors live
         self._open: list[str] = []
@@ -164,10 +161,6 @@ class Trace(TorchFunctionMode):
             return output
         name = getattr(function, "__name__", "")
         inputs = [tensor for value in (*args, *kwargs.values()) for tensor in _tensors(value)]
-        for one in inputs:
-            path = self._weights.get(id(one))
-            if path is not None and path != self._open[-1]:
-                self.bypassed.add(path)
         if name == "__setitem__":
             self._write_note(args[0], Note(through=self._through(inputs)))
         elif isinstance(output, _TENSOR):
@@ -329,7 +322,7 @@ def trace(model: nn.Module, blocks: Mapping[str, nn.Module], inputs: Mapping[str
 def _quiet(base: nn.Module) -> Iterator[None]:
     """Eval mode, adapters off, and the random state as it was afterwards."""
     device = next(base.parameters()).device
-    training = [module for module in base.modules() if module.training]
+    training = {module: module.training for module in base.modules()}
     # Switching a merged layer off would unmerge it: it computes without its adapter's modules already.
     adapted = [
         module
@@ -341,12 +334,13 @@ def _quiet(base: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             for module in training:
-                module.training = False
+                # In eval mode bitsandbytes' 4-bit linears repack their weights for the CPU, for good.
+                module.training = is_linear(module) and hasattr(module, "quant_state")
             for module in adapted:
                 module._disable_adapters = True
             yield
         finally:
-            for module in training:
-                module.training = True
+            for module, was in training.items():
+                module.training = was
             for module in adapted:
                 module._disable_adapters = False

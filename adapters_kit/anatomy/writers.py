@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters_kit.anatomy.layout import Block, Branch, Kind, ModelMap, Tap
+from adapters_kit.anatomy.bypassed import bypassed
+from adapters_kit.anatomy.layout import Block, Branch, ExpertWeight, Kind, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.roles import key_value_heads, linears_of
 from adapters_kit.anatomy.structure import (
@@ -56,10 +57,11 @@ def map_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Mode
             continue
         traces.append(_run(modules[path], found, own, path))
     experts, linears = expert_parameters(base), block_linears(base)
+    never_called = bypassed(base, linears, inputs)
     mapped = []
     for path in found:
         seen = next((one for one in traces if one.calls[path]), traces[0])
-        mapped.append(_block(path, modules, found, seen, linears, experts))
+        mapped.append(_block(path, modules, seen, linears, experts, never_called))
     return ModelMap(
         model_class=type(base).__name__,
         blocks=tuple(mapped),
@@ -98,10 +100,10 @@ def _unreached(base: nn.Module, modules: Mapping[str, nn.Module], found: Mapping
 def _block(
     path: str,
     modules: Mapping[str, nn.Module],
-    found: Mapping[str, nn.Module],
     seen: Trace,
     all_linears: list[str],
     all_experts: list[str],
+    never_called: set[str],
 ) -> Block:
     linears = [one for one in all_linears if one.startswith(path + ".")]
     experts = [one for one in all_experts if one.startswith(path + ".")]
@@ -111,20 +113,25 @@ def _block(
     for write in sorted(writes, key=lambda write: _time(write, seen)):  # a shared layer repeats itself
         branch = _branch(path, write, modules, seen, linears, experts)
         branches.setdefault((branch.module, branch.index, branch.sum), branch)
-    listed = linears_of(linears, modules, list(branches.values()), seen)
+    listed = linears_of(linears, modules, list(branches.values()), seen, never_called)
     stack, _, index = path.rpartition(".")
     return Block(
         path=path,
         stack=stack,
         index=int(index) if index.isdigit() else 0,
-        kind=type(found[path]).__name__,
+        kind=type(modules[path]).__name__,
         branches=tuple(branches.values()),
         linears=listed,
-        experts=tuple(experts),
+        experts=tuple(ExpertWeight(one, _shape(one, modules)) for one in experts),
         hidden_size=next((branch.width for branch in branches.values()), None),
         key_value_heads=key_value_heads(listed, list(branches.values()), _config(path, modules)),
         calls=seen.calls[path],
     )
+
+
+def _shape(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[int, int, int]:
+    path, _, name = parameter.rpartition(".")
+    return tuple(getattr(modules[path], name).shape)
 
 
 def _config(path: str, modules: Mapping[str, nn.Module]) -> Any:
