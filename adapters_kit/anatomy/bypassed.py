@@ -25,8 +25,8 @@ def bypassed(model: nn.Module, linears: Sequence[str], inputs: Mapping[str, Any]
     """Those of the paths `linears` that a training step uses without calling them.
 
     Source code names the suspects (for most models none, at the cost of reading a file or two); only then one forward
-    on `inputs` (`probe_inputs(model)` if None) tells which of them are called after all. Where that forward cannot be finished (on the meta
-    device some cannot), a suspect about which nothing was seen counts as called.
+    on `inputs` (by default `probe_inputs(model)`) tells which of them are called after all. Where that forward cannot
+    be finished (on the meta device some cannot), a suspect about which nothing was seen counts as called.
     """
     modules = dict(walk(model))
     suspects: dict[str, tuple[nn.Module, str]] = {}

@@ -83,7 +83,7 @@ def linears_of(
             roles.get(path, ""),
             *shapes[path],
             type(modules[path]).__name__,
-            path in seen.read and not seen.calls[path],
+            path in never_called,
         )
         for path in paths
     )
