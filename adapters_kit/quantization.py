@@ -34,19 +34,26 @@ TRIM_EVERY = 8 << 20  # bytes quantized between two calls of malloc_trim
 def check_kind(quantize: str) -> None:
     """Raises:
     UnknownNameError: not one of `KINDS`.
-    MissingPackageError: bitsandbytes is absent, too old, or its native library does not load.
+    MissingPackageError: as `check_bitsandbytes`.
     """
     if quantize not in KINDS:
         raise UnknownNameError(f"Unknown quantize={quantize!r}. {did_you_mean(str(quantize), KINDS)}")
+    check_bitsandbytes(f"quantize={quantize!r}")
+
+
+def check_bitsandbytes(what: str) -> None:
+    """Refuse `what`, which needs bitsandbytes.
+
+    Raises:
+        MissingPackageError: bitsandbytes is absent, too old, or its native library does not load.
+    """
     try:
         version = importlib.metadata.version("bitsandbytes")
     except importlib.metadata.PackageNotFoundError:
-        raise MissingPackageError(
-            f'quantize="{quantize}" needs bitsandbytes: pip install "bitsandbytes>={OLDEST}"'
-        ) from None
+        raise MissingPackageError(f'{what} needs bitsandbytes: pip install "bitsandbytes>={OLDEST}"') from None
     if Version(version) < Version(OLDEST):
         raise MissingPackageError(
-            f'bitsandbytes {version} is too old for quantize="{quantize}": pip install -U "bitsandbytes>={OLDEST}"'
+            f'bitsandbytes {version} is too old for {what}: pip install -U "bitsandbytes>={OLDEST}"'
         )
     try:
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
@@ -56,8 +63,8 @@ def check_kind(quantize: str) -> None:
         ) from error
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         raise MissingPackageError(
-            f"bitsandbytes {version} has no native library for this machine (torch {torch.__version__}): "
-            "`python -m bitsandbytes` shows what it looked for."
+            f"bitsandbytes {version} has no native library for this machine (torch {torch.__version__}), which {what} "
+            "needs: `python -m bitsandbytes` shows what it looked for."
         )
 
 

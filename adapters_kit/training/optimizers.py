@@ -1,0 +1,142 @@
+"""The optimizers that adapters are trained with, by name, and how much memory their state takes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.quantization import check_bitsandbytes
+
+# Name -> class of bitsandbytes.optim; None is torch's AdamW.
+_ADAMW: dict[str, str | None] = {
+    "adamw": None,
+    "adamw-8bit": "AdamW8bit",
+    "paged-adamw": "PagedAdamW",
+    "paged-adamw-8bit": "PagedAdamW8bit",
+}
+OPTIMIZERS = (*_ADAMW, "lora+", "lora-fa")
+LORA_PLUS_RATIO = 16.0
+
+# bitsandbytes keeps the state of smaller tensors in fp32, and one fp32 scale for so many 8-bit entries.
+_SMALLEST_8BIT = 4096
+_BLOCK_8BIT = 256
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str = "adamw",
+    learning_rate: float = 2e-4,
+    weight_decay: float = 0.0,
+    *,
+    lora_plus_ratio: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """An optimizer for the trainable parameters of `model`, as `Trainer(optimizers=(optimizer, None))` takes it.
+
+    Args:
+        model: a `PeftModel`. "lora-fa" freezes its A matrices.
+        name: one of `OPTIMIZERS`. "adamw-8bit": both moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861).
+            "paged-…": the state moves to host memory when the GPU is full; on a CPU the same as without. "lora+":
+            AdamW with a higher rate for B (Hayou et al. 2024, arXiv:2402.12354). "lora-fa": A stays as drawn, gradients
+            of B are corrected for it (Zhang et al. 2023, arXiv:2308.03303).
+        learning_rate: peak rate; for LoRA+ that of the A matrices.
+        weight_decay: decoupled, for matrices; vectors (biases, norms, scales) are not decayed.
+        lora_plus_ratio: rate of B over rate of A, with any AdamW; 16 for "lora+" if not given.
+
+    Raises:
+        UnknownNameError: no such optimizer.
+        MissingPackageError: bitsandbytes is needed and absent.
+        AdapterError: nothing to train, or LoRA+ and LoRA-FA for a method without A and B matrices.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError(f"Unknown optimizer {name!r}. {did_you_mean(name, OPTIMIZERS)}")
+    if name == "lora+":
+        name, lora_plus_ratio = "adamw", lora_plus_ratio or LORA_PLUS_RATIO
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise AdapterError("The model has no trainable parameters: wrap it with a method first.")
+    if name == "lora-fa":
+        if lora_plus_ratio is not None:
+            raise AdapterError("LoRA-FA freezes A, so that a LoRA+ ratio means nothing: leave lora_plus_ratio out.")
+        return _lora_fa(model, learning_rate, weight_decay)
+    optimizer_class = _adamw_class(name)
+    options = {"betas": betas, "eps": eps}
+    if lora_plus_ratio is not None:
+        _need_lora(model, "LoRA+")
+        from peft.optimizers import create_loraplus_optimizer
+
+        return create_loraplus_optimizer(
+            model,
+            optimizer_class,
+            lr=learning_rate,
+            loraplus_lr_ratio=lora_plus_ratio,
+            loraplus_weight_decay=weight_decay,
+            loraplus_lr_embedding=learning_rate,
+            **options,
+        )
+    groups = [
+        {"params": [entry for entry in trainable if entry.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [entry for entry in trainable if entry.ndim < 2], "weight_decay": 0.0},
+    ]
+    return optimizer_class([group for group in groups if group["params"]], lr=learning_rate, **options)
+
+
+def state_bytes(name: str, sizes: Iterable[int], *, on_gpu: bool = True) -> int:
+    """Bytes that the optimizer's state takes.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        sizes: number of elements of each tensor that is trained; for "lora-fa" those of the B matrices (its A are
+            frozen), for everything else those with `requires_grad`. Moments of fp32 parameters are assumed.
+        on_gpu: leave out what a paged optimizer can move away from the GPU, which is all of it for large tensors.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError(f"Unknown optimizer {name!r}. {did_you_mean(name, OPTIMIZERS)}")
+    total = 0
+    for size in sizes:
+        if name.startswith("paged") and on_gpu and size >= 100_000:
+            continue
+        if name.endswith("8bit") and size >= _SMALLEST_8BIT:
+            total += 2 * size + 2 * 4 * -(-size // _BLOCK_8BIT)
+        else:
+            total += 8 * size
+    return total
+
+
+def _adamw_class(name: str) -> Any:
+    attribute = _ADAMW[name]
+    if attribute is None:
+        return torch.optim.AdamW
+    check_bitsandbytes(f"optimizer {name}")
+    import bitsandbytes.optim
+
+    return getattr(bitsandbytes.optim, attribute)
+
+
+def _need_lora(model: nn.Module, what: str) -> None:
+    if not any("lora_B" in path and entry.requires_grad for path, entry in model.named_parameters()):
+        raise AdapterError(f"{what} needs a trainable LoRA adapter (matrices A and B); use adamw for this method.")
+
+
+def _lora_fa(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    _need_lora(model, "LoRA-FA")
+    extra = {
+        path.split("lora_")[1].partition(".")[0]
+        for path, entry in model.named_parameters()
+        if "lora_" in path and entry.requires_grad and "lora_A" not in path and "lora_B" not in path
+    }
+    if extra:
+        # peft pairs whatever has "lora" in its name with what follows it.
+        raise AdapterError(
+            f"LoRA-FA trains plain LoRA only; this adapter also has lora_{', lora_'.join(sorted(extra))}."
+        )
+    from peft.optimizers import create_lorafa_optimizer
+
+    config = model.peft_config[model.active_adapter]
+    return create_lorafa_optimizer(
+        model, r=config.r, lora_alpha=config.lora_alpha, lr=learning_rate, weight_decay=weight_decay
+    )
