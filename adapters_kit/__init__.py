@@ -20,6 +20,8 @@ _HOME = {
     "Run": "adapters_kit.training.report",
     "evaluate": "adapters_kit.training.using",
     "predict": "adapters_kit.training.using",
+    "Plan": "adapters_kit.training.plan",
+    "plan": "adapters_kit.training.plan",
     "train": "adapters_kit.training.trainer",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",

@@ -44,7 +44,7 @@ class BottleneckModel(BaseTuner):
     def _prepare_model(self, config: BottleneckConfig, model: nn.Module) -> None:
         if config.sites is None:
             config.sites = find_sites(model, config)
-            config.target_modules = tuple(config.sites)
+            config.target_modules, config.exclude_modules = tuple(config.sites), None
 
     @staticmethod
     def _check_target_module_exists(config: BottleneckConfig, key: str) -> bool:
@@ -73,6 +73,10 @@ class BottleneckModel(BaseTuner):
         if source := site["residual"]:
             tap_residual(layer, model.get_submodule(source["path"]), source["side"], source["key"])
         net.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Only a task head is ever replaced; peft's own version asks it for a `weight`, which containers lack."""
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -144,7 +148,7 @@ def _rule_of(model: nn.Module, adapter_name: str) -> PHMRule | None:
 
 def _fill_in_sites(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     sites = options.get("sites") or find_sites(model, BottleneckConfig(**options))
-    return {**options, "sites": sites, "target_modules": tuple(sites)}
+    return {**options, "sites": sites, "target_modules": tuple(sites), "exclude_modules": None}
 
 
 def _preset(name: str, trains: str, paper: str, **defaults: Any) -> Method:

@@ -169,9 +169,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             return output
         if self.adapter_names is not None:
             return self._mixed_batch(module, args, output, residual)
-        return self._apply(self.active_adapters, module, args, output, residual)
+        return self._adapted(self.active_adapters, module, args, output, residual)
 
-    def _apply(
+    def _adapted(
         self,
         names: Sequence[str],
         module: nn.Module,
@@ -219,7 +219,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             rows = torch.tensor(
                 [i for i, other in enumerate(self.adapter_names) if other == name], device=output.device
             )
-            chosen = self._apply(
+            chosen = self._adapted(
                 [name],
                 module,
                 tuple(arg[rows] if isinstance(arg, torch.Tensor) and len(arg) == len(output) else arg for arg in args),
