@@ -189,6 +189,11 @@ def test_strides_do_not_matter(p):
         found.append((y, *torch.autograd.grad(y, (x, part.down, part.up), grad)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    turned = torch.randn(6, 5, dtype=torch.float64).t()
+    torch.manual_seed(0)
+    expected = lora_linear(turned.contiguous(), [part], 1.0, p)[0]
+    torch.manual_seed(0)
+    torch.testing.assert_close(lora_linear(turned, [part], 1.0, p)[0], expected, rtol=1e-12, atol=1e-12)
     expanded = lora_linear(straight, [part], 1.0)[0].sum()
     expanded.backward()  # the gradient of a sum has stride zero
 

@@ -22,6 +22,8 @@ def draw_seeds(count: int) -> torch.Tensor:
 
 def _positions(count: int, seed: int, p: float) -> torch.Tensor:
     """Which of `count` elements are dropped: sorted int64 indices, each element with probability p."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     draws = int(count * p + 8 * math.sqrt(count * p) + 16)  # eight standard deviations; made up below if too few
     found, last = [], -1
@@ -34,24 +36,38 @@ def _positions(count: int, seed: int, p: float) -> torch.Tensor:
     return index[: int(torch.searchsorted(index, count))]
 
 
-def zero_dropped(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
-    """Set the dropped elements of `x` to zero, in place. The others are *not* scaled by 1 / (1 - p).
+def draw_pattern(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """Which elements of a tensor like `x` are dropped.
 
     Args:
-        x: contiguous, any floating dtype.
+        x: shape, dtype and device count, values do not.
         seed: one of `draw_seeds`.
         p: probability of dropping an element, 0 <= p <= 1.
+
+    Returns:
+        Either int64 `(dropped,)`, sorted positions in the flattened tensor, or a mask like `x`, 0 where dropped and 1
+        where kept.
     """
-    if p <= 0 or x.numel() == 0:
-        return x
-    if p >= 1:
-        return x.zero_()
-    if x.device.type == "cpu" and p < _SPARSE_BELOW:
-        return x.view(-1).index_fill_(0, _positions(x.numel(), seed, p), 0).view(x.shape)
+    if x.device.type == "cpu" and 0 < p < _SPARSE_BELOW:
+        return _positions(x.numel(), seed, p)
     generator = torch.Generator(device=x.device).manual_seed(seed)
-    return x.mul_(torch.empty_like(x).bernoulli_(1 - p, generator=generator))
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return mask.bernoulli_(1 - p, generator=generator)
+
+
+def is_mask(pattern: torch.Tensor) -> bool:
+    """Which of its two forms a pattern has."""
+    return pattern.is_floating_point()
+
+
+def zero_dropped(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` with the dropped elements at zero. The others are *not* scaled by 1 / (1 - p)."""
+    if is_mask(pattern):
+        return x * pattern
+    return x.clone(memory_format=torch.contiguous_format).view(-1).index_fill_(0, pattern, 0).view(x.shape)
 
 
 def keep_mask(shape: tuple[int, ...], seed: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The mask that `zero_dropped` applies: float32 of `shape`, 1 where kept and 0 where dropped."""
-    return zero_dropped(torch.ones(shape, device=device), seed, p)
+    """The dropout mask that a seed stands for: float32 of `shape`, 1 where kept and 0 where dropped."""
+    ones = torch.ones(shape, device=device)
+    return zero_dropped(ones, draw_pattern(ones, seed, p))

@@ -5,9 +5,10 @@
 Kept for the backward pass: x, once, in the dtype it came in; S = dropout(x) [A_1; A_2; …]ᵀ, a few columns wide; the
 seeds of the dropout. Plain autograd keeps x again for every projection, in the adapter's dtype, and a mask as large.
 
-What is computed in which dtype: products in the dtype of x (after autocast), accumulated inside the product as the
-hardware does (float32 for bf16 and fp16). A and B are rounded to that dtype for the product, their master copies and
-gradients keep their own dtype. The LoRA part is added to the base's output inside the product, rounded once.
+What is computed in which dtype: the products with W in the dtype of x (after autocast), as the base would. The narrow
+products with A and B in float32 where x is bf16 or fp16 (`narrow.py`); what they add to y and to dx is rounded once,
+together with it. A and B keep their own dtype; on a GPU they are rounded to that of x for the product. Gradients of A
+and B come from float32 sums, in the dtype of A and B.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters_kit.kernels.dropout import draw_seeds, zero_dropped
+from adapters_kit.kernels.dropout import draw_pattern, draw_seeds, is_mask, zero_dropped
+from adapters_kit.kernels.narrow import narrow, narrow_sum, widen_
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class LoraLinear(torch.autograd.Function):
                 y = quantized[i].product(rows)
                 if up_biases[i] is not None:
                     y = y.add_(up_biases[i].to(y.dtype), alpha=scale)
-            y.addmm_(low[:, start:stop], _as(ups[i], x.dtype).t(), alpha=factor)
+            widen_(y, low[:, start:stop], ups[i].t(), factor)
             # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
             start = stop
@@ -116,16 +118,19 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads)
-        device = ctx.saved_tensors[0].device.type
+        saved = ctx.saved_tensors  # once: checkpointing recomputes for every access
+        device = saved[0].device.type
         if torch.is_autocast_enabled(device):  # backward() called under autocast: the dtypes are settled already
             with torch.autocast(device, enabled=False):
-                return _backward(ctx, grads)
-        return _backward(ctx, grads)
+                return _backward(ctx, saved, grads)
+        return _backward(ctx, saved, grads)
 
 
-def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, saved: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     count = len(ctx.quantized)
-    x, seeds, low, *tensors = ctx.saved_tensors
+    x, seeds, low, *tensors = saved
     weights, biases, downs, ups, up_biases = _columns(tensors, count)
     need_x, needs = ctx.needs_input_grad[0], _columns(ctx.needs_input_grad[6:], count)
     need_biases, need_downs, need_ups, need_up_biases = needs[1:]
@@ -144,9 +149,9 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         else:
             # A gradient may arrive in another dtype or strided any way (an expanded sum, a transpose).
             grad = _as(grad.reshape(-1, grad.shape[-1]), x.dtype)
-            d_lows.append(torch.mm(grad, _as(ups[i], x.dtype)))
+            d_lows.append(narrow(grad, ups[i].t()))
             if need_ups[i]:
-                d_ups[i] = torch.mm(grad.t(), low[:, start:stop]).to(ups[i].dtype).mul_(factor)
+                d_ups[i] = narrow_sum(low[:, start:stop], grad).t().mul(factor).to(ups[i].dtype)
             if need_biases[i] or need_up_biases[i]:
                 total = grad.sum(0, dtype=torch.promote_types(torch.float32, x.dtype))
                 d_biases[i] = total.to(biases[i].dtype) if need_biases[i] else None
@@ -164,12 +169,11 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
 
 def _down(rows: Tensor, seeds: Tensor | None, p: float, shared_mask: bool, downs: list[Tensor]) -> Tensor:
     """S `(tokens, r_1 + r_2 + …)`, without the factor 1 / (1 - p)."""
-    if p <= 0 or shared_mask or len(downs) == 1:
-        source = rows if p <= 0 else dropped(rows, seeds, 0, p)
-        return torch.mm(source, _stacked(downs, rows.dtype).t())
-    return torch.cat(
-        [torch.mm(dropped(rows, seeds, i, p), _as(down, rows.dtype).t()) for i, down in enumerate(downs)], dim=1
-    )
+    if p <= 0:
+        return narrow(rows, _stacked(downs))
+    if shared_mask or len(downs) == 1:
+        return narrow(dropped(rows, seeds, 0, p), _stacked(downs))
+    return torch.cat([narrow(dropped(rows, seeds, i, p), down) for i, down in enumerate(downs)], dim=1)
 
 
 def _down_backward(
@@ -184,29 +188,43 @@ def _down_backward(
     factor: float,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of every A, and dx with the LoRA part added in place."""
-    p, dtype = ctx.p, rows.dtype
     d_downs: list[Tensor | None] = [None] * len(downs)
     sizes = [down.shape[0] for down in downs]
-    together = p <= 0 or ctx.shared_mask or len(downs) == 1
     # Projections that saw the same dropped input are multiplied together.
+    together = ctx.p <= 0 or ctx.shared_mask or len(downs) == 1
     spans = [list(range(len(downs)))] if together else [[i] for i in range(len(downs))]
-    for seed, span in enumerate(spans):
+    for which, span in enumerate(spans):
         if all(grads[i] is None for i in span):
             continue
-        part = d_lows[span[0]] if len(span) == 1 else torch.cat([d_lows[i] for i in span], dim=1)
+        d_low = d_lows[span[0]] if len(span) == 1 else torch.cat([d_lows[i] for i in span], dim=1)
+        pattern = None
+        if ctx.p > 0 and not torch.compiler.is_compiling():
+            pattern = draw_pattern(rows, int(seeds[which]), ctx.p)
         if any(need_downs[i] for i in span):
-            source = rows if p <= 0 else dropped(rows, seeds, seed, p)
-            stacked = torch.mm(part.t(), source)
+            if ctx.p <= 0:
+                source = rows
+            else:
+                source = dropped(rows, seeds, which, ctx.p) if pattern is None else zero_dropped(rows, pattern)
+            stacked = narrow_sum(d_low, source)
             del source
             for i, piece in zip(span, stacked.split([sizes[i] for i in span]), strict=True):
                 if need_downs[i] and grads[i] is not None:
-                    d_downs[i] = piece.to(downs[i].dtype, copy=True).mul_(factor)
+                    d_downs[i] = (piece * factor).to(downs[i].dtype)
         if dx is not None:
-            matrix = _stacked([downs[i] for i in span], dtype)
-            if p <= 0:
-                dx.addmm_(part, matrix, alpha=factor)
+            matrix = _stacked([downs[i] for i in span])
+            if ctx.p <= 0:
+                widen_(dx, d_low, matrix, factor)
+            elif pattern is None:
+                wide = torch.mm(d_low, _as(matrix, rows.dtype))
+                dx.add_(dropped(wide, seeds, which, ctx.p), alpha=factor)
+            elif is_mask(pattern):
+                wide = torch.mm(_as(d_low, rows.dtype), _as(matrix, rows.dtype))
+                dx.addcmul_(wide, pattern, value=factor)
             else:
-                dx.add_(dropped(torch.mm(part, matrix), seeds, seed, p, fresh=True), alpha=factor)
+                flat = dx.view(-1)
+                before = flat[pattern]
+                widen_(dx, d_low, matrix, factor)
+                flat.index_copy_(0, pattern, before)
     return d_downs, dx
 
 
@@ -221,9 +239,9 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
         y = F.linear(x, _as(weight, x.dtype), None if biases[i] is None else _as(biases[i], x.dtype))
         kept = x
         if ctx.p > 0:
-            seed = int(seeds[0 if ctx.shared_mask else i])
-            kept = x * zero_dropped(torch.ones_like(x, memory_format=torch.contiguous_format), seed, ctx.p)
-            kept = kept / (1 - ctx.p)
+            ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+            mask = zero_dropped(ones, draw_pattern(ones, int(seeds[0 if ctx.shared_mask else i]), ctx.p))
+            kept = x * mask / (1 - ctx.p)
         delta = F.linear(F.linear(kept, _as(downs[i], x.dtype)), _as(ups[i], x.dtype))
         if up_biases[i] is not None:
             delta = delta + _as(up_biases[i], x.dtype)
@@ -245,18 +263,17 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
     return tuple(result)
 
 
-def dropped(x: Tensor, seeds: Tensor, which: int, p: float, fresh: bool = False) -> Tensor:
-    """`x` with the dropped elements at zero, not rescaled; `fresh` when `x` may be written to."""
+def dropped(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
+    """`x` with the elements at zero that the seed drops; the others are not rescaled."""
     if torch.compiler.is_compiling():
         return _dropped_op(x, seeds, which, p)
-    x = x if fresh else x.clone(memory_format=torch.contiguous_format)
-    return zero_dropped(x, int(seeds[which]), p)
+    return zero_dropped(x, draw_pattern(x, int(seeds[which]), p))
 
 
 @torch.library.custom_op("adapters_kit::dropped", mutates_args=())
 def _dropped_op(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
     """`dropped` for torch.compile, which cannot trace a generator."""
-    return zero_dropped(x.clone(memory_format=torch.contiguous_format), int(seeds[which]), p)
+    return zero_dropped(x.contiguous(), draw_pattern(x, int(seeds[which]), p))
 
 
 @_dropped_op.register_fake
@@ -272,8 +289,8 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _stacked(downs: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return _as(downs[0], dtype) if len(downs) == 1 else torch.cat([_as(down, dtype) for down in downs])
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 def _joined_bias(bias: Tensor | None, up_bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | None:

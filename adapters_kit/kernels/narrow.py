@@ -1,0 +1,71 @@
+"""Products with a matrix a few columns wide, in float32 where the rest is 16 bit, without a float32 copy of the input.
+
+A product of 16-bit tensors is accumulated in float32 but rounded to 16 bit when it is stored. For the narrow result S
+and for the gradients of A and B that rounding is worth avoiding: they are small, and the optimizer sees them. CUDA
+stores float32 from 16-bit factors. A CPU does not, but converts a slice that fits its cache as fast as it multiplies.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_SLICE = 2**18  # elements converted at a time: 1 MB
+
+
+def fine_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of narrow results for inputs like `x`."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) and _supported(x) else x.dtype
+
+
+def _supported(x: Tensor) -> bool:
+    # The compiler fuses conversions itself, and a loop would be unrolled.
+    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+
+
+def _slices(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _SLICE // max(width, 1))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def narrow(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x (tokens, in)` times `matrix (r, in)` transposed: `(tokens, r)` in `fine_dtype(x)`."""
+    fine = fine_dtype(x)
+    if fine == x.dtype:
+        return torch.mm(x, _as(matrix, x.dtype).t())
+    if x.is_cuda:
+        return torch.mm(x, _as(matrix, x.dtype).t(), out_dtype=fine)
+    matrix = _as(matrix, fine)
+    result = x.new_empty(x.shape[0], matrix.shape[0], dtype=fine)
+    for part in _slices(*x.shape):
+        torch.mm(x[part].to(fine), matrix.t(), out=result[part])
+    return result
+
+
+def narrow_sum(d: Tensor, x: Tensor) -> Tensor:
+    """`d (tokens, r)` transposed times `x (tokens, wide)`: `(r, wide)` in `fine_dtype(x)`. `d` is in that dtype."""
+    fine = fine_dtype(x)
+    if fine == x.dtype:
+        return torch.mm(d.t(), x)
+    if x.is_cuda:
+        return torch.mm(d.to(x.dtype).t(), x, out_dtype=fine)
+    result = x.new_zeros(d.shape[1], x.shape[1], dtype=fine)
+    for part in _slices(*x.shape):
+        result.addmm_(d[part].t(), x[part].to(fine))
+    return result
+
+
+def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float) -> Tensor:
+    """Add `factor · s (tokens, r) · matrix (r, wide)` to `y (tokens, wide)`, in place, rounded once."""
+    fine = fine_dtype(y)
+    if fine == y.dtype or y.is_cuda:
+        return y.addmm_(_as(s, y.dtype), _as(matrix, y.dtype), alpha=factor)
+    matrix = _as(matrix, fine)
+    for part in _slices(*y.shape):
+        y[part] = y[part].to(fine).addmm_(s[part], matrix, alpha=factor)
+    return y
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
