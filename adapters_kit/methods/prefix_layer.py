@@ -57,15 +57,20 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self._gate_hook: Any = None
         self._hidden: torch.Tensor | None = None
 
+    @property
+    def home(self) -> nn.Module:
+        """The attention module that this layer belongs to."""
+        return self._home[0]
+
     def attach(self) -> None:
         """Become a child of the attention module and let its attention go through the prefix function."""
-        (attention,) = self._home
+        attention = self.home
         setattr(attention, CHILD, self)
         attention.config = view_config(attention.config, self)
 
     def detach(self) -> None:
         """Leave the attention module as it was before `attach`."""
-        (attention,) = self._home
+        attention = self.home
         delattr(attention, CHILD)
         attention.config = original_config(attention.config)
         if self._gate_hook is not None:
@@ -176,11 +181,11 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
 
     def _watch_input(self) -> None:
         if self._gate_hook is None:
-            self._gate_hook = self._home[0].register_forward_pre_hook(_remember_input, with_kwargs=True)
+            self._gate_hook = self.home.register_forward_pre_hook(_remember_input, with_kwargs=True)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         own = {id(parameter) for parameter in self.parameters()}
-        base = next((p for p in self._home[0].parameters() if id(p) not in own and p.device.type != "meta"), None)
+        base = next((p for p in self.home.parameters() if id(p) not in own and p.device.type != "meta"), None)
         device = device or (base.device if base is not None else None)
         if device is None:
             return
