@@ -81,7 +81,6 @@ def _take_recipe_flags(verb: argparse.ArgumentParser, arguments: list[str]) -> l
 
 def methods(options: argparse.Namespace) -> None:
     """Every method: what it trains, whether it merges, where it was published."""
-    from rich.console import Console
     from rich.table import Table
 
     from adapters_kit.methods import table
@@ -91,7 +90,34 @@ def methods(options: argparse.Namespace) -> None:
     for method in table():
         config = method.config.partition(":")[2]
         shown.add_row(method.name, config, method.trains, merges[method.mergeable], method.paper)
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    _console().print(shown)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Blocks, branches and linears of a model, and how much each method would train; reads no weights."""
+    import copy
+
+    from rich.table import Table
+
+    from adapters_kit import registry
+    from adapters_kit.anatomy import map_model, tree
+    from adapters_kit.loading import skeleton
+    from adapters_kit.wrapping import wrap
+
+    bare = skeleton(options.model, options.task)
+    console = _console()
+    console.print(tree(map_model(bare)))
+    shown = Table("method", "trained parameters", "of all", "", box=None, pad_edge=False)
+    # What a start from the weights, or the length of a run, decides does not change the count.
+    needed = {"adalora": {"total_step": 1}, "pissa": {"init_lora_weights": True}, "olora": {"init_lora_weights": True}}
+    for name in options.methods or registry.names():
+        try:
+            wrapped = wrap(copy.deepcopy(bare), name, fuse=False, **needed.get(name, {}))
+            trained, total = wrapped.get_nb_trainable_parameters()
+            shown.add_row(name, f"{trained:,}", f"{trained / total:.2%}", "")
+        except AdapterError as error:
+            shown.add_row(name, "", "", str(error).splitlines()[0])
+    console.print(shown)
 
 
 def train(options: argparse.Namespace, flags: list[str]) -> None:
@@ -155,6 +181,12 @@ def merge(options: argparse.Namespace) -> None:
     print(report)
 
 
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def _show_metrics(metrics: dict[str, object]) -> None:
     width = max(map(len, metrics))
     for name, value in metrics.items():
@@ -176,6 +208,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         return made
 
     verb(methods)
+
+    made = verb(inspect)
+    made.add_argument("model", help="folder, hub id or .gguf file")
+    made.add_argument("--task", help="put the head of this task on it (default: as it was saved)")
+    made.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods (default: all declared ones)")
 
     made = verb(train, recipe_keys=True)
     made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")

@@ -1,6 +1,7 @@
-"""Two messages of bitsandbytes that say nothing to the user, left out. All its other messages come through."""
+"""Messages of bitsandbytes and transformers that say nothing to the user, left out. All others come through."""
 
 import logging
+import warnings
 
 _NOISE = {
     # Once for every int8 product in evaluation: thousands of lines.
@@ -21,6 +22,8 @@ class _StartsWith(logging.Filter):
 
 def quiet() -> None:
     """Install the filters; more than once does no harm."""
+    # peft asks transformers for a property under its old name, once for every model that it wraps.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     for name, start in _NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _StartsWith) for known in logger.filters):

@@ -107,6 +107,8 @@ def load(
     config = _read_config(source, revision, trust_remote_code)
     auto_class = _class_for(config, task, source)
     _set_labels(config, labels)
+    if task == "question-answering":
+        config.num_labels = 2  # a start and an end, whatever the checkpoint classified before
     saved_as = _saved_kind(config)
     if quantize is not None and saved_as is not None:
         if quantize != saved_as:
@@ -292,10 +294,9 @@ def _set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
 
 
 def _read_config(source: Source, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
+    options = source.options(revision)
     try:
-        return AutoConfig.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, **source.options(revision)
-        )
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         hint = "" if source.local else " If it is a local folder, check the path."
         raise ModelError(f"Cannot read the config of {source.name}: {_gist(error)}{hint}") from error
@@ -316,6 +317,21 @@ def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
             + (f"It can do: {', '.join(has)}." if has else "None of the known tasks fits it.")
         )
     return getattr(transformers, TASKS[task])
+
+
+def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequence[str] | None = None):
+    """The model that `load` would return, on the meta device: shapes without weights, from the config alone.
+
+    Without a task, the class that the checkpoint was saved as.
+    """
+    source = find(name)
+    config = _read_config(source, None, False)
+    _set_labels(config, labels)
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    if task is None and own is not None:
+        with torch.device("meta"):
+            return own._from_config(config)
+    return _skeleton(_class_for(config, task or "causal-lm", source), config, False)
 
 
 def _skeleton(auto_class, config, trust_remote_code: bool) -> PreTrainedModel:
