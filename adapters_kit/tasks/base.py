@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Value
 from torch import nn
 
-from adapters_kit.errors import DataError
+from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 
 IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
@@ -55,7 +55,20 @@ class Task:
     def bind(self, processor: Any, model: nn.Module) -> None:
         """Takes the processor and the limits of the model."""
         self.processor = processor
-        self.max_length = self.recipe.training.max_length or min(512, longest_input(processor, model))
+        self.longest = longest_input(processor, model)
+        self.max_length = self.recipe.training.max_length or min(512, self.longest)
+        if self.max_length > self.longest:
+            raise ModelError(
+                f"training.max_length is {self.max_length}, but {self.recipe.model} takes at most {self.longest} tokens."
+            )
+        self.adapt(model)
+
+    def adapt(self, model: nn.Module) -> None:
+        """Sets what the task needs in a model's config."""
+
+    def training_features(self, features: Features) -> Features:
+        """What one training row is made of; packing joins several examples."""
+        return features
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """One dict of arrays per row; `row` is its number in `data`. Without `answers` targets may be absent."""

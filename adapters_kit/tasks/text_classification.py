@@ -47,6 +47,8 @@ class TextClassification(Task):
         super().bind(processor, model)
         # A checkpoint with a head for these very classes keeps its own order of them.
         self.labels = [model.config.id2label[index] for index in range(len(self.labels))]
+
+    def adapt(self, model: nn.Module) -> None:
         # transformers chooses the loss by this field; left empty it would guess from the labels' dtype.
         model.config.problem_type = {
             "single-label": "single_label_classification",

@@ -72,7 +72,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
 def add_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model with the recipe's adapter on it. What is trained is held in fp32, whatever the base model's dtype."""
     torch.manual_seed(recipe.training.seed)
-    wrapped = wrap(model, recipe.method.name, **recipe.method.options)
+    wrapped = wrap(model, recipe.method.name, fuse=recipe.training.fuse, **recipe.method.options)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

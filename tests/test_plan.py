@@ -1,0 +1,101 @@
+"""plan(): its bytes equal those of a real step, and it knows what fits."""
+
+import pytest
+import small
+import tiny
+import torch
+
+import adapters_kit as ak
+from adapters_kit.errors import RecipeError
+from adapters_kit.loading import skeleton
+from adapters_kit.memory import kept_for_backward, step_bytes
+from adapters_kit.recipe import Recipe
+from adapters_kit.training.plan import parse_size
+
+TASKS = {"encoder": "text-classification", "decoder": "causal-lm", "encoder-decoder": "seq2seq"}
+FAMILIES = ["bert", "distilbert", "gpt2", "llama", "qwen3", "t5", "bart"]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_kept_for_backward_are_those_of_a_real_step(family, dtype, fuse):
+    """Counted on fake tensors from the config, and on a real model with real tensors: the same to the byte."""
+    model = ak.wrap(tiny.build(family).to(dtype), "lora", r=4, fuse=fuse).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    batch = tiny.inputs(model, batch=3, length=16, labels=True, padding="right")
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        real = kept_for_backward(model, batch)
+
+    def build():
+        made = ak.wrap(
+            skeleton(small.model(family), TASKS[tiny.FAMILIES[family].kind]).to(dtype), "lora", r=4, fuse=fuse
+        )
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return made
+
+    options = {"dtype": dtype, "checkpointing": False, "optimizer": "adamw", "quantize": None}
+    memory, kept = step_bytes(build, batch, **options)
+    assert kept.total == real.total
+    assert memory.activations == real.total
+    assert kept.checkpointed == real.checkpointed < real.total
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (memory.adapter, memory.gradients, memory.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    held = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()] if not t.requires_grad}
+    assert memory.weights == sum(held.values())
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in small.questions(64)]
+    path = small.write_jsonl(tmp_path / "rows.jsonl", rows)
+    return Recipe(model=str(small.model("llama")), task="causal-lm", data=str(path), training={"batch_size": 4})
+
+
+def test_plan_says_what_is_trained_and_marks_the_answer(recipe):
+    plan = ak.plan(recipe)
+    model = ak.wrap(tiny.build("llama"), "lora")
+    assert (plan.trainable, plan.total) == model.get_nb_trainable_parameters()
+    assert sum(count for _, count in plan.groups.values()) == plan.trainable
+    assert all("layers.*" in path for path in plan.groups)
+    counted = [token for token, answer in plan.example if answer]
+    assert len(counted) == 2
+    assert counted[0] in small.PLACES
+    assert counted[1] == "[EOS]"
+    assert sum(count for *_, count in plan.lengths) == 57
+    text = str(plan)
+    assert "does NOT fit" not in text
+    assert f"[{counted[0]}]" in text
+
+
+def test_what_fits_and_what_to_change(recipe):
+    roomy = ak.plan(recipe, gpu="24GB")
+    assert roomy.fits
+    assert roomy.longest == 64, "the model's own limit"
+    assert roomy.largest_batch > 1000
+    tight = ak.plan(recipe, gpu=ak.plan(recipe).memory.weights + (3 << 28) + 200_000)
+    assert not tight.fits
+    assert tight.largest_batch < roomy.largest_batch
+    assert tight.advice
+    assert "does NOT fit" in str(tight)
+    larger = recipe.changed(**{"training.batch_size": 32})
+    assert ak.plan(larger).memory.activations > 4 * ak.plan(recipe).memory.activations
+
+
+def test_quantized_weights_take_less(recipe):
+    plain, quantized = ak.plan(recipe), ak.plan(recipe.changed(quantize="nf4"))
+    assert quantized.memory.weights < 0.6 * plain.memory.weights
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GB", 24 << 30), ("80", 80 << 30), ("512 MiB", 512 << 20), (7, 7)])
+def test_amounts_of_memory(text, size):
+    assert parse_size(text) == size
+
+
+def test_an_amount_that_is_none():
+    with pytest.raises(RecipeError, match="write 24GB"):
+        parse_size("much")
