@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.kernels.lora import Quantized
@@ -20,10 +21,14 @@ if is_bnb_available():
         _FOUR_BIT = (bnb.nn.Linear4bit,)
 
 
+# A fake tensor is a plain one without data; memory.py counts bytes on them.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is no DTensor and no other subclass with a mind of its own."""
     kind = type(tensor)
-    return kind is nn.Parameter or kind is Tensor or kind.__name__ in ("Params4bit", "Int8Params")
+    return kind in _PLAIN or kind.__name__ in ("Params4bit", "Int8Params")
 
 
 def why_plain(base: nn.Module) -> str | None:

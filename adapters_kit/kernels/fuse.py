@@ -224,7 +224,7 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     if isinstance(found, str):
         return found
     name, base = found
-    if type(x) not in (Tensor, nn.Parameter) or x.dim() < 1 or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not bases.is_plain(x) or x.dim() < 1 or not x.is_floating_point():
         return "its input is not a plain floating tensor"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation is running"

@@ -99,13 +99,13 @@ class LoraLinear(torch.autograd.Function):
         outputs, start = [], 0
         for i in range(count):
             stop = start + downs[i].shape[0]
+            added = None
             if quantized[i] is None:
                 y = F.linear(rows, _as(weights[i], x.dtype), _joined_bias(biases[i], up_biases[i], scale, x.dtype))
             else:
                 y = quantized[i].product(rows)
-                if up_biases[i] is not None:
-                    y = y.add_(up_biases[i].to(y.dtype), alpha=scale)
-            widen_(y, low[:, start:stop], ups[i].t(), factor)
+                added = None if up_biases[i] is None else up_biases[i] * scale
+            widen_(y, low[:, start:stop], ups[i].t(), factor, added)
             # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
             start = stop

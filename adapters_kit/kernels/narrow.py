@@ -56,14 +56,19 @@ def narrow_sum(d: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float) -> Tensor:
-    """Add `factor · s (tokens, r) · matrix (r, wide)` to `y (tokens, wide)`, in place, rounded once."""
+def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
+    """Add `factor · s (tokens, r) · matrix (r, wide) + bias (wide,)` to `y (tokens, wide)`, in place.
+
+    Rounded once where `fine_dtype` differs from the dtype of `y` on a CPU, else once more for a bias.
+    """
     fine = fine_dtype(y)
     if fine == y.dtype or y.is_cuda:
-        return y.addmm_(_as(s, y.dtype), _as(matrix, y.dtype), alpha=factor)
+        y.addmm_(_as(s, y.dtype), _as(matrix, y.dtype), alpha=factor)
+        return y if bias is None else y.add_(_as(bias, y.dtype))
     matrix = _as(matrix, fine)
     for part in _slices(*y.shape):
-        y[part] = y[part].to(fine).addmm_(s[part], matrix, alpha=factor)
+        sum_ = y[part].to(fine).addmm_(s[part], matrix, alpha=factor)
+        y[part] = sum_ if bias is None else sum_.add_(bias)
     return y
 
 

@@ -116,20 +116,22 @@ def _dry_run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[str]
             # Hooks go on the layer that the model calls: what peft put around a linear sees the same input.
             path = name.replace(".base_layer", "")
             handles.append(module.register_forward_pre_hook(lambda _, args, path=path: record(path, args[0])))
-    training = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     failure = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            model.eval()
+            for module in training:
+                # bitsandbytes repacks 4-bit weights for good when they are evaluated on a CPU.
+                module.training = is_linear(module)
             model(**batch)
     except Exception as error:
         failure = f"the dry run stopped early: {_first_line(error)}"
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
+        for module, was in training.items():
+            module.training = was
     # A layer that also reads something which its siblings do not (DeBERTa's relative positions) is left alone: its
     # call does not tell whether they will follow.
     readings = list(seen.values())
