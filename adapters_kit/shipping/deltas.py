@@ -8,12 +8,11 @@ patterns and variants mean what they mean in peft, and memory holds the adapter 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.tuners.vera.model import _kaiming_init
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -22,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.adapter import Adapter, is_finite
-from adapters_kit.shipping.skeleton import empty_model, fill
+from adapters_kit.shipping.skeleton import empty_model, fill, hollow, is_hollow, make_hollow
 
 # Initialisations of LoRA that move a part of the base weight into the adapter. Only the deterministic ones can be
 # repeated; for the others the base that was trained on is not known.
@@ -62,7 +61,7 @@ class Unit:
         """Base parameters that have to be put in, by their name in the unit."""
         if self.copy is not None:
             return []
-        return [name for name, parameter in self.base.named_parameters() if parameter.is_meta]
+        return [name for name, parameter in self.base.named_parameters() if is_hollow(parameter)]
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Attached:
     """An adapter on a model without weights.
 
     Attributes:
-        model: the `PeftModel`; base parameters on the meta device, the adapter's real, in float32.
+        model: the `PeftModel`; base parameters hollow (see `skeleton.hollow`), the adapter's real, in float32.
         base: the bare model inside, its modules replaced by peft's.
         bare: the same model untouched, for its names.
         owners: parameter or buffer name -> the module of `base` that owns it.
@@ -145,21 +144,16 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     originals = {module: path for path, module in base.named_modules()}
     tied = tied_names(base)
     computed = {id(parameter) for parameter in base.parameters() if not parameter.is_meta}
+    make_hollow(base)
     peft_config = copy.deepcopy(adapter.config)
     peft_config.inference_mode = True
     if getattr(peft_config, "init_lora_weights", None) is not None:
         peft_config.init_lora_weights = False  # the weights come from the file; `residual` repeats what matters
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     try:
-        model = wrapper(base, peft_config, low_cpu_mem_usage=True).eval()
+        model = wrapper(base, peft_config).eval()
         weights = {name: _single(tensor) for name, tensor in adapter.weights.items()}
-        result = _load(model, weights)
-        _regenerate(model)
-    except NotImplementedError as error:
-        raise ShippingError(
-            f"peft cannot build a {adapter.method} adapter without the weights of its base ({error}). Merge it in "
-            "memory: peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()."
-        ) from error
+        result = set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)  # assigns instead of copying
     except Exception as error:  # peft raises KeyError, RuntimeError, ValueError, TypeError for what does not fit
         raise ShippingError(f"{adapter.folder} does not fit {kind.__name__}: {error}") from error
     if result.unexpected_keys:
@@ -176,10 +170,16 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     replaced: dict[str, torch.Tensor] = {}
     for name, module in owners.items():
         parameter = module._parameters.get(name.rpartition(".")[2])
-        if parameter is not None and not parameter.is_meta and id(parameter) not in computed:
+        if parameter is not None and not is_hollow(parameter) and id(parameter) not in computed:
             replaced = dict.fromkeys(tied.get(name, (name,)), parameter.data) | replaced
-    own = {id(parameter) for module in originals for parameter in module._parameters.values()}
-    missing = [name for name, p in model.named_parameters() if p.is_meta and id(p) not in own]
+    own = {id(tensor) for name, module in owners.items() for tensor in [getattr(module, name.rpartition(".")[2])]}
+    named = dict(model.named_parameters())
+    saved = (PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type], ".modules_to_save.", ".trainable_tokens_delta.")
+    missing = [
+        name
+        for name in result.missing_keys
+        if name in named and id(named[name]) not in own and any(part in name for part in saved)
+    ]
     if missing:
         raise ShippingError(
             f"{len(missing)} adapter tensors are missing from {adapter.folder}, such as {missing[0]!r}. "
@@ -189,38 +189,6 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     if not units and not replaced:
         raise ShippingError(f"{adapter.folder} changes nothing in {type(base).__name__}.")
     return Attached(model, base, bare, owners, units, replaced, tied, config)
-
-
-def _load(model: PeftModel, weights: dict[str, torch.Tensor]) -> Any:
-    """Let peft map the saved names to the model's, and put the tensors there.
-
-    peft then moves adapters to the device of their base layer, which is the meta device here. So the mapped tensors are
-    kept on the way in and assigned once more.
-    """
-    load_state_dict, mapped = model.load_state_dict, {}
-
-    def keep(state: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        mapped.update(state)
-        return load_state_dict(state, *args, **kwargs)
-
-    model.load_state_dict = keep
-    try:
-        set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
-    finally:
-        del model.load_state_dict
-    return model.load_state_dict(mapped, strict=False, assign=True)
-
-
-def _regenerate(model: PeftModel) -> None:
-    """Values that peft makes anew at loading because no file holds them."""
-    config, tuner = model.peft_config["default"], model.base_model
-    if getattr(config, "save_projection", True) is False:  # VeRA: random matrices, made from a seed
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-        for shared in (tuner.vera_A, tuner.vera_B):
-            shared["default"] = _kaiming_init(tuple(shared["default"].shape), generator=generator)
-    for module in model.modules():
-        if hasattr(module, "ranknum") and "default" in module.ranknum:  # AdaLoRA: the rank that the scale divides by
-            module.ranknum["default"] = nn.Parameter(torch.tensor([float(module.r["default"])]), requires_grad=False)
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:
@@ -258,7 +226,7 @@ def fill_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor])
 
 def empty_unit(unit: Unit, names: Sequence[str]) -> None:
     """Drop base weights again: `names` are relative to the unit."""
-    fill(unit.base, {name: torch.empty_like(unit.base.get_parameter(name), device="meta") for name in names})
+    fill(unit.base, {name: hollow(unit.base.get_parameter(name).shape) for name in names})
 
 
 def merge_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -267,7 +235,9 @@ def merge_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor]
     Raises:
         ShippingError: peft cannot merge this layer, or the sum is not finite.
     """
-    layer, base = copy.deepcopy((unit.module, unit.base))
+    # A copy is merged, so that nothing has to be undone. Hollow parameters are shared: a copy would take memory.
+    keep = {id(parameter): parameter for parameter in unit.base.parameters() if is_hollow(parameter)}
+    layer, base = copy.deepcopy((unit.module, unit.base), keep)
     unit = Unit(unit.path, layer, base)
     shapes = unit.shapes
     fill_unit(unit, adapter, read)

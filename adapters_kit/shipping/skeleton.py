@@ -6,7 +6,7 @@ names; a prefix more or less). Its own conversion rules are applied here tensor 
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,29 @@ def base_config(folder: Path, adapter: Adapter | None = None) -> PretrainedConfi
             value = {int(index): label for index, label in value.items()}
         setattr(config, key, value)
     return config
+
+
+def hollow(shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of that shape that takes no memory: one NaN, seen from everywhere.
+
+    Unlike a tensor on the meta device it does not make peft put the adapter there too, and whoever computes with it
+    by mistake gets NaN.
+    """
+    return torch.full((), torch.nan).expand(tuple(shape))
+
+
+def is_hollow(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() > 0 and not any(tensor.stride()) and bool(tensor[(0,) * tensor.ndim].isnan())
+
+
+def make_hollow(model: nn.Module) -> None:
+    """Replace every parameter on the meta device by a hollow one; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                fresh = nn.Parameter(hollow(parameter.shape), requires_grad=False)
+                module._parameters[leaf] = made.setdefault(id(parameter), fresh)
 
 
 @dataclass(frozen=True)

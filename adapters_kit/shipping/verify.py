@@ -18,7 +18,7 @@ from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.checkpoint import open_checkpoint
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
 from adapters_kit.shipping.plan import Job
-from adapters_kit.shipping.skeleton import base_config, empty_model, fill, read_parameter, trace
+from adapters_kit.shipping.skeleton import base_config, empty_model, fill, hollow, is_hollow, read_parameter, trace
 
 ROWS, TOKENS = 2, 16
 # The largest of thousands of differences varies from draw to draw; a wrong merge is off by orders of magnitude.
@@ -141,6 +141,10 @@ def _difference(expected: list[Outputs], got: list[Outputs]) -> tuple[float, flo
     for one, other in zip(expected, got, strict=True):
         for key in one:
             gap = (one[key].double() - other[key].double()).abs()
+            if not torch.isfinite(gap).all():
+                raise ShippingError(
+                    f"The outputs ({key}) are not finite: the base or the adapter is broken."
+                )
             largest, total, count = max(largest, gap.max().item()), total + gap.sum().item(), count + gap.numel()
             if "logits" in key:
                 p, q = one[key].double().log_softmax(-1), other[key].double().log_softmax(-1)
@@ -170,7 +174,7 @@ def _reference(job: Job) -> Iterator[nn.Module]:
     def drop(names: Iterable[str]) -> None:
         for name in names:
             leaf = name.rpartition(".")[2]
-            fill(plain[name], {leaf: torch.empty_like(plain[name]._parameters[leaf], device="meta")})
+            fill(plain[name], {leaf: hollow(plain[name]._parameters[leaf].shape)})
 
     wanted = {unit.path: unit.wanted for unit in attached.units}
 
@@ -192,7 +196,7 @@ def _reference(job: Job) -> Iterator[nn.Module]:
 
 def _is_empty(module: nn.Module, name: str) -> bool:
     parameter = module._parameters.get(name.rpartition(".")[2])
-    return parameter is not None and parameter.is_meta
+    return parameter is not None and is_hollow(parameter)
 
 
 @contextmanager
