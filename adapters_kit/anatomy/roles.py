@@ -36,6 +36,8 @@ def named_role(path: str, kind: str) -> str:
     names = _ATTENTION if kind.endswith("attention") else _FEED_FORWARD if kind == "ffn" else {}
     for part in reversed(path.split(".")[-2:]):
         part = part.lower()
+        if "pos" in part.split("_"):  # projections of relative positions
+            return ""
         words = {part, *part.split("_"), re.sub(r"_?(proj|lin|head|linear)_?", "", part)}
         for role, known in names.items():
             if words & known:
