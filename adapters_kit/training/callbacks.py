@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -117,6 +118,17 @@ class Meter(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._pause()
+
+
+class RankAllocation(TrainerCallback):
+    """AdaLoRA moves rank between layers by their gradients: after each optimizer step, before these are cleared."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        tuner = getattr(extract_model_from_parallel(model), "base_model", None)
+        if hasattr(tuner, "update_and_allocate"):
+            tuner.update_and_allocate(state.global_step)
 
 
 class Screen(TrainerCallback):

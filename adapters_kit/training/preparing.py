@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from adapters_kit import registry, tasks
 from adapters_kit.loading import load, load_processor
+from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
@@ -69,10 +71,19 @@ def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
     return model, processor
 
 
-def add_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """The model with the recipe's adapter on it. What is trained is held in fp32, whatever the base model's dtype."""
+def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
+    """The model with the recipe's adapter on it. What is trained is held in fp32, whatever the base model's dtype.
+
+    Args:
+        steps: optimizer steps of the run, for methods that plan ahead (AdaLoRA).
+    """
     torch.manual_seed(recipe.training.seed)
-    wrapped = wrap(model, recipe.method.name, fuse=recipe.training.fuse, **recipe.method.options)
+    options = recipe.method.options
+    if not Path(recipe.method.name).is_dir():
+        config = find_method(recipe.method.name).config_class
+        if "total_step" in {field.name for field in dataclasses.fields(config)}:
+            options.setdefault("total_step", steps)
+    wrapped = wrap(model, recipe.method.name, fuse=recipe.training.fuse, **options)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

@@ -22,7 +22,8 @@ from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.training import report
-from adapters_kit.training.callbacks import Meter, Record, Screen, Steering, peak_memory
+from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering, peak_memory
+from adapters_kit.training.optimizers import build_optimizer
 from adapters_kit.training.preparing import add_adapter, filled_in, load_base, precision, prepare
 from adapters_kit.training.report import Run
 from adapters_kit.training.sampling import OrderedByEpoch
@@ -56,7 +57,8 @@ def train(
     recipe = filled_in(recipe, task)
     if resume:
         recipe = _begun_recipe(out, recipe)
-    train_features, test_features = task.encode(splits.train), task.encode(splits.test)
+    train_features = task.training_features(task.encode(splits.train))
+    test_features = task.encode(splits.test)
     console.print(
         f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out",
         highlight=False,
@@ -69,7 +71,7 @@ def train(
     shown = splits.test.select(range(min(recipe.training.samples, len(splits.test))))
     base_samples = task.predict(model, shown, batch) if len(shown) else []
 
-    model = add_adapter(model, recipe)
+    model = add_adapter(model, recipe, total_steps(recipe, len(train_features))[0])
     trainable, total = model.get_nb_trainable_parameters()
     console.print(
         f"{recipe.method.name}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
@@ -204,13 +206,14 @@ class AdapterTrainer(Trainer):
         callbacks = [
             Steering(self.order, training.save_every, training.early_stopping),
             self.meter,
+            RankAllocation(),
             Record(out / "metrics.jsonl", self.meter),
             self.screen,
         ]
         super().__init__(
             model=model,
             args=args,
-            data_collator=task.collate,
+            data_collator=task.collate_training,
             train_dataset=train_features,
             eval_dataset=test_features,
             processing_class=processor,
@@ -220,6 +223,18 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedByEpoch:
         return self.order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            training = self.recipe.training
+            self.optimizer = build_optimizer(
+                model if model is not None else self.model,
+                training.optimizer,
+                training.learning_rate,
+                training.weight_decay,
+                lora_plus_ratio=training.lora_plus_ratio,
+            )
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -266,9 +281,7 @@ class AdapterTrainer(Trainer):
 def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingArguments:
     """The recipe's training part in Trainer's words."""
     training = recipe.training
-    per_step = training.batch_size * PartialState().num_processes * training.gradient_accumulation
-    steps_per_epoch = math.ceil(examples / per_step)
-    steps = training.max_steps or math.ceil(steps_per_epoch * training.epochs)
+    steps, steps_per_epoch = total_steps(recipe, examples)
     evaluate_every = max(math.ceil(steps_per_epoch / training.evals_per_epoch), 1) if training.evals_per_epoch else None
     # Fewer steps than one interval: still one evaluation, at the end.
     evaluate_every = min(evaluate_every, steps) if evaluate_every else None
@@ -311,6 +324,14 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         ddp_find_unused_parameters=False,
         **(checkpointing if training.gradient_checkpointing else {}),
     )
+
+
+def total_steps(recipe: Recipe, examples: int) -> tuple[int, int]:
+    """Optimizer steps of the whole run, and of one epoch."""
+    training = recipe.training
+    per_step = training.batch_size * PartialState().num_processes * training.gradient_accumulation
+    per_epoch = math.ceil(examples / per_step)
+    return training.max_steps or math.ceil(per_epoch * training.epochs), per_epoch
 
 
 def last_checkpoint(out: Path) -> str | None:
