@@ -145,6 +145,32 @@ def test_linears_that_a_model_reads_past_are_no_targets(device):
     assert found == {f"{block}.{name}" for block in (0, 1) for name in called}
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["bert", "deberta-v2", "gpt2", "llama", "gemma3", "mixtral", "gpt-oss", "mamba", "t5", "bart", "vit", "whisper"],
+)
+def test_gradients_under_checkpointing_are_the_same(name):
+    model = wrapped(name).model.train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**tiny.inputs(model, labels=True)).loss.backward()
+        return {path: p.grad.clone() for path, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    try:
+        for reentrant in (False, True):
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()  # as Trainer's users must: the base gives no gradient to start from
+            for path, gradient in gradients().items():
+                scale = expected[path].abs().max().item()
+                torch.testing.assert_close(gradient, expected[path], rtol=1e-4, atol=1e-5 * scale)
+            model.gradient_checkpointing_disable()
+    finally:
+        wrapped.cache_clear()  # hooks on the inputs stay
+
+
 # Not wav2vec2: transformers gives that class a `load_adapter` of another kind.
 AUTO = {
     "bert": "AutoModelForSequenceClassification",
