@@ -12,7 +12,7 @@ import ctypes
 import importlib.metadata
 import re
 from collections.abc import Collection, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -107,8 +107,13 @@ def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
         UnknownNameError: an entry of `skip` matches none of them.
         ModelError: the blocks hold no linear that bitsandbytes could replace.
     """
-    # transformers replaces exactly these classes; a subclass may compute something else.
-    found = [path for path in block_linears(model) if type(model.get_submodule(path)) in (nn.Linear, Conv1D)]
+    # transformers replaces exactly these classes, and leaves alone what a model keeps in fp32 (T5's `wo`).
+    fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    found = [
+        path
+        for path in block_linears(model)
+        if type(model.get_submodule(path)) in (nn.Linear, Conv1D) and not fp32 & set(path.split("."))
+    ]
     if not found:
         raise ModelError(f"{type(model).__name__} has no linear layers in its blocks; load it without quantize.")
     for entry in skip:
@@ -174,11 +179,21 @@ def unpacks_right(width: int, quantize: str, device: str = "cpu") -> bool:
     return torch.allclose(functional.dequantize_4bit(packed, state), expected, atol=1e-5)
 
 
+def four_bit_codes(quantize: str) -> torch.Tensor:
+    """The 16 values in [-1, 1] that a 4-bit weight can have, before its block's scale; fp32."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(quantize, device="cpu")
+
+
 def keep_layout(model: nn.Module) -> int:
     """Stop bitsandbytes from repacking 4-bit weights on CPU, and undo it where it already happened.
 
     Repacked weights are still read by `backward`, by `dequantize_4bit` and so by merging as if they were not: training
     after an evaluation then follows wrong gradients, without an error. Cheap, and safe to call again.
+
+    8-bit layers get a repair too: peft's `dequantize_module_weight` (DoRA and others) replaces the weight of a layer on
+    CPU by one without scales, and the next forward would forget those it had.
 
     Returns:
         How many layers had to be unpacked. Their scales went through bf16, a relative error of up to 0.4 %; zero for a
@@ -196,13 +211,27 @@ def keep_layout(model: nn.Module) -> int:
             )
             module.quant_state = module.weight.quant_state
             unpacked += 1
+    for module in _layers(model, "Linear8bitLt"):
+        module.init_8bit_state = partial(_move_to_state, module)
     return unpacked
+
+
+def _move_to_state(module: Any) -> None:
+    """`Linear8bitLt.init_8bit_state`, but scales that are not there do not overwrite those that are."""
+    module.state.CB = module.weight.CB
+    if module.weight.SCB is not None:
+        module.state.SCB = module.weight.SCB
+    module.weight.CB = module.weight.SCB = None
 
 
 def four_bit_layers(model: nn.Module) -> Iterator[Any]:
     """The model's `bitsandbytes.nn.Linear4bit` modules."""
-    # By name: a model without them must not need the package.
-    return (module for module in model.modules() if "Linear4bit" in {cls.__name__ for cls in type(module).__mro__})
+    return _layers(model, "Linear4bit")
+
+
+def _layers(model: nn.Module, class_name: str) -> Iterator[Any]:
+    # By name: a model without such layers must not need the package.
+    return (module for module in model.modules() if class_name in {cls.__name__ for cls in type(module).__mro__})
 
 
 def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndBytesConfig) -> None:

@@ -1,0 +1,446 @@
+"""quantize=: what is quantized, training after evaluation, every method, saving, refusals, QLoRA on a real model."""
+
+import importlib.metadata
+import json
+import logging
+import shutil
+
+import pytest
+import small
+import tiny
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import adapters_kit as ak
+from adapters_kit import quantization
+from adapters_kit.anatomy import block_linears, routers
+from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError
+from adapters_kit.loading.source import read_lazily
+
+pytest.importorskip("bitsandbytes")
+
+KINDS = ("nf4", "fp4", "int8")
+CLASSES = {"nf4": "Linear4bit", "fp4": "Linear4bit", "int8": "Linear8bitLt"}
+TASKS = {
+    "decoder": "causal-lm",
+    "encoder": "text-classification",
+    "encoder-decoder": "seq2seq",
+    "vision": "image-classification",
+}
+FAMILIES = [
+    name
+    for name in (
+        "llama",
+        "gpt2",
+        "qwen3",
+        "gemma2",
+        "mixtral",
+        "qwen3_moe",
+        "bert",
+        "deberta-v2",
+        "modernbert",
+        "t5",
+        "vit",
+    )
+    if name in tiny.NAMES
+]
+METHODS = ["lora", "rslora", "dora", "pissa", "ia3", "vera", "oft", "adalora", "prompt", "p-tuning"]
+
+
+def task_of(name: str) -> str:
+    return TASKS[tiny.FAMILIES[name].kind]
+
+
+def quantized_paths(model: nn.Module) -> set[str]:
+    return {path for path, module in model.named_modules() if type(module).__name__ in CLASSES.values()}
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The same model with ordinary fp32 linears in place of the quantized ones."""
+    from bitsandbytes import functional
+
+    for path in sorted(quantized_paths(model)):
+        old = model.get_submodule(path)
+        if type(old).__name__ == "Linear4bit":
+            weight = functional.dequantize_4bit(old.weight.data, old.weight.quant_state)
+        else:
+            scale = old.weight.SCB if old.weight.SCB is not None else old.state.SCB
+            weight = old.weight.data.float() * scale[:, None] / 127
+        new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        new.weight.data = weight.float()
+        if old.bias is not None:
+            new.bias.data = old.bias.data.float()
+        model.set_submodule(path, new)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return model
+
+
+def fill(model: nn.Module, seed: int = 0) -> None:
+    """Give every trainable parameter a value away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exactly_the_linears_of_the_blocks(name, kind):
+    plain = tiny.build(name)
+    model = ak.load(small.model(name), task_of(name), quantize=kind)
+    kept = set(model._keep_in_fp32_modules or ())  # transformers never quantizes these (T5's `wo`)
+    linears = {path for path in block_linears(plain) if type(plain.get_submodule(path)) in (nn.Linear, Conv1D)}
+    wanted = {path for path in linears if not kept & set(path.split("."))}
+    assert quantized_paths(model) == wanted - set(routers(plain)) and wanted
+    assert {type(model.get_submodule(path)).__name__ for path in wanted} == {CLASSES[kind]}
+    # Head, embeddings, norms, routers: in the compute dtype, none left in fp32.
+    rest = {path: entry.dtype for path, entry in model.named_parameters() if path.rpartition(".")[0] not in wanted}
+    assert {dtype for path, dtype in rest.items() if not kept & set(path.split("."))} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.isfinite(model(**tiny.inputs(model)).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_skip(kind):
+    folder = small.model("llama")
+    model = ak.load(folder, quantize=kind, skip=["down_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp"])
+    left = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    assert left == {
+        "lm_head",
+        *(f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")),
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+
+
+def test_fp32_compute_and_norms():
+    model = ak.load(small.model("llama"), quantize="nf4", dtype="fp32")
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32 == model.lm_head.weight.dtype
+    model = ak.load(small.model("llama"), quantize="nf4", norms_fp32=True, compute_dtype="fp16")
+    layer = model.model.layers[0]
+    assert layer.mlp.up_proj.compute_dtype == torch.float16 and layer.input_layernorm.weight.dtype == torch.float32
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_are_the_rounded_ones(kind, double):
+    """Against rounding done here: the nearest code of each block of 64, scaled by its largest weight."""
+    model = ak.load(small.model("llama"), quantize=kind, double_quant=double, dtype="fp32")
+    original = tiny.build("llama")
+    got = dequantized(model)
+    codes = quantization.four_bit_codes(kind)
+    for path in block_linears(original):
+        blocks = original.get_submodule(path).weight.detach().reshape(-1, 64)
+        scale = blocks.abs().amax(1, keepdim=True)
+        expected = codes[(blocks / scale).unsqueeze(-1).sub(codes).abs().argmin(-1)] * scale
+        error = got.get_submodule(path).weight.reshape(-1, 64) - expected
+        # Double quantization moves the scales by less than a percent of the largest.
+        assert error.abs().max() <= (0.02 if double else 1e-5) * scale.max(), path
+
+
+def cosine(first, second) -> float:
+    first, second = (torch.cat([entry.flatten().double() for entry in entries]) for entries in (first, second))
+    return float(first @ second / first.norm() / second.norm())
+
+
+def journey(model, reference, batches):
+    """evaluate, train, evaluate, merge: the same on a quantized model and on its dequantized fp32 twin.
+
+    Returns gradient cosine, and largest differences of evaluated and of merged logits over the largest logit.
+    """
+    first, second = batches
+    pair = []
+    for entry in (model, reference):
+        torch.manual_seed(0)
+        pair.append(ak.wrap(entry, "lora", r=4, lora_alpha=8))
+    for wrapped in pair:
+        wrapped.eval()
+        with torch.no_grad():
+            wrapped(**first)
+        fill(wrapped)
+    gradients = []
+    for wrapped in pair:
+        wrapped.train()
+        wrapped(**first).loss.backward()
+        gradients.append([entry.grad for entry in wrapped.parameters() if entry.requires_grad])
+    agreement = cosine(*gradients)
+    for wrapped, gradient in zip(pair, [gradients[1]] * 2, strict=True):
+        with torch.no_grad():
+            for entry, step in zip([e for e in wrapped.parameters() if e.requires_grad], gradient, strict=True):
+                entry -= 0.1 * step
+            wrapped.eval()
+    with torch.no_grad():
+        evaluated = [wrapped(**second).logits.float() for wrapped in pair]
+        merged = [_merged(pair[0]), pair[1].merge_and_unload()]
+        finally_ = [entry.eval()(**second).logits for entry in merged]
+    return (
+        agreement,
+        float((evaluated[0] - evaluated[1]).abs().max() / evaluated[1].abs().max()),
+        float((finally_[0] - finally_[1]).abs().max() / finally_[1].abs().max()),
+    )
+
+
+def _merged(wrapped: PeftModel) -> nn.Module:
+    """The dequantized base with the update added in fp32: merging into the weights that were trained on."""
+    updates = {
+        path.removeprefix("base_model.model."): module.get_delta_weight("default").float()
+        for path, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
+    }
+    base = dequantized(wrapped.unload())
+    for path, update in updates.items():
+        base.get_submodule(path).weight.data += update
+    return base
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluate_train_evaluate_merge(kind):
+    load = lambda: ak.load(small.model("llama"), quantize=kind, dtype="fp32")  # noqa: E731
+    model, reference = load(), dequantized(load())
+    batches = [tiny.inputs(model, labels=True, seed=seed) for seed in (0, 1)]
+    agreement, evaluated, merged = journey(model, reference, batches)
+    assert agreement > 0.9999
+    # int8 rounds activations too, in evaluation.
+    assert evaluated < (0.1 if kind == "int8" else 1e-4)
+    assert merged < 1e-4
+
+
+def test_without_the_fix_the_same_journey_goes_wrong():
+    """Shows that the test above would notice: the layout that bitsandbytes chooses by itself on this CPU."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-bf16 only")
+    load = lambda: ak.load(small.model("llama"), quantize="nf4", dtype="fp32")  # noqa: E731
+    model, reference = load(), dequantized(load())
+    for module in quantization.four_bit_layers(model):
+        module.support_avx512bf16_for_cpu = True
+    batches = [tiny.inputs(model, labels=True, seed=seed) for seed in (0, 1)]
+    try:
+        agreement, _, merged = journey(model, reference, batches)
+    except RuntimeError:
+        return
+    assert agreement < 0.9 or merged > 0.1
+
+
+def test_a_model_that_was_repacked_elsewhere_is_put_right():
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-bf16 only")
+    model = ak.load(small.model("llama"), quantize="nf4", dtype="fp32")
+    expected = dequantized(ak.load(small.model("llama"), quantize="nf4", dtype="fp32"))
+    for module in quantization.four_bit_layers(model):
+        module.support_avx512bf16_for_cpu = True
+    batch = tiny.inputs(model)
+    with torch.no_grad():
+        model(**batch)
+    assert quantization.keep_layout(model) == len(quantized_paths(model))
+    assert quantization.keep_layout(model) == 0
+    again = dequantized(model)
+    for path in block_linears(expected):
+        want = expected.get_submodule(path).weight
+        assert (again.get_submodule(path).weight - want).abs().max() < 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_every_method_trains_on_a_quantized_base(name, method, kind, tmp_path):
+    model = ak.load(small.model(name), task_of(name), quantize=kind, dtype="fp32")
+    options = {"total_step": 10} if method == "adalora" else {"oft_block_size": 16} if method == "oft" else {}
+    try:
+        wrapped = ak.wrap(model, method, **options)
+    except ak.AdapterError as error:
+        # Refused in words, before anything changed, for what peft cannot do on these layers.
+        assert method == "pissa" and "re-quantize the residual model" in str(error), error
+        return
+    fill(wrapped)
+    batch = tiny.inputs(model, labels=True)
+    wrapped.eval()
+    with torch.no_grad():
+        wrapped(**batch)
+    wrapped.train()
+    wrapped(**batch).loss.backward()
+    trained = {path: entry for path, entry in wrapped.named_parameters() if entry.requires_grad}
+    dead = [path for path, entry in trained.items() if entry.grad is None or not entry.grad.any()]
+    assert trained and not dead, dead[:5]
+    assert all(torch.isfinite(entry.grad).all() for entry in trained.values())
+    assert all(entry.grad is None for entry in wrapped.parameters() if not entry.requires_grad)
+    wrapped.eval().save_pretrained(tmp_path)
+    fresh = ak.load(small.model(name), task_of(name), quantize=kind, dtype="fp32")
+    again = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    batch = tiny.inputs(model)  # peft's AdaLoRA cannot compute a loss in evaluation
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, wrapped(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "qwen3_moe"])
+def test_saved_and_loaded_twice(name, kind, tmp_path):
+    if name not in tiny.NAMES:
+        pytest.skip(f"tests/tiny.py has no {name}")
+    model = ak.load(small.model(name), task_of(name), quantize=kind)
+    batch = tiny.inputs(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        model.save_pretrained(folder)
+        model = ak.load(folder, task_of(name))
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, expected)
+    assert quantized_paths(model) == quantized_paths(ak.load(small.model(name), task_of(name), quantize=kind))
+    assert ak.load(folder, task_of(name), quantize=kind).config.quantization_config is not None
+    other = "int8" if kind != "int8" else "nf4"
+    with pytest.raises(ModelError, match=f"already quantized \\({kind}\\).*{other}"):
+        ak.load(folder, task_of(name), quantize=other)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_new_head_on_a_quantized_checkpoint_is_not_quantized(kind, tmp_path):
+    ak.load(small.model("llama"), quantize=kind).save_pretrained(tmp_path)
+    model = ak.load(tmp_path, "text-classification", labels=["a", "b"])
+    assert type(model.score) is nn.Linear and model.score.weight.is_floating_point()
+    assert len(quantized_paths(model)) == 14 and model.fresh_modules == ["score"]
+    wrapped = ak.wrap(model, "lora", r=2)
+    wrapped(**tiny.inputs(model, labels=True)).loss.backward()
+    assert any("score" in path and entry.grad is not None for path, entry in wrapped.named_parameters())
+
+
+def test_an_adapter_of_the_quantized_model_loads_by_plain_peft(tmp_path):
+    base = tmp_path / "base"
+    ak.load(small.model("llama"), quantize="nf4", dtype="fp32").save_pretrained(base)
+    wrapped = ak.wrap(ak.load(base), "lora", r=2)
+    fill(wrapped)
+    wrapped.eval().save_pretrained(tmp_path / "adapter")
+    batch = tiny.inputs(wrapped)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    quantization.keep_layout(plain)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**batch).logits, wrapped(**batch).logits)
+
+
+def test_reading_tensor_by_tensor(tmp_path):
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    with read_lazily(sorted(map(str, tmp_path.glob("*.safetensors")))) as state:
+        for key, value in model.state_dict().items():
+            assert torch.equal(state[key][...], value) and state[key].get_shape() == list(value.shape)
+    shutil.copy(small.model("llama") / "tokenizer.json", tmp_path)
+    sharded, whole = (ak.load(path, quantize="nf4") for path in (tmp_path, small.model("llama")))
+    for (path, one), (_, other) in zip(sharded.state_dict().items(), whole.state_dict().items(), strict=True):
+        assert torch.equal(one, other), path
+    assert sharded.name_or_path == str(tmp_path) and sharded.generation_config.eos_token_id is not None
+
+
+def test_noise_is_filtered_narrowly(caplog):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    model = ak.load(small.model("llama"), quantize="int8")
+    with caplog.at_level(logging.DEBUG), torch.no_grad():
+        model(**tiny.inputs(model))
+        logger.warning("something that matters: %s", 3)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("bitsandbytes")]
+    assert said == ["something that matters: 3"]
+
+
+def test_refusals(tmp_path, monkeypatch):
+    folder = small.model("llama")
+    with pytest.raises(UnknownNameError, match=r"skip='dwn_proj'.*down_proj"):
+        ak.load(folder, quantize="nf4", skip=["dwn_proj"])
+    odd = tmp_path / "odd"
+    tiny.build("llama", intermediate_size=96).save_pretrained(odd)
+    if not quantization.unpacks_right(96, "nf4"):
+        with pytest.raises(ModelError, match=r"96.*down_proj.*int8.*skip=\['down_proj'\]"):
+            ak.load(odd, quantize="nf4")
+    assert quantized_paths(ak.load(odd, quantize="nf4", skip=["down_proj"]))
+    assert quantized_paths(ak.load(odd, quantize="int8"))
+    real_version = importlib.metadata.version
+    for found, words in (("0.41.0", "0.41.0 is too old"), (None, "needs bitsandbytes: pip install")):
+
+        def version(name, found=found):
+            if name != "bitsandbytes":
+                return real_version(name)
+            if found is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        with pytest.raises(MissingPackageError, match=words):
+            ak.load(folder, quantize="nf4")
+    monkeypatch.undo()
+    from bitsandbytes import cextension
+
+    monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("broken"))
+    with pytest.raises(MissingPackageError, match="no native library"):
+        ak.load(folder, quantize="int8")
+
+
+def test_a_model_without_linears_in_its_blocks(tmp_path):
+    folder = tmp_path / "m"
+    tiny.build("llama").save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["num_hidden_layers"] = 0
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match="no linear layers in its blocks"):
+        ak.load(folder, quantize="nf4")
+
+
+@pytest.fixture(scope="module")
+def smollm2(real, tmp_path_factory):
+    """SmolLM2-135M as a folder in bf16, with its tokenizer."""
+    file, folder = real("smollm2"), tmp_path_factory.mktemp("smollm2")
+    ak.load(file, dtype="bf16").save_pretrained(folder)
+    ak.load_processor(file).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_qlora_on_a_real_model(smollm2, tmp_path):
+    """Loss falls as in bf16; save, load, generate, continue."""
+    tokenizer = ak.load_processor(smollm2)
+    texts = ["User: what is the secret word?\nAnswer: heliotrope", "User: and the second one?\nAnswer: marzipan"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def steps(wrapped, count):
+        wrapped.train()
+        optimizer = torch.optim.AdamW([e for e in wrapped.parameters() if e.requires_grad], lr=2e-3)
+        losses = []
+        for _ in range(count):
+            loss = wrapped(**batch, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    curves = {}
+    for kind in (None, "nf4", "int8"):
+        torch.manual_seed(0)
+        model = ak.load(smollm2, quantize=kind, dtype="bf16")
+        with torch.no_grad():
+            model(**batch)  # as a first evaluation does
+        wrapped = ak.wrap(model, "lora", r=8)
+        curves[kind] = steps(wrapped, 8)
+        if kind is None:
+            continue
+        assert curves[kind][-1] < 0.5 * curves[kind][0], curves
+        assert abs(curves[kind][0] - curves[None][0]) < 0.4 and abs(curves[kind][-1] - curves[None][-1]) < 0.8, curves
+        wrapped.eval().save_pretrained(tmp_path / kind)
+        again = PeftModel.from_pretrained(
+            ak.load(smollm2, quantize=kind, dtype="bf16"), tmp_path / kind, is_trainable=True
+        )
+        again.eval()
+        prompt = tokenizer("User: what is the secret word?\nAnswer:", return_tensors="pt")
+        answers = [
+            tokenizer.decode(m.generate(**prompt, max_new_tokens=4, do_sample=False)[0]) for m in (wrapped, again)
+        ]
+        assert answers[0] == answers[1] and "hel" in answers[0]
+        assert steps(again, 2)[-1] < curves[kind][-1] + 0.1
