@@ -145,12 +145,13 @@ def test_linears_that_a_model_reads_past_are_no_targets(device):
     assert found == {f"{block}.{name}" for block in (0, 1) for name in called}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["bert", "deberta-v2", "gpt2", "llama", "gemma3", "mixtral", "gpt-oss", "mamba", "t5", "bart", "vit", "whisper"],
-)
+CHECKPOINTED = ["bert", "deberta-v2", "gpt2", "llama", "gemma3", "mixtral", "gpt-oss", "mamba", "t5", "vit", "whisper"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradients_under_checkpointing_are_the_same(name):
-    model = wrapped(name).model.train()
+    model = ak.wrap(tiny.build(name), "lora", r=4).train()
+    randomize(model)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -158,17 +159,14 @@ def test_gradients_under_checkpointing_are_the_same(name):
         return {path: p.grad.clone() for path, p in model.named_parameters() if p.requires_grad}
 
     expected = gradients()
-    try:
-        for reentrant in (False, True):
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            if reentrant:
-                model.enable_input_require_grads()  # as Trainer's users must: the base gives no gradient to start from
-            for path, gradient in gradients().items():
-                scale = expected[path].abs().max().item()
-                torch.testing.assert_close(gradient, expected[path], rtol=1e-4, atol=1e-5 * scale)
-            model.gradient_checkpointing_disable()
-    finally:
-        wrapped.cache_clear()  # hooks on the inputs stay
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()  # reentrant checkpoints need it: the frozen base gives no gradient
+        for path, gradient in gradients().items():
+            scale = expected[path].abs().max().item()
+            torch.testing.assert_close(gradient, expected[path], rtol=1e-4, atol=1e-5 * scale)
+        model.gradient_checkpointing_disable()
 
 
 # Not wav2vec2: transformers gives that class a `load_adapter` of another kind.
