@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adapters_kit.anatomy import block_linears, blocks
 
 # Bytes a trained parameter: AdamW's two moments in fp32, or in blocks of 8 bits.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw-8bit": 2, "paged-adamw": 8, "paged-adamw-8bit": 2}
+OPTIMIZER_BYTES = {"adamw": 8, "lora+": 8, "lora-fa": 8, "adamw-8bit": 2, "paged-adamw": 8, "paged-adamw-8bit": 2}
 # Bytes a weight: 4 bits and, for each 64 weights, a scale of 8 bits that shares an fp32 scale with 255 others.
 QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 

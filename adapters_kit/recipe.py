@@ -98,7 +98,7 @@ class TrainingSpec(BaseModel):
     """Forward passes to one optimizer step; the effective batch is this times `batch_size` times the devices."""
     max_length: int | None = Field(None, ge=2)
     """Longest input in tokens, longer ones are cut; by default what the model can take, at most 512."""
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa"] = "adamw"
     """The optimizer; the 8-bit and paged ones need bitsandbytes."""
     lora_plus_ratio: float | None = Field(None, gt=0)
     """LoRA+: the learning rate of the B matrices over that of the A matrices (16 is usual)."""

@@ -7,6 +7,11 @@ from adapters_kit.tasks.base import Task
 _HOME = {
     "causal-lm": "adapters_kit.tasks.causal_lm:CausalLM",
     "text-classification": "adapters_kit.tasks.text_classification:TextClassification",
+    "token-classification": "adapters_kit.tasks.token_classification:TokenClassification",
+    "question-answering": "adapters_kit.tasks.question_answering:QuestionAnswering",
+    "seq2seq": "adapters_kit.tasks.seq2seq:Seq2Seq",
+    "masked-lm": "adapters_kit.tasks.masked_lm:MaskedLM",
+    "image-classification": "adapters_kit.tasks.image_classification:ImageClassification",
 }
 
 

@@ -59,7 +59,7 @@ class Task:
         self.max_length = self.recipe.training.max_length or min(512, self.longest)
         if self.max_length > self.longest:
             raise ModelError(
-                f"training.max_length is {self.max_length}, but {self.recipe.model} takes at most {self.longest} tokens."
+                f"training.max_length is {self.max_length}; {self.recipe.model} takes at most {self.longest} tokens."
             )
         self.adapt(model)
 
@@ -77,6 +77,10 @@ class Task:
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
         """A padded batch."""
         raise NotImplementedError
+
+    def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
+        """A batch to train on; differs from `collate` where training draws at random or packs."""
+        return self.collate(features)
 
     def step(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
         """What the model says about each example of a batch; the items are what `score` and `show` read."""

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import DataError
+from adapters_kit.tasks import packing
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
 from adapters_kit.tasks.chat import as_messages, render, tokens_of_answers
 
@@ -39,6 +40,8 @@ class CausalLM(Task):
                 f"The tokenizer of {self.recipe.model} has no chat template, which the column "
                 f"{self.columns['messages']!r} needs. Give prompt and completion columns, or an instruct model."
             )
+        if self.recipe.training.packing and next(model.parameters()).device.type != "meta":
+            packing.check(model, self.recipe.model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         features = [
@@ -106,6 +109,14 @@ class CausalLM(Task):
             return self.processor(text, add_special_tokens=False)["input_ids"]
         ids = self.processor(prompt)["input_ids"]
         return ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
+
+    def training_features(self, features: Features) -> Features:
+        return packing.pack(features, self.max_length) if self.recipe.training.packing else features
+
+    def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
+        if self.recipe.training.packing:
+            return packing.collate(features, self.processor.pad_token_id or 0)
+        return self.collate(features)
 
     def collate(self, features: Features, side: str = "right") -> dict[str, torch.Tensor]:
         batch = pad_inputs(features, self.processor, side)

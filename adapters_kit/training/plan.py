@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -145,17 +145,16 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     def resized(rows: int, length: int) -> int:
         return step(_stretched(task, longest_rows, rows, length)).total
 
-    return Plan(
-        **{
-            **vars(made),
-            "card": card,
-            "fits": memory.total <= room,
-            "largest_batch": _largest(lambda rows: resized(rows, longest), room, start=batch_size),
-            "longest": _largest(lambda length: resized(batch_size, length), room, start=longest, most=task.longest)
-            if "input_ids" in batch
-            else None,
-            "advice": [] if memory.total <= room else _advice(made, room),
-        }
+    by_rows = _curve(lambda rows: resized(rows, longest), (1, 2))
+    # Attention masks grow with the square of the length, everything else linearly.
+    by_length = _curve(lambda length: resized(batch_size, length), (16, 32, 64)) if "input_ids" in batch else None
+    return replace(
+        made,
+        card=card,
+        fits=memory.total <= room,
+        largest_batch=_largest(by_rows, room),
+        longest=_largest(by_length, room, most=task.longest) if by_length else None,
+        advice=[] if memory.total <= room else _advice(made, room),
     )
 
 
@@ -175,7 +174,7 @@ def _wrapped(recipe: Recipe, task: Task, dtype: torch.dtype, fuse: bool | None =
 
 def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:
     """A batch without what the model would not be given, and without a mask that masks nothing."""
-    batch = task.collate(features)
+    batch = task.collate_training(features)
     batch.pop("row", None)
     if "attention_mask" in batch and bool(batch["attention_mask"].all()):
         del batch["attention_mask"]  # a full mask is dropped inside the model, but only if its values can be seen
@@ -192,18 +191,15 @@ def _stretched(task: Task, features: Features, rows: int, length: int) -> dict[s
     return {k: v[:, columns] if v.ndim >= 2 and v.shape[1] == now else v for k, v in batch.items()}
 
 
-def _largest(cost: Callable[[int], int], room: int, start: int, most: int = 1 << 20) -> int:
-    """The largest whole number whose cost is within `room`, to 1 part in 16; 0 if there is none."""
-    if cost(1) > room:
-        return 0
-    low, high = 1, max(start, 2)
-    while high < most and cost(high) <= room:
-        low, high = high, high * 2
-    if high >= most:
-        high = most
-        if cost(most) <= room:
-            return most
-    while high - low > max(low // 16, 1):
+def _curve(cost: Callable[[int], int], points: tuple[int, ...]) -> Callable[[int], float]:
+    """The polynomial through the costs at `points`: bytes are one in the rows and in the length, so it is exact."""
+    return np.polynomial.Polynomial.fit(points, [cost(point) for point in points], len(points) - 1)
+
+
+def _largest(cost: Callable[[int], float], room: int, most: int = 1 << 24) -> int:
+    """The largest whole number up to `most` whose cost is within `room`; 0 if there is none."""
+    low, high = 0, most + 1
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= room else (low, middle)
     return low
