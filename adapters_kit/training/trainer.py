@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
+from adapters_kit.shipping.identity import record_base
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.training import report
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering, peak_memory
@@ -104,6 +105,8 @@ def train(
     if PartialState().is_main_process:
         samples = [{"base": before, "tuned": after} for before, after in zip(base_samples, tuned_samples, strict=True)]
         (out / "adapter" / "training_args.bin").unlink(missing_ok=True)
+        # Which bytes the adapter was trained on: merging it into anything else is refused.
+        record_base(out / "adapter", recipe.model, trainer.model)
         report.write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         card = report.card(recipe, metrics, task.metric, samples)
         report.write(out / "README.md", card)
