@@ -12,29 +12,33 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Modules which register a peft method when they are imported.
-PLUGINS = ("adapters_kit.methods.bottleneck", "adapters_kit.methods.prefix")
+PLUGINS = (
+    "adapters_kit.methods.bottleneck",
+    "adapters_kit.methods.prefix",
+    "adapters_kit.methods.combine_model",
+)
 
 
 def install() -> None:
     """Register now if peft is there, else once it is."""
-    if _ready("peft"):
+    if "peft" in sys.modules:
         register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
 
 
 def register() -> None:
-    """Import the plugins, unless a module of ours is half-way through its own imports; it is called again after that."""
-    ours = [name for name in sys.modules if name.startswith("adapters_kit.")]
-    if _ready("peft") and all(_ready(name) for name in ours):
+    """Import the plugins if peft is imported; not while a module of ours is half-way through its own imports.
+
+    Any use of a public name calls this again afterwards.
+    """
+    half_way = any(
+        name.startswith("adapters_kit.") and getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+    )
+    if "peft" in sys.modules and not half_way:
         for name in PLUGINS:
             importlib.import_module(name)
-
-
-def _ready(name: str) -> bool:
-    """Whether the module is imported to the end."""
-    module = sys.modules.get(name)
-    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 class _PeftFinder(MetaPathFinder):
@@ -51,7 +55,6 @@ class _PeftFinder(MetaPathFinder):
 
         def execute_then_register(module: ModuleType) -> None:
             execute(module)
-            module.__spec__._initializing = False
             register()
 
         spec.loader.exec_module = execute_then_register

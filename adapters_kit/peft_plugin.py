@@ -69,6 +69,18 @@ def register(
 _OURS: dict[type[PeftConfig], type[BaseTuner]] = {}
 
 
+def register_container(name: str, config_class: type[PeftConfig], model_class: type[BaseTuner]) -> PeftType:
+    """Make a peft method of a model class that only delegates to other methods, and has no parameters of its own.
+
+    It gets no entry in peft's table of parameter prefixes: `AutoModel.from_pretrained(adapter_dir)` then looks for
+    those of every method, which is what a container holds.
+    """
+    kind = peft_type(name)
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = config_class
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = model_class
+    return kind
+
+
 class MixedModel(mixed.MixedModel):
     """peft's model of several adapter types at once, which also knows the types registered here.
 

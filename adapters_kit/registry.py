@@ -45,6 +45,8 @@ BUILTIN: dict[str, str] = {
     "prompt": f"{_PROMPT}:PROMPT",
     "p-tuning": f"{_PROMPT}:P_TUNING",
     "prefix": "adapters_kit.methods.prefix:PREFIX",
+    "mam": "adapters_kit.methods.combine:MAM",
+    "unipelt": "adapters_kit.methods.combine:UNIPELT",
 }
 
 

@@ -1,7 +1,7 @@
 """wrap(): freeze a model and put a trainable module on it, as a `peft.PeftModel`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.methods import find_method
+from adapters_kit.methods.combine import combine
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
 
@@ -39,7 +40,7 @@ _HEAD_TASKS = (
 
 def wrap(
     model: nn.Module,
-    method: str | Path | PeftConfig = "lora",
+    method: str | Path | PeftConfig | Sequence[str | PeftConfig] = "lora",
     *,
     adapter_name: str = "default",
     fuse: bool = True,
@@ -49,7 +50,8 @@ def wrap(
 
     Args:
         model: any `transformers` model, or a `PeftModel`, which then gets one adapter more and activates it.
-        method: a short name (see `methods()`), any peft config object, or the folder of a saved adapter.
+        method: a short name (see `methods()`), any peft config object, or the folder of a saved adapter. A list of
+            names or configs trains several methods as one adapter.
         adapter_name: the adapter's name in the model.
         fuse: let LoRA layers compute as fused nodes where they can (see `fuse`): the same numbers with less memory.
         **overrides: options of the method's peft config, e.g. `r=16`, `target_modules=["q_proj"]`.
@@ -94,13 +96,17 @@ def wrap(
     return model
 
 
-def build_config(model: nn.Module, method: str | PeftConfig, **overrides: Any) -> PeftConfig:
+def build_config(
+    model: nn.Module, method: str | PeftConfig | Sequence[str | PeftConfig], **overrides: Any
+) -> PeftConfig:
     """The peft config that `wrap` uses: defaults, the user's overrides, targets found by structure, all checked.
 
     Args:
         model: the base model, not wrapped. It is read, never changed.
         method, overrides: as for `wrap`.
     """
+    if isinstance(method, list | tuple):
+        method, overrides = combine(model, method, **overrides), {}
     if isinstance(method, PeftConfig):
         config_class = type(method)
         chosen, defaults, prepare = config_to_options(method), {}, None
@@ -163,7 +169,7 @@ def _class_names(classes: dict[str, Any]) -> set[str]:
 
 def _adapter_folder(method: Any) -> Path | None:
     """`method` as the folder of a saved adapter, if that is what it is."""
-    if isinstance(method, PeftConfig):
+    if isinstance(method, PeftConfig | list | tuple):
         return None
     folder = Path(method)
     if (folder / CONFIG_NAME).is_file():

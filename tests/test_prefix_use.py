@@ -181,7 +181,7 @@ def test_each_row_of_a_mixed_batch_gets_its_own_prefix(name):
         model.get_base_model().set_attn_implementation(attn)
         mixed = logits(model, **batch, adapter_names=["long", "__base__", "default"])
         torch.testing.assert_close(mixed, torch.cat(expected), **CLOSE)
-    with pytest.raises(ak.AdapterError, match="'lomg'.*long"):
+    with pytest.raises(ak.AdapterError, match=r"'lomg'.*long"):
         model(**batch, adapter_names=["lomg"] * 3)
 
 
@@ -352,7 +352,7 @@ def test_bad_options_are_refused_before_anything_changes(options, message):
 
 def test_unknown_implementations_and_merging_are_refused():
     model = wrapped("llama")
-    with pytest.raises(ak.AdapterError, match="cannot be merged|no weight"):
+    with pytest.raises(ak.AdapterError, match="no weight"):
         model.merge_and_unload()
     with pytest.raises(ak.AdapterError, match="no weight"):
         model.merge_adapter()

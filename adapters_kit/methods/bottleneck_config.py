@@ -17,6 +17,7 @@ from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.card_note import add_note
 from adapters_kit.peft_plugin import peft_type
 
 INITS = ("identity", "bert", "mam_adapter", "houlsby")
@@ -83,6 +84,7 @@ class BottleneckConfig(PeftConfig):
     learn_phm: bool = field(default=True, metadata={"help": "train the small factors"})
     phm_c_init: str = field(default="normal", metadata={"help": "small factors: 'normal' or 'uniform'"})
     phm_init_range: float = field(default=1e-4, metadata={"help": "standard deviation of 'normal'"})
+    gate: bool = field(default=False, metadata={"help": "a learned gate for each token on the adapter's output"})
     layers: list[int] | None = field(
         default=None, metadata={"help": "only these layers, counted from 0, encoder first"}
     )
@@ -107,6 +109,10 @@ class BottleneckConfig(PeftConfig):
             self.non_linearity = "leaky_relu"
         self._check_values()
         self._check_equation()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        add_note(save_directory, self.peft_type.value)
 
     def _check_values(self) -> None:
         if self.non_linearity.lower() not in ACT2FN:

@@ -48,6 +48,7 @@ class Bottleneck(nn.Module):
         self.down, self.up = self._projections(width, size, config, rule)
         self.norm_after = nn.LayerNorm(width) if config.ln_after else nn.Identity()
         self.norm_spans_residual = config.adapter_residual_before_ln
+        self.gate = nn.Linear(width, 1) if config.gate else None
         self.stochastic_depth = config.stochastic_depth
         self.dropout = nn.Dropout(config.dropout)
         if isinstance(config.scaling, str):
@@ -102,6 +103,8 @@ class Bottleneck(nn.Module):
             keep = 1 - self.stochastic_depth
             rows = torch.empty([len(update)] + [1] * (update.dim() - 1), dtype=update.dtype, device=update.device)
             update = update * rows.bernoulli_(keep) / keep
+        if self.gate is not None:
+            update = update * torch.sigmoid(self.gate(z.to(self.dtype)))
         return self.dropout(update * self.scaling)
 
     def added_to(self, base: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """The options of prefix tuning inside attention."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.card_note import add_note
 from adapters_kit.peft_plugin import peft_type
 
 ATTENTIONS = ("encoder", "decoder", "cross")
@@ -76,3 +78,7 @@ class PrefixConfig(PeftConfig):
             )
         if self.init_text and self.init_ids:
             raise AdapterError("init_text and init_ids both say how to start; give one of them.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        add_note(save_directory, self.peft_type.value)
