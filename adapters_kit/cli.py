@@ -120,6 +120,16 @@ def inspect(options: argparse.Namespace) -> None:
     console.print(shown)
 
 
+def plan(options: argparse.Namespace, flags: list[str]) -> None:
+    """What a recipe will train, the memory that a step takes, and whether it fits; reads no weights."""
+    from adapters_kit.recipe import Recipe
+
+    recipe = Recipe.read(options.recipe, flags)
+    from adapters_kit.training.plan import plan as make_plan
+
+    print(make_plan(recipe, options.gpu))
+
+
 def train(options: argparse.Namespace, flags: list[str]) -> None:
     """Train a recipe. Every key of the recipe is a flag too: --method.r 16 --training.learning_rate 1e-4"""
     from adapters_kit.recipe import Recipe
@@ -213,6 +223,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("model", help="folder, hub id or .gguf file")
     made.add_argument("--task", help="put the head of this task on it (default: as it was saved)")
     made.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods (default: all declared ones)")
+
+    made = verb(plan, recipe_keys=True)
+    made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")
+    made.add_argument("--gpu", metavar="SIZE", help="memory of the card, such as 24GB (default: this machine's)")
 
     made = verb(train, recipe_keys=True)
     made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")
