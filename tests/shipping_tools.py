@@ -23,11 +23,13 @@ def disturb(model, scale: float = 0.1, seed: int = 0) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=scale)
 
 
-def train_on(base: Path, config: peft.PeftConfig, out: Path, *, kind: str = "AutoModelForCausalLM", seed=0, **options):
+def train_on(
+    base: Path, config: peft.PeftConfig, out: Path, *, kind="AutoModelForCausalLM", scale=0.1, seed=0, **options
+):
     """An adapter on a saved base, saved to `out`; returns the live `PeftModel` in eval mode."""
     model = getattr(transformers, kind).from_pretrained(base, **options)
     model = peft.get_peft_model(model, config)
-    disturb(model, seed=seed)
+    disturb(model, scale, seed)
     model.save_pretrained(out)
     return model.eval()
 

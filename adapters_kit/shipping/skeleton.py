@@ -105,7 +105,12 @@ def hollow(shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and tensor.numel() > 0 and not any(tensor.stride()) and bool(tensor[(0,) * tensor.ndim].isnan())
+    return (
+        not tensor.is_meta
+        and tensor.numel() > 0
+        and not any(tensor.stride())
+        and bool(tensor[(0,) * tensor.ndim].isnan())
+    )
 
 
 def make_hollow(model: nn.Module) -> None:

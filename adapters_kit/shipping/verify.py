@@ -142,9 +142,7 @@ def _difference(expected: list[Outputs], got: list[Outputs]) -> tuple[float, flo
         for key in one:
             gap = (one[key].double() - other[key].double()).abs()
             if not torch.isfinite(gap).all():
-                raise ShippingError(
-                    f"The outputs ({key}) are not finite: the base or the adapter is broken."
-                )
+                raise ShippingError(f"The outputs ({key}) are not finite: the base or the adapter is broken.")
             largest, total, count = max(largest, gap.max().item()), total + gap.sum().item(), count + gap.numel()
             if "logits" in key:
                 p, q = one[key].double().log_softmax(-1), other[key].double().log_softmax(-1)

@@ -1,0 +1,105 @@
+"""The canonical adapter computes the same and leaves a server nothing to ignore; re-ranking is the best there is."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from shipping_tools import LLAMA_LINEARS, gap, load, save_base, train_on
+
+import adapters_kit as ak
+
+LORA = peft.LoraConfig
+ODD = {
+    "rslora": LORA(use_rslora=True, r=4, lora_alpha=24, target_modules=LLAMA_LINEARS),
+    "patterns": LORA(
+        r=4,
+        lora_alpha=10,
+        target_modules=LLAMA_LINEARS,
+        rank_pattern={"q_proj": 2, r"layers\.1\..*\.up_proj": 7},
+        alpha_pattern={"down_proj": 3},
+    ),
+    "both": LORA(use_rslora=True, r=4, target_modules=LLAMA_LINEARS, rank_pattern={"v_proj": 6}),
+    "embeddings": LORA(r=4, lora_alpha=7, target_modules=["embed_tokens", "q_proj"]),
+    "head": LORA(r=4, lora_alpha=7, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base("llama", tmp_path_factory.mktemp("export") / "base")
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_canonical_computes_the_same(case, base, tmp_path):
+    trained = train_on(base, ODD[case], tmp_path / "adapter")
+    report = ak.export(tmp_path / "adapter", tmp_path / "canonical", canonical=True)
+    again = peft.PeftModel.from_pretrained(load(base), tmp_path / "canonical").eval()
+    assert gap(trained, again) < 1e-5
+    config = json.loads((tmp_path / "canonical" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == report.rank
+    assert not config["use_rslora"] and config["rank_pattern"] == config["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "canonical" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {report.rank}
+
+
+def naive(folder, base) -> torch.nn.Module:
+    """What a server does that reads A, B, r and lora_alpha and nothing else."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    model = load(base)
+    with torch.no_grad():
+        for name, a in tensors.items():
+            if name.endswith("lora_A.weight"):
+                layer = model.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+                layer.weight += tensors[name.replace("lora_A", "lora_B")] @ a * (config["lora_alpha"] / config["r"])
+    return model
+
+
+@pytest.mark.parametrize("case", ["rslora", "patterns", "both"])
+def test_a_naive_server_is_right_only_with_the_canonical_form(case, base, tmp_path):
+    trained = train_on(base, ODD[case], tmp_path / "adapter")
+    ak.export(tmp_path / "adapter", tmp_path / "canonical", canonical=True)
+    wrong, right = gap(trained, naive(tmp_path / "adapter", base)), gap(trained, naive(tmp_path / "canonical", base))
+    assert right < 1e-5 < 1e-2 < wrong
+
+
+def test_a_lower_rank_is_the_best_one_and_its_error_is_told(base, tmp_path):
+    trained = train_on(base, LORA(r=8, lora_alpha=12, target_modules=["q_proj", "up_proj"]), tmp_path / "adapter")
+    report = ak.export(tmp_path / "adapter", tmp_path / "small", rank=3)
+    tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert len(report.errors) == 4 and "re-ranking lost" in str(report)
+    for path, error in report.errors.items():
+        update = trained.get_submodule(f"base_model.model.{path}").get_delta_weight("default").double()
+        _, s, _ = torch.linalg.svd(update)
+        prefix = f"base_model.model.{path}.lora_"
+        low = tensors[f"{prefix}B.weight"].double() @ tensors[f"{prefix}A.weight"].double()
+        best = (s[3:].square().sum() / s.square().sum()).sqrt().item()
+        assert error == pytest.approx(best, rel=1e-4)
+        assert ((update - low).norm() / update.norm()).item() == pytest.approx(best, rel=1e-4)
+    same = ak.export(tmp_path / "adapter", tmp_path / "large", rank=16)
+    assert same.rank == 16 and not same.errors
+    assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "large").eval()) < 1e-5
+
+
+def test_what_has_no_canonical_form_says_what_to_do(base, tmp_path):
+    cases = {
+        "DoRA": LORA(use_dora=True, target_modules=["q_proj"]),
+        "ia3": peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "pissa": LORA(init_lora_weights="pissa", target_modules=["q_proj"]),
+    }
+    for name, config in cases.items():
+        train_on(base, config, tmp_path / name)
+        with pytest.raises(ak.AdapterError, match=rf"{name}.*adapters-kit merge"):
+            ak.export(tmp_path / name, tmp_path / "canonical", canonical=True)
+        assert not (tmp_path / "canonical").exists()
+
+
+def test_any_adapter_ships_as_it_is(base, tmp_path):
+    trained = train_on(base, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), tmp_path / "adapter")
+    (tmp_path / "adapter" / "optimizer.pt").write_bytes(b"large")
+    ak.export(tmp_path / "adapter", tmp_path / "shipped")
+    assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "shipped").eval()) == 0
+    assert not (tmp_path / "shipped" / "optimizer.pt").exists()
+    assert "adapter_model.safetensors" in json.loads((tmp_path / "shipped" / "manifest.json").read_text())["files"]
