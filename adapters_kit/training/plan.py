@@ -16,9 +16,8 @@ from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.memory import Memory, step_bytes
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import IGNORED, Features, Task
-from adapters_kit.training.preparing import DTYPES, precision, prepare
+from adapters_kit.training.preparing import DTYPES, add_adapter, precision, prepare
 from adapters_kit.training.sampling import OrderedByEpoch
-from adapters_kit.wrapping import wrap
 
 GIB = 2**30
 # What a CUDA context and the allocator's rounding take of a card, besides tensors.
@@ -109,11 +108,10 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     model = build()()
     groups, trainable, total = _groups(model)
 
-    def step(batch: dict[str, torch.Tensor], *, checkpointing: bool | None = None, fuse: bool | None = None) -> Memory:
+    def step(batch: dict[str, torch.Tensor], checkpointing: bool | None = None, **changes: Any) -> Memory:
         keep = recipe.training.gradient_checkpointing if checkpointing is None else checkpointing
         options = {"optimizer": recipe.training.optimizer, "quantize": recipe.quantize}
-        maker = build() if fuse is None else build(fuse=fuse)
-        return step_bytes(maker, batch, dtype=dtype, checkpointing=keep, **options)[0]
+        return step_bytes(build(**changes), batch, dtype=dtype, checkpointing=keep, **options)[0]
 
     memory = step(batch)
     longest = max(task.length(feature) for feature in longest_rows)
@@ -125,6 +123,10 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
             batch, fuse=not recipe.training.fuse
         ).total,
     }
+    if recipe.task == "causal-lm":
+        chunked = recipe.training.chunked_loss
+        name = f"{'without' if chunked else 'with'} chunked loss"
+        variants[name] = step(batch, chunked_loss=not chunked).total
     made = Plan(
         recipe=recipe,
         groups=groups,
@@ -161,15 +163,12 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
 _NO_LABELS = ("causal-lm", "seq2seq", "masked-lm", "question-answering")
 
 
-def _wrapped(recipe: Recipe, task: Task, dtype: torch.dtype, fuse: bool | None = None) -> nn.Module:
+def _wrapped(recipe: Recipe, task: Task, dtype: torch.dtype, **changes: Any) -> nn.Module:
     bare = skeleton(recipe.model, recipe.task, labels=task.labels if recipe.task not in _NO_LABELS else None).to(dtype)
     task.adapt(bare)
-    fuse = recipe.training.fuse if fuse is None else fuse
-    model = wrap(bare, recipe.method.name, fuse=fuse, **recipe.method.options)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
+    changes = {f"training.{name}": value for name, value in changes.items() if value is not None}
+    # How long the run is changes no size.
+    return add_adapter(bare, recipe.changed(**changes) if changes else recipe, steps=1)
 
 
 def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:
