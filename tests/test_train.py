@@ -237,3 +237,31 @@ def test_open_a_run(rows, tmp_path):
     assert ak.Run.open(run.path) == run
     with pytest.raises(TrainingError, match="no run folder"):
         ak.Run.open(tmp_path)
+
+
+def test_pictures_and_the_confusion_matrix(rows, tmp_path):
+    run = train(recipe(rows), tmp_path / "run")
+    for name in ("curves.png", "confusion.png"):
+        assert (run.path / name).read_bytes().startswith(b"\x89PNG")
+    found = json.loads((run.path / "confusion.json").read_text())
+    right = sum(found["tuned"][i][i] for i in range(2))
+    assert sum(map(sum, found["tuned"])) == sum(map(sum, found["base"])) == 64
+    assert right / 64 == pytest.approx(run.metrics["accuracy"])
+
+
+def test_sweep_and_compare(rows, tmp_path):
+    given = recipe(rows, training={"epochs": 4, "samples": 0})
+    table = ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True)
+    assert [row["accuracy"] for row in table] == sorted((row["accuracy"] for row in table), reverse=True)
+    assert table[0]["training.learning_rate"] == 3e-3
+    assert {row["method.r"] for row in table} == {2, 8}
+    assert {key for key in table[0] if key.startswith(("training.", "data.", "method."))} == {
+        "training.learning_rate",
+        "method.r",
+    }
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == table
+    began = (tmp_path / "sweep" / "lr1e-05-r2" / "metrics.json").stat().st_mtime_ns
+    assert ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True) == table
+    assert (tmp_path / "sweep" / "lr1e-05-r2" / "metrics.json").stat().st_mtime_ns == began
+    with pytest.raises(TrainingError, match="two runs or more"):
+        ak.compare_runs([tmp_path / "sweep" / "lr1e-05-r2"])

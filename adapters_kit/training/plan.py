@@ -168,7 +168,7 @@ def _wrapped(recipe: Recipe, task: Task, dtype: torch.dtype, **changes: Any) -> 
     task.adapt(bare)
     changes = {f"training.{name}": value for name, value in changes.items() if value is not None}
     # How long the run is changes no size.
-    return add_adapter(bare, recipe.changed(**changes) if changes else recipe, steps=1)
+    return add_adapter(bare, recipe.changed(**changes) if changes else recipe, steps=10_000)
 
 
 def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit import registry, tasks
+from adapters_kit.kernels.cross_entropy import chunked_loss
 from adapters_kit.loading import load, load_processor
 from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
@@ -87,6 +88,8 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    if recipe.task == "causal-lm" and recipe.training.chunked_loss:
+        chunked_loss(wrapped)
     return wrapped
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
@@ -22,7 +23,8 @@ from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.shipping.identity import record_base
 from adapters_kit.tasks.base import Features, Task
-from adapters_kit.training import report
+from adapters_kit.tasks.metrics import confusion
+from adapters_kit.training import pictures, report
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering, peak_memory
 from adapters_kit.training.optimizers import build_optimizer
 from adapters_kit.training.preparing import add_adapter, filled_in, load_base, precision, prepare
@@ -107,6 +109,9 @@ def train(
         (out / "adapter" / "training_args.bin").unlink(missing_ok=True)
         # Which bytes the adapter was trained on: merging it into anything else is refused.
         record_base(out / "adapter", recipe.model, trainer.model)
+        if pictures.available():
+            pictures.curves(Run(out, metrics, recipe).history(), base, task.metric, out / "curves.png")
+        _write_confusion(out, task, base_results, results, test_features)
         report.write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         card = report.card(recipe, metrics, task.metric, samples)
         report.write(out / "README.md", card)
@@ -117,6 +122,19 @@ def train(
         report.write_json(out / "metrics.json", metrics)
     PartialState().wait_for_everyone()
     return Run(out, metrics, recipe)
+
+
+def _write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], features: Features) -> None:
+    """Which class is taken for which, base beside tuned, for tasks with one class an example."""
+    if task.labels is None or getattr(task, "problem", "single-label") != "single-label" or np.ndim(tuned[0]) != 1:
+        return
+    truth = [feature["labels"] for feature in features]
+    before, after = (
+        confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
+    )
+    report.write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
+    if pictures.available():
+        pictures.confusion(before, after, task.labels, out / "confusion.png")
 
 
 def _fit(
@@ -367,7 +385,7 @@ def _begun_recipe(out: Path, recipe: Recipe) -> Recipe:
     if not (out / "recipe.yaml").is_file():
         return recipe
     begun = Recipe.read(out / "recipe.yaml")
-    before, now = _flat(begun.model_dump()), _flat(recipe.model_dump())
+    before, now = flat(begun.model_dump()), flat(recipe.model_dump())
     own = {"training.batch_size", "training.gradient_accumulation"} if recipe.training.auto_batch else set()
     changed = [key for key in {**before, **now} if key not in own and before.get(key) != now.get(key)]
     if changed:
@@ -376,11 +394,12 @@ def _begun_recipe(out: Path, recipe: Recipe) -> Recipe:
     return begun
 
 
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields with dotted names."""
+    found = {}
     for key, value in fields.items():
         if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
