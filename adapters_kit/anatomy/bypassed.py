@@ -58,6 +58,8 @@ def _never_called(
     modes = {owner: owner.training for owner, _ in suspects}
     base = base_model(model)
     inputs = probe_inputs(base) if inputs is None else dict(inputs)
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        inputs.setdefault("use_cache", False)  # a hybrid whose layers are all state-space cannot make an empty cache
     if base.device.type == "meta":
         inputs.pop("attention_mask", None)  # transformers asks whether it is all ones, which meta cannot tell
     try:

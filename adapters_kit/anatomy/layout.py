@@ -66,7 +66,7 @@ class Branch:
             into the stream (state-space, recurrence, convolution).
         module: path of the module whose output is h. None if h is a raw tensor operation, as in XLNet's attention:
             then h = `sum` − `residual`.
-        index: position of h in the tuple that `module` returns; None if it returns h itself.
+        index: position of h in the tuple (or list: OpenAI GPT) that `module` returns; None if it returns h itself.
         width: number of features of h.
         dim: the dimension of h that holds them: −1, but 1 where channels come first (SqueezeBERT, CNNs).
         residual: where to read x; always read before `module` returns. None if no module ever sees x.

@@ -72,12 +72,13 @@ def _ids(base: Any, tokens: int, decoder: bool = False) -> torch.Tensor:
     for key, value in named.items():
         if key.endswith(("token_id", "token_index", "pad_index")):
             special.update(value if isinstance(value, list) else [value])
-    plain = [token for token in range(min(config.vocab_size, 1000)) if token not in special]
+    vocabulary = getattr(config, "vocab_size", None) or 1000  # CANINE reads characters and has none
+    plain = [token for token in range(min(vocabulary, 1000)) if token not in special]
     ids = [plain[position % len(plain)] for position in range(7, 7 + tokens)]
     ends = named.get("eos_token_id")
     ends = ends[0] if isinstance(ends, list) and ends else ends
     # BART's classification head reads the state of the last end-of-sentence token.
-    if isinstance(ends, int) and 0 <= ends < config.vocab_size:
+    if isinstance(ends, int) and 0 <= ends < vocabulary:
         ids[-1] = ends
     return torch.tensor([ids], device=_device(base))
 

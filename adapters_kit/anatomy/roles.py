@@ -113,9 +113,9 @@ def key_value_heads(linears: Sequence[Linear], branches: Sequence[Branch], confi
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """The first of these entries that is a number; some configs list one per layer."""
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    """The first of these entries that is a number.
+
+    Read from the entries themselves: some configs have one per layer, and refuse to be asked for it by attribute.
+    """
+    entries = vars(config)
+    return next((value for name in names if isinstance(value := entries.get(name), int) and value > 0), None)

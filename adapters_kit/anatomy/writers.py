@@ -1,5 +1,6 @@
 """`map_model`: the parts of a model, with what each block adds to the residual stream."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -75,8 +76,10 @@ def map_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Mode
 
 
 def _run(model: nn.Module, found: Mapping[str, nn.Module], inputs: Mapping[str, Any], prefix: str = "") -> Trace:
+    # A cache is of no use here, and some hybrids of attention and state-space layers cannot make an empty one.
+    uncached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
-        return trace(model, found, inputs, prefix)
+        return trace(model, found, {**uncached, **inputs}, prefix)
     except Exception as error:
         shapes = {key: tuple(getattr(value, "shape", ())) for key, value in inputs.items()}
         raise ModelError(
