@@ -36,6 +36,19 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def own_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`named_children()` without the adapters that hang beside a module instead of around it.
+
+    Such an adapter is a peft layer without a `base_layer`, or anything with a true attribute `is_adapter_part`.
+    """
+
+    def is_adapter(child: nn.Module) -> bool:
+        beside = isinstance(child, BaseTunerLayer) and "base_layer" not in child._modules
+        return beside or getattr(child, "is_adapter_part", False) is True
+
+    return [(name, child) for name, child in module.named_children() if not is_adapter(child)]
+
+
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields `(path, module)` for the base model's modules, parents first, each module once; adapters are left out."""
     seen: set[int] = set()
@@ -46,7 +59,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             return
         seen.add(id(module))
         yield path, module
-        for name, child in module.named_children():
+        for name, child in own_parts(module):
             yield from visit(f"{path}.{name}" if path else name, child)
 
     return visit("", base_model(model))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from adapters_kit.anatomy.layout import Tap
-from adapters_kit.anatomy.structure import base_model, is_attention, is_linear, walk
+from adapters_kit.anatomy.structure import base_model, is_attention, is_linear, own_parts, walk
 
 _TENSOR = torch.Tensor
 ADDITIONS = {torch.add, _TENSOR.add, _TENSOR.add_, _TENSOR.__add__, _TENSOR.__radd__, _TENSOR.__iadd__}
@@ -91,7 +91,7 @@ NOTHING = Note()
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return "norm" in type(module).__name__.lower() and not own_parts(module)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -274,7 +274,7 @@ class Trace(TorchFunctionMode):
             return
         link = Link(path, place, tensor.shape)
         through = note.through | before.through | {path}
-        if same or any(True for _ in module.children()):
+        if same or own_parts(module):
             # Dropout in eval mode returns its input; a container returns what a part of it made.
             if len(note.chains) == 1:
                 chain = Chain((*note.chains[0].links, link), note.chains[0].normed, through)

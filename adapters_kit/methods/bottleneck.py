@@ -89,7 +89,7 @@ class BottleneckModel(BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
+        if self.model.training:
             raise AdapterError("adapter_names works in eval mode only: call model.eval() first.")
         unknown = sorted(set(names) - {"__base__", *self.peft_config})
         if unknown:

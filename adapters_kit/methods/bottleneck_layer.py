@@ -140,6 +140,12 @@ class Tap(nn.Module):
         self.value: torch.Tensor | None = None
 
 
+class Taps(nn.ModuleList):
+    """The taps at one module."""
+
+    is_adapter_part = True  # what reads the model's structure leaves it out
+
+
 class BottleneckLayer(nn.Module, BaseTunerLayer):
     """The bottleneck adapters that one module of the base model carries.
 
@@ -276,7 +282,7 @@ def tap_residual(layer: BottleneckLayer, source: nn.Module, side: str, key: int 
         return
     layer.tap = Tap(side, key)
     if TAPS not in source._modules:
-        source.add_module(TAPS, nn.ModuleList())
+        source.add_module(TAPS, Taps())
     source._modules[TAPS].append(layer.tap)
     if side == "output":
         _hook_after(source)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 NOTE = """
-> **Loading this adapter** needs `adapters_kit` beside peft: `pip install adapters-kit`, and `import adapters_kit` before
-> `PeftModel.from_pretrained` or `AutoModel….from_pretrained`. Without it peft raises `KeyError: '{kind}'`.
+> **Loading this adapter** needs `adapters_kit` beside peft: `pip install adapters-kit`, then `import adapters_kit`
+> before `PeftModel.from_pretrained` or `AutoModel….from_pretrained`. Without it peft raises `KeyError: '{kind}'`.
 """
 
 
