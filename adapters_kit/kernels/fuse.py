@@ -266,5 +266,8 @@ def _run(layer: nn.Module, x: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
     first = calls[0]
     low = x if x.dtype == first.dtype else x.to(first.dtype)
     shared = layer.__dict__[_SHARED_MASK]
-    outputs = lora_linear(low, [call.projection for call in calls], first.scale, first.p, shared)
+    made_of = None
+    if low is x and not torch.compiler.is_compiling():
+        made_of = getattr(x, "_made_of", None)  # set by recompute.py
+    outputs = lora_linear(low, [call.projection for call in calls], first.scale, first.p, shared, made_of)
     return outputs if first.result == first.dtype else tuple(y.to(first.result) for y in outputs)

@@ -57,7 +57,12 @@ class Projection:
 
 
 def lora_linear(
-    x: Tensor, projections: list[Projection], scale: float, p: float = 0.0, shared_mask: bool = False
+    x: Tensor,
+    projections: list[Projection],
+    scale: float,
+    p: float = 0.0,
+    shared_mask: bool = False,
+    made_of: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of all `projections` on `x`.
 
@@ -67,6 +72,7 @@ def lora_linear(
         p: dropout probability of LoRA's input, 0 in evaluation. Seeds are drawn from the default CPU generator, in the
             order of `projections`.
         shared_mask: one dropout mask for all of them, and so one down-projection. Off, each has its own as in peft.
+        made_of: `(gate, up, act)` where x is `act(gate) · up`: these are kept, and x is computed again.
 
     Returns:
         One tensor `(..., out_i)` each, in the dtype of `x`.
@@ -74,7 +80,8 @@ def lora_linear(
     seeds = draw_seeds(1 if shared_mask else len(projections)) if p > 0 else None
     columns = [[getattr(item, name) for item in projections] for name in ("weight", "bias", "down", "up", "up_bias")]
     quantized = tuple(item.quantized for item in projections)
-    return LoraLinear.apply(x, seeds, scale, p, shared_mask, quantized, *(t for column in columns for t in column))
+    tensors = [tensor for column in columns for tensor in column]
+    return LoraLinear.apply(x, seeds, scale, p, shared_mask, quantized, made_of, *tensors)
 
 
 class LoraLinear(torch.autograd.Function):
@@ -89,6 +96,7 @@ class LoraLinear(torch.autograd.Function):
         p: float,
         shared_mask: bool,
         quantized: tuple[Quantized | None, ...],
+        made_of: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         count = len(quantized)
@@ -109,7 +117,8 @@ class LoraLinear(torch.autograd.Function):
             # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
             outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
             start = stop
-        ctx.save_for_backward(x, seeds, low, *tensors)
+        ctx.act = None if made_of is None else made_of[2]
+        ctx.save_for_backward(*((x, None) if made_of is None else made_of[:2]), seeds, low, *tensors)
         ctx.scale, ctx.p, ctx.shared_mask, ctx.quantized = scale, p, shared_mask, quantized
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -130,9 +139,9 @@ def _backward(
     ctx: Any, saved: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     count = len(ctx.quantized)
-    x, seeds, low, *tensors = saved
+    x, seeds, low, *tensors = _with_input(ctx, saved)
     weights, biases, downs, ups, up_biases = _columns(tensors, count)
-    need_x, needs = ctx.needs_input_grad[0], _columns(ctx.needs_input_grad[6:], count)
+    need_x, needs = ctx.needs_input_grad[0], _columns(ctx.needs_input_grad[7:], count)
     need_biases, need_downs, need_ups, need_up_biases = needs[1:]
     p, scale = ctx.p, ctx.scale
     factor = scale / (1 - p) if p < 1 else 0.0
@@ -164,7 +173,7 @@ def _backward(
     d_downs, dx = _down_backward(rows, seeds, ctx, downs, d_lows, dx, grads, need_downs, factor)
     if dx is not None:
         dx = dx.view(x.shape)
-    return (dx, None, None, None, None, None, *[None] * count, *d_biases, *d_downs, *d_ups, *d_up_biases)
+    return (dx, None, None, None, None, None, None, *[None] * count, *d_biases, *d_downs, *d_ups, *d_up_biases)
 
 
 def _down(rows: Tensor, seeds: Tensor | None, p: float, shared_mask: bool, downs: list[Tensor]) -> Tensor:
@@ -231,7 +240,7 @@ def _down_backward(
 def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """The gradients as a graph of plain operations, for `create_graph=True`."""
     count = len(ctx.quantized)
-    x, seeds, _, *tensors = ctx.saved_tensors
+    x, seeds, _, *tensors = _with_input(ctx, ctx.saved_tensors)
     weights, biases, downs, ups, up_biases = _columns(tensors, count)
     outputs = []
     for i in range(count):
@@ -246,7 +255,7 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
         if up_biases[i] is not None:
             delta = delta + _as(up_biases[i], x.dtype)
         outputs.append(y + delta * ctx.scale)
-    inputs = [x, None, None, None, None, None, *tensors]
+    inputs = [x, None, None, None, None, None, None, *tensors]
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
     pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
     result: list[Tensor | None] = [None] * len(inputs)
@@ -279,6 +288,12 @@ def _dropped_op(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
 @_dropped_op.register_fake
 def _(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _with_input(ctx: Any, saved: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """The saved tensors with x itself in front, computed again if it was not kept."""
+    first, second, *others = saved
+    return (first if ctx.act is None else ctx.act(first) * second, *others)
 
 
 def _columns(items: Any, count: int) -> list[list[Any]]:
