@@ -37,6 +37,7 @@ _HOME = {
     "merge": "adapters_kit.shipping.merge",
     "check": "adapters_kit.shipping.check",
     "export": "adapters_kit.shipping.export",
+    "combine": "adapters_kit.shipping.combine",
     "chunked_loss": "adapters_kit.kernels.cross_entropy",
     "fuse": "adapters_kit.kernels.fuse",
     "unfuse": "adapters_kit.kernels.fuse",

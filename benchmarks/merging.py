@@ -1,0 +1,160 @@
+"""How much does a merge cost beside copying the file? Ours, peft in memory, and a plain copy; interleaved.
+
+    python benchmarks/merging.py                      # SmolLM2 (from examples/assets.py), bf16, LoRA on all linears
+    python benchmarks/merging.py --rounds 9 --out benchmarks/results/merging.json
+
+Every run is a fresh process: seconds are those of the call alone, memory is the peak of the resident set above what the
+process held when its imports were done (VmHWM is reset then, where the kernel allows it). The plain copy is `cp` of the
+weights followed by fsync, since a merge flushes to the disk as well. Ratios are taken within a round, then the median.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+base, adapter, out, way = sys.argv[1:]
+
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+def written():
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar"))
+
+def sync(folder):
+    for path in Path(folder).iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+if way == "copy":
+    import shutil
+    def run():
+        Path(out).mkdir()
+        for path in Path(base).glob("*.safetensors"):
+            shutil.copyfile(path, Path(out, path.name))
+        sync(out)
+elif way.startswith("ours"):
+    from adapters_kit.shipping.merge import merge
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    verify = "sample" if way == "ours, verified" else "off"
+    def run():
+        merge(adapter, out, base=base, verify=verify)
+else:
+    import peft, torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    def run():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+        sync(out)
+
+try:
+    Path("/proc/self/clear_refs").write_text("5")
+except OSError:
+    pass
+before, bytes_before = memory("VmRSS"), written()
+begin = time.perf_counter()
+run()
+seconds = time.perf_counter() - begin
+print(json.dumps({"seconds": seconds, "memory": memory("VmHWM") - before, "written": written() - bytes_before}))
+"""
+WAYS = ("copy", "ours", "ours, verified", "peft")
+
+
+def prepare(folder: Path) -> tuple[Path, Path]:
+    """A bf16 base and an adapter with noise in place of training."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import assets
+    import peft
+    import torch
+
+    import adapters_kit as ak
+
+    model = ak.load(assets.smollm2(), dtype="bfloat16")
+    model.save_pretrained(folder / "base")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def measure(way: str, base: Path, adapter: Path, work: Path) -> dict[str, float]:
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", WORKER, str(base), str(adapter), str(out), way]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{way} failed:\n{done.stderr}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    shutil.rmtree(out, ignore_errors=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="how many times each way runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merging.json")
+    parser.add_argument("--work", type=Path, help="a folder on the disk to measure (a temporary one by default)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        work = Path(name)
+        base, adapter = prepare(work)
+        size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for index in range(options.rounds + 1):
+            for way in WAYS[index % len(WAYS) :] + WAYS[: index % len(WAYS)]:
+                result = measure(way, base, adapter, work)
+                if index:  # the first round fills the page cache
+                    runs[way].append(result)
+    rows = {}
+    for way, results in runs.items():
+        ratios = [one["seconds"] / copy["seconds"] for one, copy in zip(results, runs["copy"], strict=True)]
+        rows[way] = {
+            "seconds": statistics.median(result["seconds"] for result in results),
+            "times_a_copy": statistics.median(ratios),
+            "peak_memory_mb": statistics.median(result["memory"] for result in results) / 1e6,
+            "written_mb": statistics.median(result["written"] for result in results) / 1e6,
+        }
+    packages = ("torch", "transformers", "peft", "safetensors")
+    report = {
+        "model": "SmolLM2-135M, bf16, LoRA r=16 on all linears",
+        "weights_mb": size / 1e6,
+        "rounds": options.rounds,
+        "results": rows,
+        "environment": {
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            **{package: version(package) for package in packages},
+        },
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print("| | seconds | × a copy | peak memory above imports | written by the process |\n|---|---|---|---|---|")
+    for way, row in rows.items():
+        print(
+            f"| {way} | {row['seconds']:.2f} | {row['times_a_copy']:.2f} | {row['peak_memory_mb']:.0f} MB "
+            f"| {row['written_mb']:.0f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
