@@ -174,6 +174,19 @@ def test_out_of_memory_says_what_to_lower_or_halves_the_batch(rows, tmp_path, mo
     assert losses(run) == losses(same)
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
+def test_accumulated_batches_train_as_one(rows, tmp_path, family):
+    """Losses of 2 x 4 accumulated are those of 8 at once: models that do not count items are not scaled by the 4."""
+    language = {"task": "causal-lm", "data": str(rows / "train.jsonl")} if family == "llama" else {}
+    whole = {"max_steps": 4, "log_every": 1, "group_by_length": False, "samples": 0, "max_grad_norm": 0.0}
+    parts = {**whole, "batch_size": 2, "gradient_accumulation": 4}
+    one, two = (
+        train(recipe(rows, family=family, training=t, **language), tmp_path / name)
+        for name, t in (("a", whole), ("b", parts))
+    )
+    assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-4)
+
+
 def test_early_stopping_and_the_best_adapter(rows, tmp_path):
     """A learning rate that wrecks the model: the run stops, and the best evaluation's adapter is what is kept."""
     wild = {"epochs": 12, "learning_rate": 0.5, "scheduler": "constant", "warmup": 0.0, "early_stopping": 2}

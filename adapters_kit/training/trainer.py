@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.shipping.identity import record_base
-from adapters_kit.tasks.base import Features, Task
+from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import pictures, report
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering, peak_memory
@@ -241,6 +241,12 @@ class AdapterTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        # Trainer takes every model whose forward has **kwargs for one that divides its loss by the items counted over
+        # all devices and accumulated batches. BERT and many others ignore the count: their loss would come out
+        # multiplied by the number of processes and of accumulation steps.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(
+            model, task.collate_training([train_features[0]])
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedByEpoch:
         return self.order
@@ -297,6 +303,23 @@ class AdapterTrainer(Trainer):
         step = self.state.best_global_step if best else self.state.global_step
         found = self.kept_results.get(step)
         return found or self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
+
+
+@torch.no_grad()
+def divides_by_items(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether the model's loss is the sum over the items divided by the `num_items_in_batch` that it is given."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "row"}
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(model, device):
+            one, two = (model(**batch, num_items_in_batch=torch.tensor(n, device=device)).loss for n in (1, 2))
+    except TypeError:
+        return False
+    finally:
+        model.train(was_training)
+    return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != 0)
 
 
 def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingArguments:
