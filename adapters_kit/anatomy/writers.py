@@ -288,4 +288,4 @@ def _reason(base: nn.Module, mapped: list[Block]) -> str | None:
         )
         return f"{name} has no attention and no feed-forward branches.{mixer}"
     kind = mapped[-1].kind
-    return f"{name} has no attention and no feed-forward branches: its blocks ({kind}) do not add to a residual stream."
+    return f"{name} has no attention and no feed-forward branches that its blocks ({kind}) add to a residual stream."
