@@ -409,9 +409,9 @@ def test_qlora_on_a_real_model(smollm2, tmp_path):
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
-    def steps(wrapped, count):
+    def steps(wrapped, count, lr=2e-3):
         wrapped.train()
-        optimizer = torch.optim.AdamW([e for e in wrapped.parameters() if e.requires_grad], lr=2e-3)
+        optimizer = torch.optim.AdamW([e for e in wrapped.parameters() if e.requires_grad], lr=lr)
         losses = []
         for _ in range(count):
             loss = wrapped(**batch, labels=labels).loss
@@ -428,7 +428,7 @@ def test_qlora_on_a_real_model(smollm2, tmp_path):
         with torch.no_grad():
             model(**batch)  # as a first evaluation does
         wrapped = ak.wrap(model, "lora", r=8)
-        curves[kind] = steps(wrapped, 8)
+        curves[kind] = steps(wrapped, 7)
         if kind is None:
             continue
         assert curves[kind][-1] < 0.5 * curves[kind][0], curves
@@ -443,4 +443,5 @@ def test_qlora_on_a_real_model(smollm2, tmp_path):
             tokenizer.decode(m.generate(**prompt, max_new_tokens=4, do_sample=False)[0]) for m in (wrapped, again)
         ]
         assert answers[0] == answers[1] and "hel" in answers[0]
-        assert steps(again, 2)[-1] < curves[kind][-1] + 0.1
+        continued = steps(again, 2, lr=2e-4)
+        assert continued[-1] < continued[0] < curves[kind][-2], (continued, curves)
