@@ -124,11 +124,13 @@ def _listening(base: nn.Module, modules: dict[str, nn.Module], notes: dict[str, 
         own = "encoder" if id(module) in inside else "decoder"
         return lambda cross, causal: "cross" if cross else own
 
-    training = [module for module in base.modules() if module.training]
+    modes = [(module, module.training) for module in base.modules()]
     configs = {path: module.config for path, module in modules.items()}
     hooks = []
     try:
-        base.eval()
+        for module, _ in modes:
+            # On CPU, bitsandbytes repacks 4-bit weights in eval mode, after which they cannot be trained through.
+            module.training = hasattr(module, "support_avx512bf16_for_cpu")
         for path, module in modules.items():
             listener = _Listener(path, kind_of(module), notes)
             module.config = view_config(original_config(module.config), listener, NAME)
@@ -139,8 +141,8 @@ def _listening(base: nn.Module, modules: dict[str, nn.Module], notes: dict[str, 
             hook.remove()
         for path, module in modules.items():
             module.config = configs[path]
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
 
 
 def _listen_to_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
