@@ -7,7 +7,7 @@ own hard-coded lists. What had to be reached into is here, so that one file brea
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, mixed_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import mixed as mixed_package
 from peft.tuners.mixed import model as mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
@@ -121,6 +121,16 @@ class MixedModel(mixed.MixedModel):
 def peft_methods() -> dict[str, type[PeftConfig]]:
     """Every method that peft knows, ours included: lower-case name -> config class."""
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def tuner_class(kind: PeftType | str) -> type[BaseTuner] | None:
+    """The class that puts adapters of this peft type into a model; None for methods that have none."""
+    return PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+
+
+def parameter_prefixes() -> dict[PeftType, str]:
+    """peft type -> what the names of its parameters start with, such as "lora_"."""
+    return PEFT_TYPE_TO_PREFIX_MAPPING
 
 
 def refused_by_peft(model: nn.Module, path: str) -> bool:

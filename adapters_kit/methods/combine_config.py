@@ -6,13 +6,12 @@ from typing import Any
 
 from peft import AdaLoraConfig, PromptLearningConfig
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from adapters_kit.errors import AdapterError
 from adapters_kit.methods.bottleneck_config import BottleneckConfig
 from adapters_kit.methods.card_note import add_note
 from adapters_kit.methods.prefix_config import PrefixConfig
-from adapters_kit.peft_plugin import peft_type
+from adapters_kit.peft_plugin import peft_type, tuner_class
 
 # What is put beside a module, not around or into a weight; no weight can take it in.
 BESIDE = (BottleneckConfig, PrefixConfig)
@@ -83,7 +82,7 @@ def _as_config(label: str, part: Any) -> PeftConfig:
 
 def _check_part(label: str, part: PeftConfig, gate: bool) -> None:
     reason = None
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(part.peft_type)
+    tuner = tuner_class(part.peft_type)
     if isinstance(part, CombinedConfig):
         reason = "is itself a combination; name its parts"
     elif isinstance(part, PromptLearningConfig) or part.is_prompt_learning or part.is_adaption_prompt:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -17,7 +16,7 @@ from torch import nn
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
 from adapters_kit.methods.combine_config import BESIDE, CombinedConfig
-from adapters_kit.peft_plugin import register_container
+from adapters_kit.peft_plugin import parameter_prefixes, register_container, tuner_class
 
 
 class CombinedModel(BaseTuner):
@@ -77,8 +76,7 @@ class CombinedModel(BaseTuner):
         configs = model.__dict__.pop("peft_config", None)
         try:
             if kind not in self.tuners:
-                tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[part.peft_type]
-                self.tuners[kind] = tuner_class(
+                self.tuners[kind] = tuner_class(kind)(
                     model, {adapter_name: part}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
                 )
                 return
@@ -139,9 +137,9 @@ class CombinedModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
+        for kind, prefix in parameter_prefixes().items():
             if f".{prefix}" in key:
-                return PEFT_TYPE_TO_TUNER_MAPPING[kind]._remove_adapter_name_from_key(key, adapter_name)
+                return tuner_class(kind)._remove_adapter_name_from_key(key, adapter_name)
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @contextmanager

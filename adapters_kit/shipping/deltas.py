@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -20,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.errors import ShippingError
+from adapters_kit.peft_plugin import parameter_prefixes
 from adapters_kit.shipping.adapter import Adapter, is_finite
 from adapters_kit.shipping.skeleton import empty_model, fill, hollow, is_hollow, make_hollow
 
@@ -174,7 +174,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
             replaced = dict.fromkeys(tied.get(name, (name,)), parameter.data) | replaced
     own = {id(tensor) for name, module in owners.items() for tensor in [getattr(module, name.rpartition(".")[2])]}
     named = dict(model.named_parameters())
-    saved = (PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type], ".modules_to_save.", ".trainable_tokens_delta.")
+    saved = (parameter_prefixes()[peft_config.peft_type], ".modules_to_save.", ".trainable_tokens_delta.")
     missing = [
         name
         for name in result.missing_keys
