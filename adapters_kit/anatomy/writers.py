@@ -60,9 +60,10 @@ def map_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Mode
     experts, linears = expert_parameters(base), block_linears(base)
     never_called = bypassed(base, linears, inputs)
     mapped = []
+    writes = [_by_block(one) for one in traces]
     for path in found:
-        seen = next((one for one in traces if one.calls[path]), traces[0])
-        mapped.append(_block(path, modules, seen, linears, experts, never_called))
+        run = next((number for number, one in enumerate(traces) if one.calls[path]), 0)
+        mapped.append(_block(path, modules, traces[run], writes[run].get(path, []), linears, experts, never_called))
     return ModelMap(
         model_class=type(base).__name__,
         blocks=tuple(mapped),
@@ -104,13 +105,13 @@ def _block(
     path: str,
     modules: Mapping[str, nn.Module],
     seen: Trace,
+    writes: list[Write],
     all_linears: list[str],
     all_experts: list[str],
     never_called: set[str],
 ) -> Block:
     linears = [one for one in all_linears if one.startswith(path + ".")]
     experts = [one for one in all_experts if one.startswith(path + ".")]
-    writes = [write for write in seen.writes if _owner(write, seen) == path and _lives(write.result)]
     branches: dict[tuple, Branch] = {}
     # Parallel branches are added in any order: they are listed in the order in which they were computed.
     for write in sorted(writes, key=lambda write: _time(write, seen)):  # a shared layer repeats itself
@@ -130,6 +131,15 @@ def _block(
         key_value_heads=key_value_heads(listed, list(branches.values()), _config(path, modules)),
         calls=seen.calls[path],
     )
+
+
+def _by_block(seen: Trace) -> dict[str, list[Write]]:
+    """The additions that last, by the block that they come from."""
+    found: dict[str, list[Write]] = {}
+    for write in seen.writes:
+        if _lives(write.result):
+            found.setdefault(_owner(write, seen), []).append(write)
+    return found
 
 
 def _shape(parameter: str, modules: Mapping[str, nn.Module]) -> tuple[int, int, int]:
