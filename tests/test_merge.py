@@ -139,6 +139,16 @@ def test_untouched_bytes_and_files_are_the_bases(tmp_path):
     assert (tmp_path / "merged" / "config.json").read_text().strip() == (base / "config.json").read_text().strip()
 
 
+def test_the_model_card_tells_where_it_comes_from(tmp_path):
+    base = save_base("llama", tmp_path / "base")
+    train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("---\nlibrary_name: peft\n---\n# Trained on poems\n")
+    ak.merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "library_name: peft" not in card
+    assert "# Trained on poems" in card and "same function" in card and "LlamaForCausalLM" in card
+
+
 def test_a_fresh_classification_head_comes_along(tmp_path):
     tiny.build("bert").bert.save_pretrained(tmp_path / "base")
     kind, labels = "AutoModelForSequenceClassification", {0: "bad", 1: "so so", 2: "fine", 3: "good"}

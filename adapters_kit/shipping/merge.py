@@ -13,6 +13,7 @@ import torch
 
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.adapter import Adapter, is_finite, read_adapter, read_json
+from adapters_kit.shipping.card import model_card, without_front_matter
 from adapters_kit.shipping.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from adapters_kit.shipping.deltas import merge_unit
 from adapters_kit.shipping.identity import differences, wrong_base
@@ -138,8 +139,24 @@ def merge(
                 report.check = compare(job, stage, batches=2 if verify == "sample" else 8)
         shutil.rmtree(work, ignore_errors=True)
         check = None if report.check is None else asdict(report.check)
-        write_manifest(stage, {"adapter": str(read.folder), "base": str(source), "check": check})
+        _write_card(stage, job, report, source)
+        about = {"adapter": str(read.folder), "base": str(source), "check": check}
+        write_manifest(stage, about | {"base_tensors": read.record.get("tensors") or "not recorded at training"})
     return report
+
+
+def _write_card(stage: Path, job: Job, report: MergeReport, source: Path) -> None:
+    own = job.adapter.folder / "README.md"
+    text = model_card(
+        kind=type(job.attached.bare).__name__,
+        base=str(job.adapter.base or source),
+        adapter=str(job.adapter.folder),
+        method=job.adapter.method,
+        check="Not verified." if report.check is None else str(report.check),
+        notes=report.notes,
+        body=without_front_matter(own.read_text(encoding="utf-8")) if own.is_file() else "",
+    )
+    (stage / "README.md").write_text(text, encoding="utf-8")
 
 
 def _check_base(adapter: Adapter, source: Path, checkpoint: Checkpoint, force: bool) -> list[str]:
