@@ -138,7 +138,7 @@ def train(options: argparse.Namespace, flags: list[str]) -> None:
     if options.print_recipe:
         print(recipe.to_yaml(), end="")
         return
-    out = options.out or Path("runs") / (options.recipe.stem if options.recipe else recipe.method.name)
+    out = options.out or Path("runs") / (options.recipe.stem if options.recipe else Path(recipe.method.label).name)
     from adapters_kit.training.trainer import train as run_training
 
     run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)

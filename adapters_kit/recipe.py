@@ -38,13 +38,19 @@ class MethodSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
-    name: str = "lora"
-    """Short name of a method (`adapters-kit methods` lists them) or the folder of a saved adapter to continue from."""
+    name: str | list[str] = "lora"
+    """Short name of a method (`adapters-kit methods` lists them), a list of names to train as one adapter, or the
+    folder of a saved adapter to continue from."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        return {"name": value} if isinstance(value, str | list | tuple) else value
+
+    @property
+    def label(self) -> str:
+        """The name in a few letters, such as "lora+prefix"."""
+        return self.name if isinstance(self.name, str) else "+".join(self.name)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -274,16 +280,17 @@ def keys_of(flags: Sequence[str]) -> dict[str, Any]:
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema of the recipe file, for editors: `data` and `method` may be plain strings there."""
+    """JSON schema of the recipe file, for editors: `data` and `method` have short spellings there."""
     made = Recipe.model_json_schema()
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "adapters_kit recipe"
-    for name in ("data", "method"):
+    short = {
+        "data": [{"type": "string"}],
+        "method": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    for name, spellings in short.items():
         field = made["properties"][name]
-        made["properties"][name] = {
-            "description": field.pop("description", ""),
-            "anyOf": [{"type": "string"}, field],
-        }
+        made["properties"][name] = {"description": field.pop("description", ""), "anyOf": [*spellings, field]}
     return made
 
 
@@ -338,13 +345,15 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     task, training = fields.get("task"), part("training")
 
     method = fields.get("method", "lora")
-    method = method if isinstance(method, str) else part("method").get("name", "lora")
+    method = method if isinstance(method, str | list | tuple) else part("method").get("name", "lora")
     known = registry.known_names()
-    is_name = isinstance(method, str) and registry.canonical(method) in known
-    if isinstance(method, str) and not is_name and not (Path(method) / "adapter_config.json").is_file():
-        looks_like_path = "/" in method or "\\" in method
-        reason = "no adapter_config.json in that folder." if looks_like_path else did_you_mean(method, known)
-        problems.append((("method",), f"there is no method {method!r}: {reason}"))
+    for name in method if isinstance(method, list | tuple) else [method]:
+        if not isinstance(name, str) or registry.canonical(name) in known:
+            continue
+        if not (Path(name) / "adapter_config.json").is_file():
+            looks_like_path = "/" in name or "\\" in name
+            reason = "no adapter_config.json in that folder." if looks_like_path else did_you_mean(name, known)
+            problems.append((("method",), f"there is no method {name!r}: {reason}"))
 
     roles = TASKS.get(task) if isinstance(task, str) else None
     columns = part("data").get("columns")

@@ -62,7 +62,7 @@ class Plan:
     advice: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.recipe.method.name} on {self.recipe.model} for {self.recipe.task}", ""]
+        lines = [f"{self.recipe.method.label} on {self.recipe.model} for {self.recipe.task}", ""]
         lines.append(f"trains {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.2%}):")
         lines += [f"  {path:<60} {tensors:>4} tensors {count:>12,}" for path, (tensors, count) in self.groups.items()]
         lines += ["", f"memory of one step, {self.batch_size} x {self.max_length} tokens:"]

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from adapters_kit import registry, tasks
+from adapters_kit import tasks
 from adapters_kit.kernels.cross_entropy import chunked_loss
 from adapters_kit.loading import load, load_processor
 from adapters_kit.methods import find_method
@@ -80,7 +80,7 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
     """
     torch.manual_seed(recipe.training.seed)
     options = recipe.method.options
-    if not Path(recipe.method.name).is_dir():
+    if isinstance(recipe.method.name, str) and not Path(recipe.method.name).is_dir():
         config = find_method(recipe.method.name).config_class
         if "total_step" in {field.name for field in dataclasses.fields(config)}:
             options.setdefault("total_step", steps)
@@ -97,10 +97,9 @@ def learning_rate(recipe: Recipe) -> float:
     """The recipe's, or the one that suits the method."""
     if recipe.training.learning_rate is not None:
         return recipe.training.learning_rate
-    name = recipe.method.name
-    if Path(name).is_dir() or name not in registry.names():
-        return 2e-4
-    return registry.get(name).learning_rate
+    names = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
+    # Methods that train together share one rate: the lowest of theirs. A saved adapter goes on as LoRA would.
+    return min(2e-4 if Path(name).is_dir() else find_method(name).learning_rate for name in names)
 
 
 def filled_in(recipe: Recipe, task: Task) -> Recipe:

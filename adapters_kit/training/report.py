@@ -110,10 +110,10 @@ def card(recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Seque
 base_model: {hub_name}
 library_name: peft
 pipeline_tag: {_PIPELINE[recipe.task]}
-tags: [adapters-kit, {recipe.method.name if "/" not in recipe.method.name else "adapter"}]
+tags: [adapters-kit, {recipe.method.label if "/" not in recipe.method.label else "adapter"}]
 ---
 
-# {recipe.method.name} adapter of {hub_name} for {recipe.task}
+# {recipe.method.label} adapter of {hub_name} for {recipe.task}
 
 Trained with adapters_kit: {metrics["trainable_params"]:,} of
 {metrics["total_params"]:,} parameters, {metrics["train_examples"]:,} examples, {metrics["steps"]:,} steps.

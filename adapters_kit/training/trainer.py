@@ -53,7 +53,9 @@ def train(
         TrainingError: a loss that is not finite, no memory left, or a folder that holds another run.
     """
     out = Path(out)
-    console = Console(stderr=True, quiet=quiet or not PartialState().is_main_process)
+    # Told here that there is no GPU: left to find out by itself, accelerate would not join the processes on CPUs.
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(stderr=True, quiet=quiet or not processes.is_main_process)
     _check_folder(out, resume, overwrite)
     task, splits = prepare(recipe)
     model, processor = load_base(recipe, task)
@@ -77,7 +79,7 @@ def train(
     model = add_adapter(model, recipe, total_steps(recipe, len(train_features))[0])
     trainable, total = model.get_nb_trainable_parameters()
     console.print(
-        f"{recipe.method.name}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
+        f"{recipe.method.label}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
     )
     if PartialState().is_main_process:
         if overwrite and out.exists():
