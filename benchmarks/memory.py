@@ -1,0 +1,98 @@
+"""How many bytes does a step keep for its backward pass?
+
+    python benchmarks/memory.py                          # SmolLM2, MiniLM and a 1B-shaped model, bf16 and fp32
+    python benchmarks/memory.py --quick                  # four layers of SmolLM2
+    python benchmarks/memory.py --device cuda            # also the allocator's peak
+
+Every tensor that autograd saves is seen by `torch.autograd.graph.saved_tensors_hooks`; a storage counts once,
+parameters and buffers do not. Exact, so one run is enough. Writes results/memory.json and .png.
+"""
+
+import argparse
+import sys
+
+import common
+import torch
+from torch import nn
+
+COUNTED = ["full", "peft", "peft, dropout", "peft, low adapters", "ours", "ours, dropout"]
+COUNTED += ["ours, dropout, chunked", "ours, dropout, chunked, recompute"]
+
+
+def kept_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of distinct storages that the graph of one loss holds, beside the model's own."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []  # an address may be given out again otherwise
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    del loss
+    return sum(kept.values())
+
+
+def measure(name: str, dtype: str, arguments: argparse.Namespace) -> dict:
+    """All contestants of one model in one dtype, one after the other."""
+    found = {}
+    for kind in COUNTED:
+        if name == "minilm" and "chunked" in kind:
+            continue
+        layers = 4 if arguments.quick else None
+        model, real = common.contestant(kind, name, common.DTYPES[dtype], arguments.device, layers)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inputs = common.batch(base, arguments.rows, arguments.length)
+        found[kind] = {"kept": kept_bytes(model, inputs), "real_weights": real}
+        if arguments.device == "cuda":
+            common.step(model, inputs)
+            torch.cuda.reset_peak_memory_stats()
+            common.step(model, inputs)
+            found[kind]["peak"] = torch.cuda.max_memory_allocated()
+        del model, base
+    return found
+
+
+def table(cases: dict[str, dict]) -> str:
+    """Megabytes as Markdown."""
+    lines = ["| MB kept for backward | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
+    for kind in COUNTED:
+        cells = [f"{case[kind]['kept'] / 1e6:.0f}" if kind in case else "–" for case in cases.values()]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=common.MODELS, default=None)
+    parser.add_argument("--dtypes", nargs="+", choices=list(common.DTYPES), default=list(common.DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--name", default="memory", help="of the result files")
+    arguments = parser.parse_args()
+    models = arguments.models or (["smollm2"] if arguments.quick else list(common.MODELS))
+    result = {"environment": common.environment(), "batch": [arguments.rows, arguments.length], "cases": {}}
+    for name in models:
+        for dtype in arguments.dtypes:
+            result["cases"][f"{name} {dtype}"] = measure(name, dtype, arguments)
+            print(f"{name} {dtype} done", file=sys.stderr, flush=True)
+    print(table(result["cases"]))
+    if not arguments.quick:
+        path = common.write(arguments.name, result)
+        panels = {
+            case: {kind: entry["kept"] / 1e6 for kind, entry in found.items()}
+            for case, found in result["cases"].items()
+        }
+        common.bars(path.with_suffix(".png"), panels, "Bytes kept for the backward pass", "MB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
