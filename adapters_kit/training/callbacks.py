@@ -93,6 +93,9 @@ class Meter(TrainerCallback):
         mask = batch.get("attention_mask")
         if mask is not None and mask.device.type == "cpu":
             self.tokens += int(mask.sum())
+        elif (places := batch.get("position_ids")) is not None and places.device.type == "cpu":
+            # Packed: padding stands at 0 and nothing follows it; an example has one token at 1 for its token at 0.
+            self.tokens += int((places > 0).sum() + (places == 1).sum())
         elif (first := batch.get("input_ids", batch.get("pixel_values"))) is not None:
             # On a GPU reading the mask would wait for the device: padding is counted there.
             self.tokens += first.numel() if first.ndim == 2 else len(first)
