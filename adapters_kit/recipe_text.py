@@ -21,8 +21,16 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for numbers."""
+    """Quotes the strings that `_Loader` would take for numbers, and escapes what it would take for a line's end."""
 
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    """YAML takes a few characters besides the newline for line breaks and folds them; escapes keep them."""
+    style = '"' if any(character in value for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {key: list(value) for key, value in _class.yaml_implicit_resolvers.items()}
