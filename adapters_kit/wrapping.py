@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
-from adapters_kit.methods import find_method
+from adapters_kit.methods import adapterhub, find_method
 from adapters_kit.methods.combine import combine
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
@@ -192,7 +192,30 @@ def _inject(put: Callable, *args: Any, **kwargs: Any) -> Any:
         raise AdapterError(f"peft cannot put this adapter on this model, which is left as it was. {reason}") from error
 
 
+def _load_adapterhub(model: nn.Module, folder: Path, adapter_name: str) -> PeftModel:
+    wrapped = isinstance(model, PeftModel)
+    base = model.get_base_model() if wrapped else model
+    config, state = adapterhub.convert(folder, base)
+    config.task_type = infer_task_type(base)
+    config.modules_to_save = task_heads(base) or None
+    if not wrapped:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    elif config.peft_type != model.peft_type:
+        raise AdapterError(
+            f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} beside them."
+        )
+    else:
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+    # A task head is trained with the adapter from here on; it starts from the base model's.
+    head_and_adapter = get_peft_model_state_dict(model, adapter_name=adapter_name) | state
+    set_peft_model_state_dict(model, head_and_adapter, adapter_name=adapter_name)
+    return model
+
+
 def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftModel:
+    if adapterhub.is_adapterhub(folder):
+        return _load_adapterhub(model, folder, adapter_name)
     try:
         config = PeftConfig.from_pretrained(folder)
     except KeyError as error:

@@ -66,6 +66,23 @@ def test_same_outputs(case: str):
     torch.testing.assert_close(outputs(model.eval(), inputs), saved[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["bart/houlsby", "vit/parallel", "gpt2/lora"])
+def test_wrap_takes_the_folder(case: str):
+    family, _, name = case.partition("/")
+    inputs, saved = expected(family)
+    model = ak.wrap(base(family), FIXTURES / case)
+    torch.testing.assert_close(outputs(model.eval(), inputs), saved[name], rtol=1e-5, atol=1e-5)
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all(
+        "residual_adapter" in key or "lora_" in key or "modules_to_save" in key for key in trainable
+    )
+    other = "pfeiffer" if name != "lora" else "lora"
+    ak.wrap(model, FIXTURES / family / other, adapter_name="second")
+    torch.testing.assert_close(outputs(model.eval(), inputs), saved[other], rtol=1e-5, atol=1e-5)
+    model.set_adapter("default")
+    torch.testing.assert_close(outputs(model, inputs), saved[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["bert/pfeiffer", "llama/compacter", "gpt2/lora"])
 def test_a_converted_folder_is_a_peft_adapter(case: str, tmp_path: Path):
     family, _, name = case.partition("/")
