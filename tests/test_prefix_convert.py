@@ -1,12 +1,19 @@
 """peft's PREFIX_TUNING checkpoints become prefixes inside attention and go back, with equal outputs."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from test_prefix import fill, logits, wrapped
 
 import adapters_kit as ak
+from adapters_kit.methods.adapterhub import convert_folder
+
+ADAPTERHUB = Path(__file__).parent / "fixtures" / "adapterhub"
 
 EXACT = ["llama", "qwen2", "qwen3", "gpt-neox", "phi", "stablelm", "olmo2", "cohere", "granite", "mixtral", "qwen3-moe"]
 
@@ -72,3 +79,31 @@ def test_other_adapters_and_other_models_are_refused(tmp_path):
     with pytest.raises(ak.AdapterError, match="every layer"):
         ak.to_peft_prefix(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prefix", "prefix-mlp"])
+@pytest.mark.parametrize(
+    ("family", "model_class"),
+    [
+        ("bert", "BertForMaskedLM"),
+        ("llama", "LlamaForCausalLM"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("bart", "BartForConditionalGeneration"),
+    ],
+)
+def test_from_adapterhub(family, model_class, name, tmp_path):
+    base = getattr(transformers, model_class).from_pretrained(ADAPTERHUB / family / "base")
+    known = load_file(ADAPTERHUB / family / "expected.safetensors")
+    batch = {key.removeprefix("inputs."): value for key, value in known.items() if key.startswith("inputs.")}
+    folder = convert_folder(ADAPTERHUB / family / name, base, tmp_path / "converted")
+    model = PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(logits(model, **batch), known[name], rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, **batch), known["base"], rtol=1e-5, atol=1e-5)
+
+
+def test_adapterhub_prefixes_for_other_models_are_refused(tmp_path):
+    other = transformers.BertForMaskedLM.from_pretrained(ADAPTERHUB / "bert" / "base", num_hidden_layers=1)
+    with pytest.raises(ak.AdapterError, match=r"1 layers.*trained on"):
+        convert_folder(ADAPTERHUB / "bert" / "prefix", other, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()

@@ -1,4 +1,4 @@
-"""Reads adapters saved by AdapterHub's `adapters` (bottleneck adapters and LoRA) as peft adapters.
+"""Reads adapters saved by AdapterHub's `adapters` (bottleneck adapters, LoRA, prefixes) as peft adapters.
 
 Its folders hold `adapter_config.json` (`{"config": {...}, "model_class": ..., "name": ..., "version": ...}`) and
 `adapter.safetensors` or `pytorch_adapter.bin`. Keys follow the module paths of transformers 4.57; what has moved since
@@ -25,6 +25,7 @@ from adapters_kit.errors import ModelError, ShippingError
 from adapters_kit.methods.bottleneck_config import BottleneckConfig
 from adapters_kit.methods.bottleneck_layer import CHILD
 from adapters_kit.methods.bottleneck_sites import find_sites
+from adapters_kit.methods.prefix_adapterhub import convert_prefix
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")
 
@@ -87,8 +88,11 @@ def convert(source: str | Path, base_model: nn.Module) -> tuple[PeftConfig, dict
         return _convert_bottleneck(source, options, name, weights, base_model)
     if architecture == "lora":
         return _convert_lora(source, options, name, weights, base_model)
+    if architecture == "prefix_tuning":
+        return convert_prefix(source, options, name, weights, base_model)
     raise ShippingError(
-        f"{source / CONFIG}: architecture={architecture!r} cannot be converted. Bottleneck adapters and LoRA can."
+        f"{source / CONFIG}: architecture={architecture!r} cannot be converted. Bottleneck adapters, LoRA and prefixes "
+        "can."
     )
 
 
