@@ -81,7 +81,8 @@ def load(
             own; bfloat16 with `quantize`; float32 for quantized GGUF files.
         compute_dtype: of matrix products with 4-bit weights; None: `dtype`.
         double_quant: quantize the scales of 4-bit blocks too (0.37 bit less per weight).
-        quant_storage: what 4-bit weights are stored as; FSDP needs the same dtype as `dtype`. None: uint8.
+        quant_storage: what 4-bit weights are stored as. FSDP2 shards them if it equals `dtype`; it cannot shard int8.
+            None: uint8.
         skip: linears of the blocks to leave unquantized: paths, or their ends ("down_proj").
         norms_fp32: keep the weights of norms (1-D parameters of the blocks) in float32.
         device_map: as in transformers' `from_pretrained`.
