@@ -225,6 +225,8 @@ def _put(target: int, tensor: Tensor, value: torch.Tensor) -> None:
         raise ShippingError(f"{tensor.name} came out as {tuple(value.shape)} where {tuple(tensor.shape)} was planned.")
     cast = value.to(DTYPES[tensor.dtype]).contiguous()
     if not is_finite(cast):
+        if not is_finite(value):
+            raise ShippingError(f"{tensor.name} is not finite: the base or the adapter is broken.")
         raise ShippingError(
             f"{tensor.name} has values that do not fit {DTYPES[tensor.dtype]}. Choose dtype='bfloat16' or 'float32'."
         )
