@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from adapters_kit.anatomy import base_model
@@ -128,7 +129,8 @@ def linear_cross_entropy(
     Returns:
         A scalar, float32 (float64 for float64 inputs). Logits are rounded to the dtype of `hidden`, then float32.
     """
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    # A fake tensor, on which memory.py counts bytes, has no values to look at.
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor):
         kept = (labels != ignore_index).nonzero().squeeze(1)
         if len(kept) < len(labels):  # prompts and padding cost nothing
             hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
