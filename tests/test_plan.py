@@ -11,6 +11,7 @@ from adapters_kit.loading import skeleton
 from adapters_kit.memory import kept_for_backward, step_bytes
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.plan import parse_size
+from adapters_kit.training.preparing import add_adapter, load_base, prepare
 
 TASKS = {"encoder": "text-classification", "decoder": "causal-lm", "encoder-decoder": "seq2seq"}
 FAMILIES = ["bert", "gpt2", "llama", "t5", "bart"]
@@ -101,3 +102,23 @@ def test_amounts_of_memory(text, size):
 def test_an_amount_that_is_none():
     with pytest.raises(RecipeError, match="write 24GB"):
         parse_size("much")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asset", "task"), [("minilm", "text-classification")])
+def test_within_a_tenth_of_a_real_model(real, asset, task):
+    """Parameters and what a real step keeps for its backward pass, on real text."""
+    columns = {"columns": {"text": "text"}} if task == "causal-lm" else {}
+    data = {"train": str(real("reviews")), "limit": 64, "test_limit": 4, **columns}
+    training = {"batch_size": 4, "max_length": 64}
+    recipe = Recipe(model=str(real(asset)), task=task, data=data, training=training)
+    plan = ak.plan(recipe)
+    kind, splits = prepare(recipe)
+    model, _ = load_base(recipe, kind)
+    model = add_adapter(model, recipe, steps=1).train()
+    features = sorted(kind.encode(splits.train), key=kind.length)[-4:]
+    batch = {name: tensor for name, tensor in kind.collate(features).items() if name != "row"}
+    kept = kept_for_backward(model, batch).total
+    held = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    assert plan.memory.activations == pytest.approx(kept, rel=0.1)
+    assert plan.memory.weights + plan.memory.adapter == pytest.approx(sum(held.values()), rel=0.1)
