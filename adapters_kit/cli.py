@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for a mistake in what was asked, 130 when interrupted."""
+    """Run one verb; returns the exit status: 0; 1 where `check` finds a problem; 2 for a mistake; 130 when stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, verbs = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"unknown argument {unknown[0]!r}. {did_you_mean(unknown[0], _flags(verbs[options.verb]))}"
         )
     try:
-        options.run(options, flags) if options.takes_recipe_keys else options.run(options)
+        status = options.run(options, flags) if options.takes_recipe_keys else options.run(options)
     except AdapterError as error:
         sys.stderr.write(f"adapters-kit: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("adapters-kit: interrupted\n")
         return 130
-    return 0
+    return status or 0
 
 
 def _flags(verb: argparse.ArgumentParser) -> list[str]:
@@ -187,8 +187,34 @@ def merge(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         verify=options.verify,
         overwrite=options.overwrite,
+        force=options.force,
     )
     print(report)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Whether an adapter or a merged model loads in a server, and every reason if not."""
+    from adapters_kit.shipping.check import check as look
+
+    report = look(options.folder, options.target, max_lora_rank=options.max_lora_rank)
+    print(report)
+    return 0 if report else 1
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write an adapter or a merged model in the form that a server takes."""
+    from adapters_kit.shipping.export import export as write
+
+    kinds = {"format": options.format, "canonical": options.canonical, "rank": options.rank, "dtype": options.dtype}
+    print(write(options.source, options.out, base=options.base, overwrite=options.overwrite, **kinds))
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Turn an adapter saved by AdapterHub's `adapters` into a peft adapter folder."""
+    from adapters_kit.loading import load
+    from adapters_kit.methods.adapterhub import convert_folder
+
+    print(f"Converted to {convert_folder(options.source, load(options.base, task=options.task), options.out)}")
 
 
 def _console():
@@ -252,6 +278,35 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
     made.add_argument("--verify", choices=["sample", "full", "off"], default="sample", help="how much to compare")
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+    made.add_argument(
+        "--force", action="store_true", help="merge into another base than the adapter's; says what differs"
+    )
+
+    made = verb(check)
+    made.add_argument("folder", help="adapter or model folder")
+    made.add_argument(
+        "--target",
+        choices=["peft", "transformers", "vllm", "sglang", "llama.cpp", "ollama"],
+        default="vllm",
+        help="what it shall load in (default: vllm)",
+    )
+    made.add_argument("--max-lora-rank", type=int, default=16, help="vLLM's option of that name (default: 16)")
+
+    made = verb(export)
+    made.add_argument("source", help="adapter folder; for GGUF also a model folder")
+    made.add_argument("out", help="folder to write; for GGUF the file")
+    made.add_argument("--format", choices=["peft", "gguf"], default="peft", help="default: peft")
+    made.add_argument("--canonical", action="store_true", help="fold all scales into B, alpha = r, one rank")
+    made.add_argument("--rank", type=int, help="best approximation of that rank; implies --canonical")
+    made.add_argument("--dtype", help="of the written tensors; for GGUF also q8_0")
+    made.add_argument("--base", help="base model of a GGUF adapter (default: the one that it names)")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    made = verb(convert)
+    made.add_argument("source", help="folder of an AdapterHub adapter")
+    made.add_argument("base", help="its base model: folder or hub id")
+    made.add_argument("out", help="adapter folder to write")
+    made.add_argument("--task", default="causal-lm", help="the head to load the base with (default: causal-lm)")
     return parser, subparsers.choices
 
 

@@ -15,7 +15,8 @@ from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.methods import adapterhub, find_method
-from adapters_kit.methods.combine import combine
+from adapters_kit.methods.combine import combine, to_combined
+from adapters_kit.methods.combine_config import CombinedConfig
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
 
@@ -83,12 +84,12 @@ def wrap(
             config = build_config(base, method, **overrides)
             if not wrapped:
                 model = _inject(get_peft_model, model, config, adapter_name=adapter_name)
-            elif config.peft_type != model.peft_type:
-                raise AdapterError(
-                    f"The model holds {model.peft_type.value} adapters; peft cannot add {config.peft_type.value} "
-                    "beside them. Wrap a fresh model, or make both adapters of one kind."
-                )
             else:
+                if config.peft_type != model.peft_type:
+                    # peft holds adapters of one kind in a model; combinations hold any, also of a single part.
+                    if not isinstance(config, CombinedConfig):
+                        config = build_config(base, [method], **overrides)
+                    to_combined(model)
                 _inject(model.add_adapter, adapter_name, config)
                 model.set_adapter(adapter_name)
     if fuse:

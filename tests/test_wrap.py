@@ -208,3 +208,33 @@ def test_the_table_of_methods():
     assert set(PRESETS) <= set(table) and {"loha", "lokr", "boft", "xlora"} <= set(table)
     assert table["lora"].mergeable and not table["prompt"].mergeable
     assert all(method.trains and method.config_class for method in table.values())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("lora", "houlsby"), ("houlsby", "lora"), ("prefix", "ia3"), ("lora", ["lora", "prefix"])]
+)
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_second_adapter_of_another_kind(family, first, second, tmp_path):
+    model = ak.wrap(tiny.build(family), first)
+    randomize(model)
+    batch = tiny.inputs(model.get_base_model())
+    with_first = model.eval()(**batch).logits
+    ak.wrap(model, second, adapter_name="b")
+    assert all(".b" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    randomize(model)
+    with_second = model.eval()(**batch).logits
+    assert not torch.allclose(with_first, with_second, atol=1e-4)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(**batch).logits, with_first, rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    for folder, expected in ((tmp_path, with_first), (tmp_path / "b", with_second)):
+        loaded = PeftModel.from_pretrained(tiny.build(family), folder).eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_virtual_tokens_cannot_join_another_adapter():
+    model = ak.wrap(tiny.build("llama"), "lora")
+    before = fingerprint(model)
+    with pytest.raises(AdapterError, match="works on the model's input"):
+        ak.wrap(model, "prompt", adapter_name="b")
+    assert_untouched(model, before)

@@ -155,7 +155,7 @@ def stack(
     base, below = model.get_base_model(), list(model.active_adapters)
     methods = [method] if isinstance(method, str | PeftConfig) else list(method)
     config = combine(base, methods, **options)
-    _to_combined(model)
+    to_combined(model)
     model.add_adapter(adapter_name, config)
     activate(model, [*below, adapter_name])
     model.set_requires_grad(below, False)
@@ -187,7 +187,7 @@ def activate(model: PeftModel, names: Sequence[str]) -> None:
     model.active_adapter = names[-1]
 
 
-def _to_combined(model: PeftModel) -> None:
+def to_combined(model: PeftModel) -> None:
     """Let the tuner of one method serve as a part of a combination, so that other methods can join it."""
     old = model.base_model
     if isinstance(old, CombinedModel):
