@@ -62,7 +62,9 @@ def test_a_lower_rank_tells_its_loss(trio, tmp_path):
     found = updates(base, tmp_path / "small")
     wanted = expected(base, adapters, lambda parts: sum(update * weight for update, weight in parts))
     for path, error in report.errors.items():
-        assert ((wanted[path] - found[path]).norm() / wanted[path].norm()).item() == pytest.approx(error, rel=1e-3, abs=1e-6)
+        assert ((wanted[path] - found[path]).norm() / wanted[path].norm()).item() == pytest.approx(
+            error, rel=1e-3, abs=1e-6
+        )
     tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {5}
 
