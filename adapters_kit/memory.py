@@ -16,9 +16,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters_kit.anatomy import block_linears, blocks
+from adapters_kit.errors import UnknownNameError, did_you_mean
 
-# Bytes a trained parameter: AdamW's two moments in fp32, or in blocks of 8 bits.
-OPTIMIZER_BYTES = {"adamw": 8, "lora+": 8, "lora-fa": 8, "adamw-8bit": 2, "paged-adamw": 8, "paged-adamw-8bit": 2}
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa")
+# bitsandbytes keeps the state of smaller tensors in fp32, and one fp32 scale for so many 8-bit entries.
+_SMALLEST_8BIT = 4096
+_BLOCK_8BIT = 256
 # Bytes a weight: 4 bits and, for each 64 weights, a scale of 8 bits that shares an fp32 scale with 255 others.
 QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
@@ -155,20 +158,40 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
             layer = base.get_submodule(path)
             layer = getattr(layer, "base_layer", layer)
             quantized.add(id(layer.weight))
-    weights = trained = 0.0
+    weights, trained = 0.0, []
     seen = set()
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if tensor.requires_grad:
-            trained += tensor.numel()
+        if tensor.requires_grad and not (optimizer == "lora-fa" and "lora_A" in name):
+            trained.append(tensor.numel())
         else:
             each = QUANTIZED_BYTES[quantize] if id(tensor) in quantized else tensor.element_size()
             weights += tensor.numel() * each
-    return Memory(
-        round(weights), round(4 * trained), round(4 * trained), round(OPTIMIZER_BYTES[optimizer] * trained), 0, 0
-    )
+    return Memory(round(weights), 4 * sum(trained), 4 * sum(trained), state_bytes(optimizer, trained), 0, 0)
+
+
+def state_bytes(name: str, sizes: Iterable[int], *, on_gpu: bool = True) -> int:
+    """Bytes that the optimizer's state takes.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        sizes: number of elements of each tensor that is trained; for "lora-fa" those of the B matrices (its A are
+            frozen), for everything else those with `requires_grad`. Moments of fp32 parameters are assumed.
+        on_gpu: leave out what a paged optimizer can move away from the GPU, which is all of it for large tensors.
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError(f"Unknown optimizer {name!r}. {did_you_mean(name, OPTIMIZERS)}")
+    total = 0
+    for size in sizes:
+        if name.startswith("paged") and on_gpu and size >= 100_000:
+            continue
+        if name.endswith("8bit") and size >= _SMALLEST_8BIT:
+            total += 2 * size + 2 * 4 * -(-size // _BLOCK_8BIT)
+        else:
+            total += 8 * size
+    return total
 
 
 def step_bytes(

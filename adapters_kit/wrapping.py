@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
@@ -14,11 +14,13 @@ from transformers.models.auto import modeling_auto as auto
 from adapters_kit.anatomy import head
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
+from adapters_kit.kernels.recompute import recompute_cheap
 from adapters_kit.methods import adapterhub, find_method
 from adapters_kit.methods.combine import combine, to_combined
 from adapters_kit.methods.combine_config import CombinedConfig
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
+from adapters_kit.quantization import keep_layout
 
 # peft's name for a task -> transformers' own table of the classes that do it.
 _TASK_TYPES = {
@@ -45,6 +47,7 @@ def wrap(
     *,
     adapter_name: str = "default",
     fuse: bool = True,
+    recompute: Literal["cheap"] | None = None,
     **overrides: Any,
 ) -> PeftModel:
     """Freeze `model` and add a trainable adapter to it.
@@ -55,6 +58,7 @@ def wrap(
             names or configs trains several methods as one adapter.
         adapter_name: the adapter's name in the model.
         fuse: let LoRA layers compute as fused nodes where they can (see `fuse`): the same numbers with less memory.
+        recompute: "cheap": compute activation × gate and fp32 norms again in the backward pass instead of keeping them.
         **overrides: options of the method's peft config, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Returns:
@@ -64,6 +68,8 @@ def wrap(
         UnknownNameError: a method, option or target that does not exist. The model is left as it was.
         ModelError: the adapter does not fit the model. The model is left as it was.
     """
+    if recompute not in (None, "cheap"):
+        raise UnknownNameError(f"recompute={recompute!r} is unknown; it is None or 'cheap'.")
     wrapped = isinstance(model, PeftModel)
     if wrapped and adapter_name in model.peft_config:
         raise UnknownNameError(
@@ -71,6 +77,8 @@ def wrap(
             f"wrap(model, ..., adapter_name='{adapter_name}2')."
         )
     folder = _adapter_folder(method)
+    # Any later forward without gradients would have bitsandbytes spoil 4-bit weights for training, on CPU.
+    keep_layout(model)
     with _untouched_on_failure(model):
         if folder is not None:
             if overrides:
@@ -94,6 +102,8 @@ def wrap(
                 model.set_adapter(adapter_name)
     if fuse:
         fuse_layers(model)
+    if recompute:
+        recompute_cheap(model)
     return model
 
 

@@ -6,7 +6,8 @@ import torch
 
 import adapters_kit as ak
 from adapters_kit.errors import AdapterError, MissingPackageError, UnknownNameError
-from adapters_kit.training.optimizers import OPTIMIZERS, build_optimizer, state_bytes
+from adapters_kit.memory import OPTIMIZERS, state_bytes
+from adapters_kit.training.optimizers import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 

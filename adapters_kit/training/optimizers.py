@@ -1,6 +1,5 @@
-"""The optimizers that adapters are trained with, by name, and how much memory their state takes."""
+"""The optimizers that adapters are trained with, by name. What their state takes is in memory.py."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.memory import OPTIMIZERS
 from adapters_kit.quantization import check_bitsandbytes
 
 # Name -> class of bitsandbytes.optim; None is torch's AdamW.
@@ -17,12 +17,7 @@ _ADAMW: dict[str, str | None] = {
     "paged-adamw": "PagedAdamW",
     "paged-adamw-8bit": "PagedAdamW8bit",
 }
-OPTIMIZERS = (*_ADAMW, "lora+", "lora-fa")
 LORA_PLUS_RATIO = 16.0
-
-# bitsandbytes keeps the state of smaller tensors in fp32, and one fp32 scale for so many 8-bit entries.
-_SMALLEST_8BIT = 4096
-_BLOCK_8BIT = 256
 
 
 def build_optimizer(
@@ -83,28 +78,6 @@ def build_optimizer(
         {"params": [entry for entry in trainable if entry.ndim < 2], "weight_decay": 0.0},
     ]
     return optimizer_class([group for group in groups if group["params"]], lr=learning_rate, **options)
-
-
-def state_bytes(name: str, sizes: Iterable[int], *, on_gpu: bool = True) -> int:
-    """Bytes that the optimizer's state takes.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        sizes: number of elements of each tensor that is trained; for "lora-fa" those of the B matrices (its A are
-            frozen), for everything else those with `requires_grad`. Moments of fp32 parameters are assumed.
-        on_gpu: leave out what a paged optimizer can move away from the GPU, which is all of it for large tensors.
-    """
-    if name not in OPTIMIZERS:
-        raise UnknownNameError(f"Unknown optimizer {name!r}. {did_you_mean(name, OPTIMIZERS)}")
-    total = 0
-    for size in sizes:
-        if name.startswith("paged") and on_gpu and size >= 100_000:
-            continue
-        if name.endswith("8bit") and size >= _SMALLEST_8BIT:
-            total += 2 * size + 2 * 4 * -(-size // _BLOCK_8BIT)
-        else:
-            total += 8 * size
-    return total
 
 
 def _adamw_class(name: str) -> Any:

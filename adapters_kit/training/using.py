@@ -11,6 +11,7 @@ from torch import nn
 from adapters_kit import tasks
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
+from adapters_kit.shipping.identity import check_base
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.preparing import load_base, rows_of
@@ -110,6 +111,8 @@ def _task(recipe: Recipe, rows: Any, *, answers: bool) -> Task:
 
 def _ready(recipe: Recipe, task: Task, adapter: Path | None) -> nn.Module:
     torch.manual_seed(recipe.training.seed)
+    if adapter is not None:
+        check_base(adapter, recipe.model)
     model, _ = load_base(recipe, task)
     if adapter is not None:
         model = wrap(model, str(adapter))
