@@ -139,11 +139,14 @@ def train(options: argparse.Namespace, flags: list[str]) -> None:
         print(recipe.to_yaml(), end="")
         return
     out = options.out or Path("runs") / (options.recipe.stem if options.recipe else Path(recipe.method.label).name)
+    from accelerate import PartialState
+
     from adapters_kit.training.trainer import train as run_training
 
     run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)
-    _show_metrics(run.metrics)
-    print(f"Run folder: {run.path}   adapter: {run.adapter}")
+    if PartialState().is_main_process:
+        _show_metrics(run.metrics)
+        print(f"Run folder: {run.path}   adapter: {run.adapter}")
 
 
 def evaluate(options: argparse.Namespace, flags: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +92,20 @@ def test_methods_lists_every_method(capsys):
     _, out, _ = run(capsys, "methods")
     listed = {line.split()[0] for line in out.splitlines()[1:]}
     assert set(registry.names()) <= listed and {"loha", "boft"} <= listed
+
+
+def test_an_adapterhub_adapter_is_converted_checked_and_exported(capsys, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    fixtures = Path(__file__).parent / "fixtures" / "adapterhub" / "llama"
+    adapter, canonical = tmp_path / "adapter", tmp_path / "canonical"
+    assert run(capsys, "convert", str(fixtures / "lora"), str(fixtures / "base"), str(adapter))[0] == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(fixtures / "base"), adapter)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    status, out, _ = run(capsys, "check", str(adapter), "--target", "peft")
+    assert status == 0 and "loads in peft" in out
+    status, out, _ = run(capsys, "export", str(adapter), str(canonical), "--canonical")
+    assert status == 0 and "alpha = r" in out and (canonical / "adapter_model.safetensors").is_file()
+    status, out, _ = run(capsys, "check", str(canonical), "--target", "vllm", "--max-lora-rank", "1")
+    assert status == 1 and "max_lora_rank" in out

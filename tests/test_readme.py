@@ -45,3 +45,4 @@ def test_the_table_of_methods_is_the_measured_one():
 
     results = methods.read()
     assert results["methods"] and methods.table(results) in README
+    assert results["smollm2"] and methods.language_table(results) in README
