@@ -1,0 +1,207 @@
+"""The training loop: Hugging Face's Trainer with the task's own evaluation, a fixed order and a check of every loss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from adapters_kit.errors import TrainingError
+from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.base import Features, Task, autocast
+from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering
+from adapters_kit.training.optimizers import build_optimizer
+from adapters_kit.training.preparing import precision
+from adapters_kit.training.sampling import OrderedByEpoch
+
+CHECKPOINTS = "checkpoints"
+
+
+class AdapterTrainer(Trainer):
+    """Trainer with the task's own evaluation, an order of examples that resumes exactly, and a check of every loss."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        recipe: Recipe,
+        train_features: Features,
+        test_features: Features,
+        processor: Any,
+        out: Path,
+        console: Console,
+    ) -> None:
+        self.task, self.recipe, self.test_features = task, recipe, test_features
+        self.kept_results: dict[int, list[Any]] = {}
+        self.mean_loss = float("nan")
+        training = recipe.training
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        args = arguments(recipe, task, out, len(train_features))
+        self.order = OrderedByEpoch(
+            [task.length(feature) for feature in train_features],
+            training.batch_size * args.world_size,
+            training.seed,
+            group=training.group_by_length,
+        )
+        self.meter = Meter()
+        self.screen = Screen(self.meter, task.metric, console)
+        callbacks = [
+            Steering(self.order, training.save_every, training.early_stopping),
+            self.meter,
+            RankAllocation(),
+            Record(out / "metrics.jsonl", self.meter),
+            self.screen,
+        ]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=task.collate_training,
+            train_dataset=train_features,
+            eval_dataset=test_features,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        # Trainer takes every model whose forward has **kwargs for one that divides its loss by the items counted over
+        # all devices and accumulated batches. BERT and many others ignore the count: their loss would come out
+        # multiplied by the number of processes and of accumulation steps.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(
+            model, task.collate_training([train_features[0]])
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> OrderedByEpoch:
+        return self.order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            training = self.recipe.training
+            self.optimizer = build_optimizer(
+                model if model is not None else self.model,
+                training.optimizer,
+                training.learning_rate,
+                training.weight_decay,
+                lora_plus_ratio=training.lora_plus_ratio,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        rows = inputs.pop("row")
+        self.meter.count(inputs)
+        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = outcome[0] if return_outputs else outcome
+        if not torch.isfinite(loss):
+            numbers = ", ".join(str(row + 1) for row in sorted(set(rows.tolist())))
+            raise TrainingError(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}, on the training rows {numbers}. "
+                f"Look at those rows, or lower training.learning_rate (now {self.args.learning_rate:g})"
+                + (", or use bf16 instead of fp16." if self.args.fp16 else ".")
+            )
+        return outcome
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The task's metrics on the held-out part."""
+        results = self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
+        scores = self.task.score(results, self.test_features)
+        self.kept_results = {self.state.best_global_step: self.kept_results.get(self.state.best_global_step, [])}
+        self.kept_results[self.state.global_step] = results
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def results_of_kept(self) -> list[Any]:
+        """Predictions of the parameters that were kept: remembered from their evaluation, or made now."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        step = self.state.best_global_step if best else self.state.global_step
+        found = self.kept_results.get(step)
+        return found or self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
+
+
+@torch.no_grad()
+def divides_by_items(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether the model's loss is the sum over the items divided by the `num_items_in_batch` that it is given."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "row"}
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(model, device):
+            one, two = (model(**batch, num_items_in_batch=torch.tensor(n, device=device)).loss for n in (1, 2))
+    except TypeError:
+        return False
+    finally:
+        model.train(was_training)
+    return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != 0)
+
+
+def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingArguments:
+    """The recipe's training part in Trainer's words."""
+    training = recipe.training
+    steps, steps_per_epoch = total_steps(recipe, examples)
+    evaluate_every = max(math.ceil(steps_per_epoch / training.evals_per_epoch), 1) if training.evals_per_epoch else None
+    # Fewer steps than one interval: still one evaluation, at the end.
+    evaluate_every = min(evaluate_every, steps) if evaluate_every else None
+    kind = precision(recipe)
+    with_warmup = training.scheduler == "constant" and training.warmup > 0
+    scheduler = "constant_with_warmup" if with_warmup else training.scheduler
+    # Named only when asked for: the argument is being renamed and warns.
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps or -1,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size or 2 * training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=scheduler,
+        warmup_steps=round(training.warmup * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=kind == "bf16",
+        fp16=kind == "fp16",
+        eval_strategy="steps" if evaluate_every else "no",
+        eval_steps=evaluate_every,
+        save_strategy="steps" if evaluate_every else "no",
+        save_steps=evaluate_every or 500,
+        save_total_limit=2,
+        load_best_model_at_end=bool(evaluate_every and training.keep_best),
+        metric_for_best_model=task.metric,
+        greater_is_better=task.higher_is_better,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=list(training.log_to) or "none",
+        log_level="error",
+        ddp_find_unused_parameters=False,
+        **(checkpointing if training.gradient_checkpointing else {}),
+    )
+
+
+def total_steps(recipe: Recipe, examples: int) -> tuple[int, int]:
+    """Optimizer steps of the whole run, and of one epoch."""
+    training = recipe.training
+    per_step = training.batch_size * PartialState().num_processes * training.gradient_accumulation
+    per_epoch = math.ceil(examples / per_step)
+    return training.max_steps or math.ceil(per_epoch * training.epochs), per_epoch
