@@ -68,6 +68,22 @@ def check_bitsandbytes(what: str) -> None:
         )
 
 
+def check_device(quantize: str, device: str) -> None:
+    """Refuse a device that bitsandbytes has no kernels for.
+
+    Raises:
+        ModelError: with the devices that it has kernels for.
+    """
+    import bitsandbytes
+
+    known = sorted(bitsandbytes.supported_torch_devices)
+    if device not in known:
+        raise ModelError(
+            f"bitsandbytes has no kernels for {device!r}, which quantize={quantize!r} needs; it has them for "
+            f"{', '.join(known)}. Load without quantize=, or with device_map='cpu'."
+        )
+
+
 def bnb_config(
     quantize: str,
     *,

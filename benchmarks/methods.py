@@ -6,7 +6,7 @@
 
 MiniLM (22 M parameters), 4,000 movie reviews, two epochs, 1,000 held out: `make demo`'s job. One seed, so differences
 below about one point are noise (the standard error of an accuracy of 0.8 on 1,000 reviews is 1.3 points). With
---smollm2, SmolLM2-135M-Instruct learns the language of 800 of the reviews, one epoch, 200 held out. Results go to
+--smollm2, SmolLM2-135M-Instruct learns the language of 400 of the reviews, one epoch, 100 held out. Results go to
 results/methods.json; `--table` prints them as Markdown.
 """
 
@@ -69,7 +69,7 @@ def run_language(method: dict[str, Any]) -> dict[str, Any]:
         recipe = ak.Recipe(
             model=str(assets.smollm2()),
             task="causal-lm",
-            data={"train": str(assets.reviews()), "columns": {"text": "text"}, "limit": 800, "test_limit": 200},
+            data={"train": str(assets.reviews()), "columns": {"text": "text"}, "limit": 400, "test_limit": 100},
             method=method,
             training={
                 "epochs": 1,

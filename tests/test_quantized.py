@@ -132,10 +132,11 @@ def test_skip(kind):
     }
 
 
-def test_fp32_compute_and_norms():
+def test_fp32_compute_and_norms(caplog):
     model = ak.load(small.model("llama"), quantize="nf4", dtype="fp32")
     assert model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32 == model.lm_head.weight.dtype
     model = ak.load(small.model("llama"), quantize="nf4", norms_fp32=True, compute_dtype="fp16")
+    assert "take 0.00 MB more" in caplog.text  # four norms of 64 weights, 2 bytes more each
     layer = model.model.layers[0]
     assert layer.mlp.up_proj.compute_dtype == torch.float16 and layer.input_layernorm.weight.dtype == torch.float32
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -387,6 +388,8 @@ def test_refusals(tmp_path, monkeypatch):
         with pytest.raises(MissingPackageError, match=words):
             ak.load(folder, quantize="nf4")
     monkeypatch.undo()
+    with pytest.raises(ModelError, match=r"no kernels for 'vulkan'.*cpu"):
+        quantization.check_device("nf4", "vulkan")
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("broken"))

@@ -4,6 +4,7 @@ model = load("HuggingFaceTB/SmolLM2-135M", quantize="nf4")
 model = load("models/minilm", task="text-classification", labels=["negative", "positive"])
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from adapters_kit.loading.source import Source, find, read_lazily
 from adapters_kit.quantization import (
     KINDS,
     bnb_config,
+    check_device,
     check_kind,
     check_sizes,
     keep_layout,
@@ -25,6 +27,8 @@ from adapters_kit.quantization import (
     quantizable,
     quantize_in_place,
 )
+
+_log = logging.getLogger(__name__)
 
 # Task -> the transformers class that puts the fitting head on a body.
 TASKS: dict[str, str] = {
@@ -132,6 +136,7 @@ def load(
     else:
         skeleton = _skeleton(auto_class, config, trust_remote_code)
         wanted = quantizable(skeleton, skip)
+        check_device(quantize, _device_type(device_map))
         check_sizes(skeleton, wanted, quantize, _device_type(device_map))
         plan = bnb_config(
             quantize,
@@ -263,10 +268,12 @@ def _finish(model, source: Source, task: str, norms_fp32: bool) -> None:
         eos = text.eos_token_id
         text.pad_token_id = eos[0] if isinstance(eos, list) else eos
     if norms_fp32:
-        inside = tuple(f"{path}." for path in blocks(model))
+        inside, more = tuple(f"{path}." for path in blocks(model)), 0
         for path, parameter in model.named_parameters():
             if path.startswith(inside) and parameter.ndim == 1 and "norm" in path.rpartition(".")[0].lower():
+                more += parameter.numel() * (4 - parameter.element_size())
                 parameter.data = parameter.data.float()
+        _log.warning("norms_fp32: the norms of the blocks take %.2f MB more", more / 1e6)
 
 
 def _check_labels(labels: Sequence[str] | None, task: str) -> None:
