@@ -34,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mam": {"name": "mam"},
     "unipelt": {"name": "unipelt"},
 }
+# Prefixes that start from what the model computes for a text disturb it least; random ones need long training.
+START = "The film tells a story about people and what they do, with some good scenes and some bad ones."
 LANGUAGE = ("lora", "prefix", "lora+prefix")
 KEPT_OF_LANGUAGE = ("base_perplexity", "perplexity", "trainable_params", "total_params", "train_seconds")
 KEPT = ("base_accuracy", "accuracy", "f1", "trainable_params", "total_params", "train_seconds", "peak_memory_bytes")
@@ -65,6 +67,11 @@ def run_language(method: dict[str, Any]) -> dict[str, Any]:
 
     import adapters_kit as ak
 
+    start = {"init_ids": ak.load_processor(assets.smollm2())(START)["input_ids"]}
+    if method["name"] == "prefix":
+        method = {**method, **start}
+    elif "prefix" in method["name"]:
+        method = {**method, "parts": {"prefix": start}}
     with tempfile.TemporaryDirectory() as folder:
         recipe = ak.Recipe(
             model=str(assets.smollm2()),
