@@ -53,6 +53,9 @@ def test_merged_equals_the_adapter_in_plain_transformers_and_peft(run, real, tmp
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(logits(by_auto, run / "adapter"), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(logits(merged, tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+    assert cli.main(["predict", str(tmp_path / "merged"), *SENTENCES, "--task", "text-classification"]) == 0
+    labels = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    assert labels == [merged.config.id2label[index] for index in expected.argmax(-1).tolist()]
 
 
 def test_scores_again_as_the_run_did(run, capsys):

@@ -216,6 +216,11 @@ def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdigit()
 
 
+def outputs_of(model: nn.Module) -> list[str]:
+    """The names of a classifier's outputs, in their order, as its config has them."""
+    return [model.config.id2label[index] for index in sorted(model.config.id2label)]
+
+
 def longest_input(processor: Any, model: nn.Module) -> int:
     """Tokens that the model can take, from its position embeddings and its tokenizer; huge if neither says."""
     sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]

@@ -14,7 +14,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, class_names, labels_of
+from adapters_kit.tasks.base import Features, Task, class_names, labels_of, outputs_of
 
 
 class ImageClassification(Task):
@@ -37,7 +37,7 @@ class ImageClassification(Task):
     def bind(self, processor: Any, model: nn.Module) -> None:
         self.processor = getattr(processor, "image_processor", processor)
         self.max_length = self.longest = self.recipe.training.max_length or 512  # images have one size
-        self.labels = [model.config.id2label[index] for index in range(len(self.labels))]
+        self.labels = outputs_of(model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         number = {name: index for index, name in enumerate(self.labels)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, class_names, compact, labels_of, pad_inputs
+from adapters_kit.tasks.base import Features, Task, class_names, compact, labels_of, outputs_of, pad_inputs
 
 
 class TextClassification(Task):
@@ -46,7 +46,7 @@ class TextClassification(Task):
     def bind(self, processor: Any, model: nn.Module) -> None:
         super().bind(processor, model)
         # A checkpoint with a head for these very classes keeps its own order of them.
-        self.labels = [model.config.id2label[index] for index in range(len(self.labels))]
+        self.labels = outputs_of(model)
 
     def adapt(self, model: nn.Module) -> None:
         # transformers chooses the loss by this field; left empty it would guess from the labels' dtype.

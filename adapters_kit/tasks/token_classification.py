@@ -11,7 +11,17 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
-from adapters_kit.tasks.base import IGNORED, Features, Task, class_names, compact, labels_of, pad, pad_inputs
+from adapters_kit.tasks.base import (
+    IGNORED,
+    Features,
+    Task,
+    class_names,
+    compact,
+    labels_of,
+    outputs_of,
+    pad,
+    pad_inputs,
+)
 
 
 class TokenClassification(Task):
@@ -34,7 +44,7 @@ class TokenClassification(Task):
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         super().bind(processor, model)
-        self.labels = [model.config.id2label[index] for index in range(len(self.labels))]
+        self.labels = outputs_of(model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         encoded = self.processor(
