@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
-from test_bottleneck import PRESETS, adapter_parameters, randomize
+from test_bottleneck import PRESETS, WITH_BRANCHES, adapter_parameters, randomize
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +39,7 @@ def logits(model: nn.Module, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma2", "mixtral", "t5", "xlnet", "vit", "whisper"])
+@pytest.mark.parametrize("family", WITH_BRANCHES)
 def test_save_and_load_is_exact(family: str, preset: str, tmp_path: Path, monkeypatch):
     model = adapted(family, preset)
     model.save_pretrained(tmp_path)
