@@ -20,7 +20,6 @@ from adapters_kit.methods.combine import combine, to_combined
 from adapters_kit.methods.combine_config import CombinedConfig
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
-from adapters_kit.quantization import keep_layout
 
 # peft's name for a task -> transformers' own table of the classes that do it.
 _TASK_TYPES = {
@@ -77,8 +76,6 @@ def wrap(
             f"wrap(model, ..., adapter_name='{adapter_name}2')."
         )
     folder = _adapter_folder(method)
-    # Any later forward without gradients would have bitsandbytes spoil 4-bit weights for training, on CPU.
-    keep_layout(model)
     with _untouched_on_failure(model):
         if folder is not None:
             if overrides:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import adapters_kit as ak
-from adapters_kit.errors import AdapterError, DataError, ModelError, TrainingError
+from adapters_kit.errors import AdapterError, DataError, ModelError, ShippingError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.text_classification import TextClassification
 
@@ -241,6 +241,9 @@ def test_refused_before_anything_is_written(rows, tmp_path):
 def test_an_adapter_for_another_base_is_refused(rows, tmp_path):
     run = train(recipe(rows, training={"max_steps": 1}), tmp_path / "run")
     wider = small.model("bert", hidden_size=128)
+    with pytest.raises(ShippingError, match="is not the base that"):
+        ak.evaluate(run.adapter, model=str(wider))
+    (run.adapter / "adapters_kit.json").unlink()  # as for an adapter that was trained elsewhere
     with pytest.raises(ModelError, match="does not fit"):
         ak.evaluate(run.adapter, model=str(wider))
 
