@@ -20,6 +20,7 @@ from adapters_kit.methods.combine import combine, to_combined
 from adapters_kit.methods.combine_config import CombinedConfig
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.peft_plugin import peft_methods
+from adapters_kit.quantization import keep_layout
 
 # peft's name for a task -> transformers' own table of the classes that do it.
 _TASK_TYPES = {
@@ -52,7 +53,8 @@ def wrap(
     """Freeze `model` and add a trainable adapter to it.
 
     Args:
-        model: any `transformers` model, or a `PeftModel`, which then gets one adapter more and activates it.
+        model: any `transformers` model, or a `PeftModel`, which then gets one adapter more and activates it. The 4-bit
+            layers of a model that `load` did not load are kept as they train correctly (`quantization.keep_layout`).
         method: a short name (see `methods()`), any peft config object, or the folder of a saved adapter. A list of
             names or configs trains several methods as one adapter.
         adapter_name: the adapter's name in the model.
@@ -76,6 +78,7 @@ def wrap(
             f"wrap(model, ..., adapter_name='{adapter_name}2')."
         )
     folder = _adapter_folder(method)
+    keep_layout(model)  # plain transformers leaves 4-bit weights on a CPU to be spoilt by the next evaluation
     with _untouched_on_failure(model):
         if folder is not None:
             if overrides:

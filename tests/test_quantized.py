@@ -13,7 +13,7 @@ import pytest
 import small
 import tiny
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +23,7 @@ from adapters_kit import quantization
 from adapters_kit.anatomy import block_linears, routers
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError
 from adapters_kit.loading.source import read_lazily
+from adapters_kit.wrapping import build_config
 
 pytest.importorskip("bitsandbytes")
 
@@ -164,16 +165,17 @@ def cosine(first, second) -> float:
     return float(first @ second / first.norm() / second.norm())
 
 
-def journey(model, reference, batches):
+def journey(model, reference, batches, put=ak.wrap):
     """evaluate, train, evaluate, merge: the same on a quantized model and on its dequantized fp32 twin.
 
-    Returns gradient cosine, and largest differences of evaluated and of merged logits over the largest logit.
+    `put(model, "lora", ...)` puts the adapter on the quantized one. Returns gradient cosine, and largest differences of
+    evaluated and of merged logits over the largest logit.
     """
     first, second = batches
     pair = []
-    for entry in (model, reference):
+    for entry, method in ((model, put), (reference, ak.wrap)):
         torch.manual_seed(0)
-        pair.append(ak.wrap(entry, "lora", r=4, lora_alpha=8))
+        pair.append(method(entry, "lora", r=4, lora_alpha=8))
     for wrapped in pair:
         wrapped.eval()
         with torch.no_grad():
@@ -226,39 +228,50 @@ def test_evaluate_train_evaluate_merge(kind):
     assert merged < 1e-4
 
 
+def by_plain_transformers(folder: Path) -> nn.Module:
+    """The llama in nf4 as transformers loads it: bitsandbytes chooses the layout."""
+    how = quantization.bnb_config("nf4", compute_dtype=torch.float32, skip=["lm_head"])
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
+
+
+def by_plain_peft(model: nn.Module, method: str, **options) -> PeftModel:
+    """What `wrap` would put on, without what `wrap` does to 4-bit layers."""
+    return get_peft_model(model, build_config(model, method, **options))
+
+
 def test_without_the_fix_the_same_journey_goes_wrong():
-    """Shows that the test above would notice: the layout that bitsandbytes chooses by itself on this CPU."""
+    """Shows that the test above would notice; and wrap() alone puts it right, for whoever did not use load()."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("bitsandbytes repacks on CPUs with AVX512-bf16 only")
-    load = lambda: ak.load(small.model("llama"), quantize="nf4", dtype="fp32")  # noqa: E731
-    model, reference = load(), dequantized(load())
-    for module in quantization.four_bit_layers(model):
-        module.support_avx512bf16_for_cpu = True
-    batches = [tiny.inputs(model, labels=True, seed=seed) for seed in (0, 1)]
+    plain = lambda: by_plain_transformers(small.model("llama"))  # noqa: E731
+    reference = lambda: dequantized(ak.load(small.model("llama"), quantize="nf4", dtype="fp32"))  # noqa: E731
+    batches = [tiny.inputs(plain(), labels=True, seed=seed) for seed in (0, 1)]
     try:
-        agreement, _, merged = journey(model, reference, batches)
+        agreement, _, merged = journey(plain(), reference(), batches, by_plain_peft)
     except RuntimeError:
-        return
-    assert agreement < 0.9 or merged > 0.1
+        pass
+    else:
+        assert agreement < 0.9 or merged > 0.1
+    agreement, evaluated, merged = journey(plain(), reference(), batches)
+    assert agreement > 0.9999 and evaluated < 1e-4 and merged < 1e-4
 
 
-def test_a_model_that_was_repacked_elsewhere_is_put_right():
+def test_a_model_that_was_repacked_elsewhere_is_put_right(caplog):
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
         pytest.skip("bitsandbytes repacks on CPUs with AVX512-bf16 only")
-    model = ak.load(small.model("llama"), quantize="nf4", dtype="fp32")
-    expected = dequantized(ak.load(small.model("llama"), quantize="nf4", dtype="fp32"))
-    for module in quantization.four_bit_layers(model):
-        module.support_avx512bf16_for_cpu = True
-    batch = tiny.inputs(model)
+    model = by_plain_transformers(small.model("llama"))
+    expected = ak.load(small.model("llama"), quantize="nf4", dtype="fp32")
+    count, expected = len(quantized_paths(expected)), dequantized(expected)
     with torch.no_grad():
-        model(**batch)
-    assert quantization.keep_layout(model) == len(quantized_paths(model))
-    assert quantization.keep_layout(model) == 0
-    again = dequantized(model)
+        model(**tiny.inputs(model))
+    wrapped = ak.wrap(model, "lora", r=2)
+    assert f"{count} 4-bit layers had been repacked" in caplog.text
+    assert quantization.keep_layout(wrapped) == 0
+    again = dequantized(wrapped.unload())
     for path in block_linears(expected):
         want = expected.get_submodule(path).weight
         assert (again.get_submodule(path).weight - want).abs().max() < 0.02 * want.abs().max()
