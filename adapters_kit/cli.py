@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -160,7 +160,10 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> None:
 
 
 def predict(options: argparse.Namespace, flags: list[str]) -> None:
-    """Answers of a run, an adapter or a plain model, one JSON object a line."""
+    """Answers of a run, an adapter or a plain model: one JSON object a line, written while the model writes.
+
+    Texts that a model generates appear as they are made: plainly on a terminal, inside the JSON line elsewhere.
+    """
     from adapters_kit.recipe import keys_of
 
     if bool(options.text) == bool(options.data):
@@ -168,8 +171,12 @@ def predict(options: argparse.Namespace, flags: list[str]) -> None:
     keys = keys_of(flags)
     if options.out and options.out.exists():
         raise DataError(f"{options.out} exists already; predictions never overwrite a file. Choose another --out.")
+    from adapters_kit.training.using import generates, stream
     from adapters_kit.training.using import predict as answer
 
+    if options.text and not options.out and generates(options.name, **keys):
+        _print_streams(options.text, stream(options.name, options.text, **keys))
+        return
     answers = answer(options.name, options.data or options.text, **keys)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     if options.out:
@@ -177,6 +184,43 @@ def predict(options: argparse.Namespace, flags: list[str]) -> None:
         print(f"{len(answers)} predictions in {options.out}")
     else:
         print(lines, end="")
+
+
+def _print_streams(prompts: list[str], answers: Iterable[Iterable[str]]) -> None:
+    """Each piece at once; a JSON line that is written in pieces is still one JSON line."""
+    plain = sys.stdout.isatty()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if not plain:
+            print(f'{{"prompt": {json.dumps(prompt, ensure_ascii=False)}, "answer": "', end="")
+        for piece in answer:
+            print(piece if plain else json.dumps(piece, ensure_ascii=False)[1:-1], end="", flush=True)
+        print("" if plain else '"}', flush=True)
+
+
+def compare(options: argparse.Namespace, flags: list[str]) -> None:
+    """Finished runs beside each other, best first: what differs in their recipes, their scores, costs."""
+    folders = [path for path in options.paths if path.is_dir()]
+    if missing := [path for path in options.paths if path not in folders]:
+        near = did_you_mean(missing[0].name, [path.name for path in missing[0].parent.glob("*/")])
+        raise DataError(f"No run folder {str(missing[0])!r}. {near}".rstrip())
+    if flags:
+        raise DataError(f"{flags[0]} changes a recipe; the runs in {folders[0]} are finished.")
+    from adapters_kit.training.runs import as_text, compare_runs
+
+    print(as_text(compare_runs(folders)))
+
+
+def sweep(options: argparse.Namespace, flags: list[str]) -> None:
+    """Train a recipe with every learning rate and rank, and print the runs beside each other, best first."""
+    from adapters_kit.recipe import Recipe
+
+    recipe = Recipe.read(options.recipe, flags)
+    out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-sweep"
+    from adapters_kit.training.runs import as_text
+    from adapters_kit.training.runs import sweep as run_sweep
+
+    print(as_text(run_sweep(recipe, out, learning_rates=options.learning_rates, ranks=options.ranks)))
+    print(f"Run folders: {out}")
 
 
 def merge(options: argparse.Namespace) -> None:
@@ -273,6 +317,18 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("text", nargs="*", help="inputs")
     made.add_argument("--data", help="file or folder of inputs")
     made.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
+
+    made = verb(compare, recipe_keys=True)
+    made.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="two run folders or more")
+
+    made = verb(sweep, recipe_keys=True)
+    made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")
+    rates = [1e-4, 3e-4, 1e-3]
+    made.add_argument(
+        "--learning-rates", nargs="+", type=float, metavar="RATE", default=rates, help=f"default: {rates}"
+    )
+    made.add_argument("--ranks", nargs="+", type=int, metavar="R", default=[], help="default: the recipe's own rank")
+    made.add_argument("--out", type=Path, help="folder of the run folders (default: runs/ and the recipe's name)")
 
     made = verb(merge)
     made.add_argument("adapter", help="adapter folder, such as runs/x/adapter")

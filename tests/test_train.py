@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import adapters_kit as ak
+from adapters_kit import cli
 from adapters_kit.errors import AdapterError, DataError, ModelError, ShippingError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.text_classification import TextClassification
@@ -265,7 +266,7 @@ def test_pictures_and_the_confusion_matrix(rows, tmp_path):
     assert right / 64 == pytest.approx(run.metrics["accuracy"])
 
 
-def test_sweep_and_compare(rows, tmp_path):
+def test_sweep_and_compare(rows, tmp_path, capsys):
     given = recipe(rows, training={"epochs": 4, "samples": 0})
     table = ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True)
     assert [row["accuracy"] for row in table] == sorted((row["accuracy"] for row in table), reverse=True)
@@ -279,5 +280,19 @@ def test_sweep_and_compare(rows, tmp_path):
     began = (tmp_path / "sweep" / "lr1e-05-r2" / "metrics.json").stat().st_mtime_ns
     assert ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True) == table
     assert (tmp_path / "sweep" / "lr1e-05-r2" / "metrics.json").stat().st_mtime_ns == began
+    with pytest.raises(TrainingError, match=r"sweep into a new folder.*training\.epochs: 4\.0 -> 5\.0"):
+        ak.sweep(given.changed(**{"training.epochs": 5.0}), tmp_path / "sweep", learning_rates=[1e-5], ranks=[2])
+    runs = [str(tmp_path / "sweep" / name) for name in ("lr1e-05-r2", "lr0.003-r8")]
+    assert cli.main(["compare", *runs]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {"run", "training.learning_rate", "method.r", "accuracy", "base_accuracy"} <= set(shown[0].split())
+    assert shown[1].split()[0] == runs[1], "best first"
+    (tmp_path / "recipe.yaml").write_text(given.to_yaml())
+    words = ["sweep", str(tmp_path / "recipe.yaml"), "--learning-rates", "1e-5", "3e-3", "--ranks", "2", "8"]
+    assert cli.main([*words, "--out", str(tmp_path / "sweep")]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[0].split() == shown[0].split() and len(again) == 6
+    assert cli.main(["compare", runs[0], str(tmp_path / "sweep" / "lr0.003-r88")]) == 2
+    assert "Did you mean lr0.003-r8" in capsys.readouterr().err
     with pytest.raises(TrainingError, match="two runs or more"):
         ak.compare_runs([tmp_path / "sweep" / "lr1e-05-r2"])

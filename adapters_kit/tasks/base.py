@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.streaming import pieces
 
 IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
 Features = Sequence[dict[str, Any]]
@@ -37,6 +38,8 @@ class Task:
     metric: ClassVar[str] = "loss"
     """The score by which evaluations are compared."""
     higher_is_better: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    """Whether an answer is text that the model writes, so that `stream` works."""
 
     def __init__(self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None) -> None:
         self.recipe = recipe
@@ -91,6 +94,22 @@ class Task:
         features = self.encode(data, answers=False)
         results = self.run(model, features, batch_size)
         return [self.show(result, data[feature["row"]]) for result, feature in zip(results, features, strict=True)]
+
+    def stream(self, model: nn.Module, row: Mapping[str, Any]) -> Iterator[str]:
+        """The model's answer to one row while it is being written; joined, what `predict` gives as `answer`."""
+        (feature,) = self.encode(Dataset.from_list([dict(row)]), answers=False)
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self.collate([feature]).items() if name != "row"}
+
+        def generate(**options: Any) -> None:
+            with torch.no_grad(), autocast(model, device):
+                self.generate(model, batch, **options)
+
+        return pieces(self.processor, generate)
+
+    def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
+        """What the model writes for each example of a batch; `options` go to `model.generate`."""
+        raise NotImplementedError
 
     def run(
         self,

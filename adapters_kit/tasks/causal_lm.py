@@ -23,6 +23,7 @@ class CausalLM(Task):
     needs = (("messages",), ("prompt", "completion"), ("text",))
     targets = ("completion",)
     metric = "loss"
+    generates = True
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         for data in (train, test) if test is not None else (train,):
@@ -148,7 +149,7 @@ class CausalLM(Task):
 
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         features = self.encode(data, answers=False)
-        results = self.run(model, features, batch_size, self._generate, lambda f: self.collate(f, side="left"))
+        results = self.run(model, features, batch_size, self.generate, lambda f: self.collate(f, side="left"))
         shown = []
         for feature, text in zip(features, results, strict=True):
             row = data[feature["row"]]
@@ -156,13 +157,14 @@ class CausalLM(Task):
             shown.append({given: row[self.columns[given]], "answer": text})
         return shown
 
-    def _generate(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:
-        batch.pop("labels")
+    def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         out = model.generate(
-            **batch,
+            **inputs,
             max_new_tokens=self.recipe.max_new_tokens,
             do_sample=False,
             pad_token_id=self.processor.pad_token_id,
+            **options,
         )
         new = out[:, batch["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)

@@ -18,6 +18,7 @@ class Seq2Seq(Task):
     needs = (("source", "target"),)
     targets = ("target",)
     metric = "loss"
+    generates = True
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         for data in (train, test) if test is not None else (train,):
@@ -55,11 +56,12 @@ class Seq2Seq(Task):
         )
         sums = loss.view(labels.shape).double().sum(-1).tolist()
         counts = (labels != IGNORED).sum(-1).tolist()
-        return list(zip(sums, counts, self._generate(model, batch), strict=True))
+        return list(zip(sums, counts, self.generate(model, batch), strict=True))
 
-    def _generate(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:
+    def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        out = model.generate(**inputs, max_new_tokens=self.recipe.max_new_tokens, do_sample=False, num_beams=1)
+        limits = {"max_new_tokens": self.recipe.max_new_tokens, "do_sample": False, "num_beams": 1}
+        out = model.generate(**inputs, **limits, **options)
         return self.processor.batch_decode(out, skip_special_tokens=True)
 
     def score(self, results: Sequence[tuple[float, int, str]], features: Features) -> dict[str, float]:
@@ -71,7 +73,7 @@ class Seq2Seq(Task):
 
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         features = self.encode(data, answers=False)
-        texts = self.run(model, features, batch_size, self._generate)
+        texts = self.run(model, features, batch_size, self.generate)
         sources = self.text(data, "source")
         return [{"source": sources[f["row"]], "answer": text} for f, text in zip(features, texts, strict=True)]
 

@@ -65,24 +65,53 @@ def sweep(
     out: str | Path,
     *,
     learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    ranks: Sequence[int] = (8,),
+    ranks: Sequence[int] = (),
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
     """Trains every learning rate with every rank; returns the table of `compare_runs`, also in `out`/sweep.json.
 
     A run that has finished already is not trained again, so that an interrupted sweep goes on where it stopped.
+
+    Args:
+        out: folder of the run folders, `lr0.001-r8` and so on.
+        ranks: values of the method's option `r`; none leaves the recipe's own.
+
+    Raises:
+        RecipeError: a rate that no recipe can have; before anything is trained.
+        TrainingError: a run that is there was made with another recipe.
     """
     out = Path(out)
-    runs = []
-    for rate, rank in product(learning_rates, ranks):
-        path = out / f"lr{rate:g}-r{rank}"
-        given = recipe.changed(**{"training.learning_rate": rate, "method.r": rank})
-        if not (path / "metrics.json").is_file():
+    recipes = {}
+    for rate, rank in product(learning_rates, ranks or [None]):
+        name = f"lr{rate:g}" + ("" if rank is None else f"-r{rank}")
+        changes = {"training.learning_rate": rate} | ({} if rank is None else {"method.r": rank})
+        recipes[out / name] = recipe.changed(**changes)
+    for path, given in recipes.items():
+        if (path / "metrics.json").is_file():
+            _check_same(Run.open(path), given)
+        else:
             train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
-        runs.append(path)
+    runs = list(recipes)
     table = compare_runs(runs) if len(runs) > 1 else [{"run": str(runs[0]), **Run.open(runs[0]).metrics}]
     report.write_json(out / "sweep.json", table)
     return table
+
+
+# What `train` fills in when the recipe leaves it open, and what `auto_batch` may change.
+_FOUND_OUT = ("labels", "data.columns", "training.precision", "training.max_length")
+_BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
+
+
+def _check_same(run: Run, recipe: Recipe) -> None:
+    free = _FOUND_OUT + (_BY_MEMORY if recipe.training.auto_batch else ())
+    before, now = flat(run.recipe.model_dump()), flat(recipe.model_dump())
+    told = [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in {**before, **now}
+        if not key.startswith(free) and before.get(key) != now.get(key)
+    ]
+    if told:
+        raise TrainingError(f"{run.path} was trained with another recipe; sweep into a new folder. {'; '.join(told)}.")
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
