@@ -232,6 +232,7 @@ def merge(options: argparse.Namespace) -> None:
         options.out,
         base=options.base,
         dtype=options.dtype,
+        quantize=options.quantize,
         verify=options.verify,
         overwrite=options.overwrite,
         force=options.force,
@@ -335,7 +336,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("out", help="model folder to write")
     made.add_argument("--base", help="base model (default: the one that the adapter names)")
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
-    made.add_argument("--verify", choices=["sample", "full", "off"], default="sample", help="how much to compare")
+    made.add_argument(
+        "--quantize", choices=["nf4", "fp4", "int8"], help="round the result again; prints what the update loses"
+    )
+    made.add_argument(
+        "--verify",
+        choices=["sample", "full", "off"],
+        default="sample",
+        help="compare outputs on 2 batches, or on 16 and every written tensor, or nothing (default: sample)",
+    )
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     made.add_argument(
         "--force", action="store_true", help="merge into another base than the adapter's; says what differs"

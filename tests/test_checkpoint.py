@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.checkpoint import (
+from adapters_kit.artifacts.checkpoint import (
     DTYPES,
     INDEX,
     MAX_HEADER,

@@ -62,7 +62,7 @@ def test_a_naive_server_is_right_only_with_the_canonical_form(case, base, tmp_pa
     trained = train_on(base, ODD[case], tmp_path / "adapter")
     ak.export(tmp_path / "adapter", tmp_path / "canonical", canonical=True)
     wrong, right = gap(trained, naive(tmp_path / "adapter", base)), gap(trained, naive(tmp_path / "canonical", base))
-    assert right < 1e-5 < 1e-2 < wrong
+    assert right < 3e-5 < 1e-2 < wrong
 
 
 def test_a_lower_rank_is_the_best_one_and_its_error_is_told(base, tmp_path):

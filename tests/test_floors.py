@@ -25,6 +25,7 @@ FLOORS = {
     "methods": 2,
     "kernels": 2,
     "quantization": 2,
+    "artifacts": 2,
     "loading": 3,
     "wrapping": 3,
     "memory": 3,

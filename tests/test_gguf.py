@@ -12,7 +12,7 @@ from shipping_tools import load, save_base, train_on
 
 import adapters_kit as ak
 from adapters_kit.shipping import gguf
-from adapters_kit.shipping.source import convert_gguf
+from adapters_kit.shipping.unpacked import convert_gguf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TEXTS = ["The capital of France is Paris, and", "def add(a, b):\n    return a + b\n"]

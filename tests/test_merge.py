@@ -1,18 +1,26 @@
 """What is merged computes what was trained: every method and family, against peft and against the live model."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 
+import bitsandbytes
 import peft
 import pytest
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from shipping_tools import LLAMA_LINEARS, gap, load, save_base, train_on
 
 import adapters_kit as ak
+from adapters_kit.artifacts.adapter import open_adapter
+from adapters_kit.artifacts.checkpoint import open_checkpoint
+from adapters_kit.artifacts.record import record_base
 from adapters_kit.loading import load as load_quantized
-from adapters_kit.shipping.identity import record_base
+from adapters_kit.shipping.direct import find_direct
+from adapters_kit.shipping.plan import changed, plan
 from adapters_kit.shipping.quantized import roundtrip
 
 GPT2_LINEARS = ["c_attn", "c_fc", "c_proj"]
@@ -258,19 +266,136 @@ def test_what_cannot_be_merged_says_why(tmp_path):
         assert not (tmp_path / "merged").exists()
 
 
-def test_a_wrong_merge_is_caught(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["direct", "by peft"])
+def test_a_wrong_merge_is_caught(way, tmp_path, monkeypatch):
     """The check is worth something: a merge with half the scale does not pass it."""
-    from adapters_kit.shipping import merge as module
+    from adapters_kit.shipping import deltas
+    from adapters_kit.shipping.direct import Direct
 
     def halved(unit, adapter, read):
         merged, base = merge_unit(unit, adapter, read), {name: read(name).float() for name in unit.shapes}
         return {name: (value + base[name]) / 2 for name, value in merged.items()}
 
-    merge_unit = module.merge_unit
+    merge_unit, changed = deltas.merge_unit, Direct.changed
+    base = save_base("llama", tmp_path / "base", torch.bfloat16)
+    patterns = {} if way == "direct" else {"rank_pattern": {"q_proj": 4}}
+    train_on(base, LORA(target_modules=["q_proj"], **patterns), tmp_path / "adapter")
+    monkeypatch.setattr(deltas, "merge_unit", halved)
+    monkeypatch.setattr(Direct, "changed", lambda self, base: changed(replace(self, scale=self.scale / 2), base))
+    with pytest.raises(ak.AdapterError, match="not the trained one"):
+        ak.merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
+
+
+DIRECT = {
+    "plain": ("llama", {"target_modules": "all-linear"}, True),
+    "rslora": ("llama", {"target_modules": ["q_proj"], "use_rslora": True}, True),
+    "a regular expression": ("llama", {"target_modules": r".*\.1\..*\.(up|down)_proj"}, True),
+    "patterns": ("llama", {"target_modules": ["q_proj"], "alpha_pattern": {"q_proj": 3}}, False),
+    "stored transposed": ("gpt2", {"target_modules": ["c_proj"]}, False),
+    "a tied head": ("gpt2", {"target_modules": ["lm_head"]}, False),
+    "DoRA": ("llama", {"target_modules": ["q_proj"], "use_dora": True}, False),
+    "moved base": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}, False),
+}
+
+
+@pytest.mark.parametrize("case", DIRECT)
+def test_plain_lora_needs_no_model(case, tmp_path):
+    """Without a model exactly where the files leave no doubt; the bytes are those of the way through peft."""
+    family, options, direct = DIRECT[case]
+    base = save_base(family, tmp_path / "base", torch.bfloat16)
+    train_on(base, LORA(**options), tmp_path / "adapter", dtype=torch.bfloat16)
+    adapter = open_adapter(tmp_path / "adapter")
+    with open_checkpoint(base) as checkpoint:
+        found = find_direct(adapter, checkpoint, json.loads((base / "config.json").read_text()))
+        assert (found is not None) == direct
+        if found:
+            job = plan(adapter, checkpoint, None)
+            assert job.computed == found.factors.keys()
+            ways = [{name: value.clone() for name, value in way} for way in (found.changed(checkpoint), changed(job))]
+            assert ways[0].keys() == ways[1].keys()
+            assert all(torch.equal(value, ways[1][name]) for name, value in ways[0].items())
+
+
+def test_a_plain_merge_imports_neither_peft_nor_transformers(tmp_path):
+    base = save_base("llama", tmp_path / "base")
+    train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "adapter")
+    code = (
+        "import sys, adapters_kit as ak; ak.merge(*sys.argv[1:3], base=sys.argv[3], verify='off');"
+        "assert not {'peft', 'transformers', 'accelerate'} & sys.modules.keys()"
+    )
+    paths = [tmp_path / name for name in ("adapter", "merged", "base")]
+    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True)
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_full_verification_finds_a_single_wrong_value(tmp_path, monkeypatch):
+    """One weight off by one unit in the last place is below every tolerance on outputs; so is a lost copy."""
+    from adapters_kit.shipping import merge as module
+
     base = save_base("llama", tmp_path / "base", torch.bfloat16)
     train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "adapter")
-    monkeypatch.setattr(module, "merge_unit", halved)
-    # `adapters_kit.merge` the function hides nothing: the module is looked up by its own name.
-    with pytest.raises(ak.AdapterError, match="not the trained one"):
-        module.merge(tmp_path / "adapter", tmp_path / "merged", base=base)
-    assert not (tmp_path / "merged").exists()
+    few = ak.merge(tmp_path / "adapter", tmp_path / "sample", base=base).check.values
+    assert ak.merge(tmp_path / "adapter", tmp_path / "full", base=base, verify="full").check.values == 8 * few
+    write = module.write
+    for part in ("q_proj", "k_proj"):
+
+        def damaged(layout, checkpoint, changed, folder, part=part):
+            hashes = write(layout, checkpoint, changed, folder)
+            tensors = load_file(folder / "model.safetensors")
+            name = next(name for name in tensors if part in name)
+            tensors[name].view(torch.int16)[5, 7] += 1
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            return hashes
+
+        monkeypatch.setattr(module, "write", damaged)
+        with pytest.raises(ak.AdapterError, match="check the disk"):
+            ak.merge(tmp_path / "adapter", tmp_path / "damaged", base=base, verify="full")
+        assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_requantized(family, kind, tmp_path, capsys):
+    """What is loaded is the merged weights rounded, and the survival is that of the definition in float64."""
+    base = save_base(family, tmp_path / "base", torch.bfloat16, max_shard_size="60KB")
+    linears = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "c_fc"]
+    train_on(base, LORA(target_modules=linears), tmp_path / "adapter", scale=0.05)
+    plain = ak.merge(tmp_path / "adapter", tmp_path / "plain", base=base)
+    report = ak.merge(tmp_path / "adapter", tmp_path / "small", base=base, quantize=kind)
+    assert report.check == plain.check and report.nbytes < plain.nbytes
+    merged, original = load(tmp_path / "plain").state_dict(), load(base).state_dict()
+    settings = {"type": kind, "blocksize": 64, "nested": True}
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    arrived = size = 0.0
+    for name, module in small.named_modules():
+        if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
+            continue
+        held = module.weight.data
+        if kind == "nf4":
+            held = bitsandbytes.functional.dequantize_4bit(held, module.weight.quant_state)
+        else:
+            held = bitsandbytes.functional.int8_vectorwise_dequant(held, module.weight.SCB)
+        one, other = merged[f"{name}.weight"].bfloat16(), original[f"{name}.weight"].bfloat16()
+        one, other = (one.T.contiguous(), other.T.contiguous()) if family == "gpt2" else (one, other)
+        after, before = roundtrip(one, settings).double(), roundtrip(other, settings).double()
+        assert torch.equal(held.double(), after)
+        update = one.double() - other.double()
+        arrived, size = arrived + ((after - before) * update).sum().item(), size + update.square().sum().item()
+    assert size > 0 and report.survival.overall == pytest.approx(arrived / size, rel=1e-5)
+    assert f"{report.survival.overall:.1%} of the update survived" in str(report)
+    assert all(any(part in name for part in linears) for name in report.survival.tensors)
+    files = json.loads((tmp_path / "small" / "manifest.json").read_text())["files"]
+    assert files.keys() == {path.name for path in (tmp_path / "small").iterdir()} - {"manifest.json"}
+    with open_checkpoint(tmp_path / "small"), torch.no_grad():
+        ids = torch.arange(5, 15)[None]
+        assert small(ids).logits.isfinite().all()
+
+
+def test_a_small_update_drowns_in_four_bits_and_that_is_told(tmp_path):
+    base = save_base("llama", tmp_path / "base", torch.bfloat16)
+    train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "adapter", scale=0.005)
+    nf4 = ak.merge(tmp_path / "adapter", tmp_path / "nf4", base=base, quantize="nf4", verify="off").survival
+    assert nf4.noise > 1 and "Ship the adapter beside" in str(nf4)
+    with pytest.raises(ak.AdapterError, match=r"quantize='int4'.*'nf4'"):
+        ak.merge(tmp_path / "adapter", tmp_path / "x", base=base, quantize="int4")

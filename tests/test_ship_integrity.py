@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from shipping_tools import gap, load, save_base, train_on
 
 import adapters_kit as ak
-from adapters_kit.shipping.identity import check_base, record_base
-from adapters_kit.shipping.staging import file_sha256, staged
+from adapters_kit.artifacts.identity import check_base
+from adapters_kit.artifacts.record import record_base
+from adapters_kit.artifacts.staging import file_sha256, staged
 
 LORA = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
 
@@ -81,7 +82,7 @@ def test_files_are_readable_by_all_that_the_umask_allows(pair):
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
-from adapters_kit.shipping.staging import staged
+from adapters_kit.artifacts.staging import staged
 with staged(Path(sys.argv[1]), overwrite=True) as stage:
     for index in range(50):
         (stage / f"part{index}").write_bytes(b"new" * 1000)

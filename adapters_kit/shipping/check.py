@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_adapter, read_json
+from adapters_kit.artifacts.checkpoint import SINGLE, open_checkpoint
+from adapters_kit.artifacts.source import locate
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
-from adapters_kit.shipping.adapter import CONFIG, Adapter, read_adapter, read_json
-from adapters_kit.shipping.checkpoint import SINGLE, open_checkpoint
 from adapters_kit.shipping.export import KEY, RESIDUAL
-from adapters_kit.shipping.source import locate
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VERSIONS = {

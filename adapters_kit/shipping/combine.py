@@ -15,11 +15,11 @@ import torch
 from peft.utils.merge_utils import dare_linear, ties
 from safetensors.torch import save_file
 
+from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
-from adapters_kit.shipping.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from adapters_kit.shipping.export import KEY, ExportReport, canonicalise
 from adapters_kit.shipping.merge import write_manifest
-from adapters_kit.shipping.staging import staged
 
 METHODS = ("sum", "ties", "dare")
 

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import embeddings, output_embeddings
+from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.errors import ShippingError
 from adapters_kit.peft_plugin import parameter_prefixes
-from adapters_kit.shipping.adapter import Adapter
 from adapters_kit.shipping.skeleton import empty_model, fill, hollow, is_hollow, make_hollow
 
 # Initialisations of LoRA that move a part of the base weight into the adapter. Only the deterministic ones can be

@@ -16,11 +16,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
+from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, Adapter, read_adapter, read_json
+from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, Adapter, read_adapter, read_json
 from adapters_kit.shipping.gguf import write_gguf
 from adapters_kit.shipping.merge import as_dtype, write_manifest
-from adapters_kit.shipping.staging import staged
 
 KEY = re.compile(
     r"^base_model\.model\.(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from adapters_kit.artifacts.adapter import CONFIG, read_adapter
+from adapters_kit.artifacts.source import locate
+from adapters_kit.artifacts.staging import explain
 from adapters_kit.errors import MissingPackageError, ShippingError
-from adapters_kit.shipping.adapter import CONFIG, read_adapter
-from adapters_kit.shipping.source import locate
-from adapters_kit.shipping.staging import explain
 
 ARCHIVE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -1,14 +1,14 @@
 """The plan of an output checkpoint, made before a byte is written: which tensor goes where, from what."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from adapters_kit.artifacts.checkpoint import DTYPES, INDEX, NAMES, SINGLE, Checkpoint, build_header
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.checkpoint import DTYPES, INDEX, NAMES, SINGLE, Checkpoint, build_header
 
 
 @dataclass
@@ -58,10 +58,10 @@ def lay_out(
     *,
     dtype: torch.dtype | None,
     computed: set[str],
-    reshaped: Mapping[str, tuple[int, ...]],
-    added: Mapping[str, tuple[int, ...]],
-    renamed: Mapping[str, str],
-    dropped: set[str],
+    reshaped: Mapping[str, tuple[int, ...]] | None = None,
+    added: Mapping[str, tuple[int, ...]] | None = None,
+    renamed: Mapping[str, str] | None = None,
+    dropped: Collection[str] = (),
 ) -> Layout:
     """The same shards as the base's, with the same tensors in the same order.
 
@@ -73,6 +73,7 @@ def lay_out(
         renamed: base name -> name in the output.
         dropped: base tensors that the trained model has no use for.
     """
+    reshaped, renamed = reshaped or {}, renamed or {}
     files: dict[str, list[Tensor]] = {file: [] for file in base.files}
     for name, stored in base.tensors.items():
         if name not in dropped:
@@ -88,7 +89,7 @@ def lay_out(
         raise ShippingError(f"No float tensors in {base.folder}: nothing to merge into.")
     usual = max(set(floats), key=floats.count)
     last = files[list(files)[-1]]
-    last += [Tensor(name, usual, tuple(shape)) for name, shape in added.items()]
+    last += [Tensor(name, usual, tuple(shape)) for name, shape in (added or {}).items()]
     layout = Layout(files)
     for file, tensors in files.items():
         table = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}

@@ -1,30 +1,41 @@
 """merge(): fold an adapter into its base, tensor by tensor, and prove that the result computes what was trained."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters_kit.artifacts.adapter import Adapter, open_adapter, read_json
+from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
+from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
+from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, base_of
+from adapters_kit.artifacts.staging import file_sha256, staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.adapter import Adapter, is_finite, read_adapter, read_json
 from adapters_kit.shipping.card import model_card, without_front_matter
-from adapters_kit.shipping.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from adapters_kit.shipping.deltas import merge_unit
-from adapters_kit.shipping.identity import differences, wrong_base
-from adapters_kit.shipping.layout import Tensor, write_index
-from adapters_kit.shipping.plan import Job, plan
-from adapters_kit.shipping.skeleton import stored_form
-from adapters_kit.shipping.source import WEIGHT_SUFFIXES, as_checkpoint, base_of
-from adapters_kit.shipping.staging import copy_range, file_sha256, staged, write_at
-from adapters_kit.shipping.verify import Comparison, compare
+from adapters_kit.shipping.direct import find_direct
+from adapters_kit.shipping.layout import lay_out
+from adapters_kit.shipping.unpacked import as_checkpoint
+from adapters_kit.shipping.writing import write
+
+# Building the model's skeleton imports transformers and peft, which takes longer than a plain merge: see `direct`.
+if TYPE_CHECKING:
+    from adapters_kit.shipping.plan import Job
+    from adapters_kit.shipping.requantize import Survival
+    from adapters_kit.shipping.verify import Comparison
 
 MANIFEST = "manifest.json"
+QUANTIZED = ("nf4", "fp4", "int8")
+BATCHES = {"sample": 2, "full": 16}
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Files of a training folder that a model folder needs too: the tokenizer may have got new tokens or a chat template.
@@ -45,6 +56,7 @@ class MergeReport:
         nbytes: size of the weight files.
         seconds: wall-clock time, without the verification.
         check: merged against base + adapter; None if it was switched off.
+        survival: what requantizing left of the update; None if it was not asked for.
         notes: what a user should know.
     """
 
@@ -56,6 +68,7 @@ class MergeReport:
     nbytes: int
     seconds: float
     check: Comparison | None = None
+    survival: Survival | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -68,7 +81,8 @@ class MergeReport:
         shown = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         size = f"{self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s"
         check = "not verified (verify='off')" if self.check is None else str(self.check)
-        return "\n".join([f"Merged into {self.path}: tensors {shown}; {size}.", check, *self.notes])
+        survival = [] if self.survival is None else [str(self.survival)]
+        return "\n".join([f"Merged into {self.path}: tensors {shown}; {size}.", check, *survival, *self.notes])
 
 
 def merge(
@@ -77,6 +91,7 @@ def merge(
     *,
     base: str | os.PathLike | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     verify: str = "sample",
     overwrite: bool = False,
     force: bool = False,
@@ -97,8 +112,11 @@ def merge(
             takes that one without the quantization of the training.
         dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own (for a quantized
             base, that of the training).
-        verify: "sample" compares the outputs of merged and base + adapter on two small batches, "full" on eight;
-            "off" compares nothing.
+        quantize: "nf4", "fp4" or "int8": quantize the merged linears again and save them as bitsandbytes holds them,
+            which transformers loads. The report tells what the rounding left of the update; in 4 bit that is little.
+        verify: "sample" compares the outputs of merged and base + adapter on two small batches; "full" on sixteen, and
+            reads every written tensor again: copied ones must be the base's, changed ones what peft computes once
+            more; "off" compares nothing. Weights lie in memory for one block at a time.
         overwrite: replace what `out` holds, in one step at the end.
         force: merge into a base whose tensors differ from those recorded at training; the report says which.
 
@@ -111,61 +129,101 @@ def merge(
     """
     if verify not in {"sample", "full", "off"}:
         raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
+    if quantize not in (None, *QUANTIZED):
+        raise ShippingError(f"quantize={quantize!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
     target = as_dtype(dtype)
-    read = read_adapter(Path(adapter))
+    read = open_adapter(Path(adapter))
     original = base == "original"
     source = base_of(read, None if original else base)
     with staged(Path(out), overwrite=overwrite) as stage:
         begin = time.perf_counter()
         work = stage / ".base"
-        with as_checkpoint(source, work) as folder, open_checkpoint(folder) as checkpoint:
-            notes = _check_base(read, source, checkpoint, force)
-            job = plan(read, checkpoint, target, original)
-            job.notes += notes
-            write(job, stage)
-            _write_config(job, stage, target)
+        with (
+            as_checkpoint(source, work) as folder,
+            open_checkpoint(folder) as checkpoint,
+            ThreadPoolExecutor(1) as beside,
+        ):
+            hashing = beside.submit(base_hashes, source)
+            raw = read_json(folder / "config.json")
+            direct = None if original else find_direct(read, checkpoint, raw)
+            job, changes, added, dropped = None, dict(read.record.get("config") or {}), [], []
+            if direct is not None:
+                kind, notes = raw["architectures"][0], []
+                computed = set(direct.factors)
+                layout = lay_out(checkpoint, dtype=target, computed=computed)
+                values = direct.changed(checkpoint)
+            else:
+                notes = _check_base(read, source, hashing.result(), force)  # before the model is built
+                job = _plan(read, checkpoint, target, original)
+                kind, computed, layout = type(job.attached.bare).__name__, job.computed, job.layout
+                changes |= _config_changes(job, raw)
+                added, dropped = sorted(job.added.values()), sorted(job.dropped)
+                values = _changed(job)
+            hashes = write(layout, checkpoint, values, stage)
+            notes = notes or _check_base(read, source, hashing.result(), force)
+            _write_config(raw, changes, stage, target)
             _copy_files(folder, read.folder, stage)
+            copied = sum(tensor.origin is not None for _, tensor in layout.tensors().values())
             report = MergeReport(
-                path=Path(out),
-                changed=len(job.computed),
-                copied=sum(tensor.origin is not None for _, tensor in job.layout.tensors().values()),
-                added=sorted(job.added.values()),
-                dropped=sorted(job.dropped),
-                nbytes=job.layout.nbytes,
-                seconds=time.perf_counter() - begin,
-                notes=job.notes,
+                Path(out), len(computed), copied, added, dropped, layout.nbytes, time.perf_counter() - begin
             )
+            if verify != "off" or quantize:
+                job = job or _plan(read, checkpoint, target, original)
             if verify != "off":
-                report.check = compare(job, stage, batches=2 if verify == "sample" else 8)
+                from adapters_kit.shipping.verify import compare, recheck
+
+                report.check = compare(job, stage, batches=BATCHES[verify])
+                if verify == "full":
+                    recheck(job, stage)
+            if quantize:
+                from adapters_kit.shipping.requantize import requantize
+
+                report.survival = requantize(job, stage, quantize)
+                report.nbytes = sum(path.stat().st_size for path in stage.glob("*.safetensors"))
+                hashes = {}
+            report.notes = (job.notes if job else []) + notes
         shutil.rmtree(work, ignore_errors=True)
-        check = None if report.check is None else asdict(report.check)
-        _write_card(stage, job, report, source)
-        about = {"adapter": str(read.folder), "base": str(source), "check": check}
-        write_manifest(stage, about | {"base_tensors": read.record.get("tensors") or "not recorded at training"})
+        _write_card(stage, kind, read, report, source)
+        about = {"adapter": str(read.folder), "base": str(source), "base_tensors": hashing.result()}
+        about["check"] = None if report.check is None else asdict(report.check)
+        write_manifest(stage, about, hashes)
     return report
 
 
-def _write_card(stage: Path, job: Job, report: MergeReport, source: Path) -> None:
-    own = job.adapter.folder / "README.md"
+def _plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None, original: bool) -> Job:
+    from adapters_kit.shipping.plan import plan
+
+    return plan(adapter, checkpoint, dtype, original)
+
+
+def _changed(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
+    from adapters_kit.shipping.plan import changed
+
+    return changed(job)
+
+
+def _write_card(stage: Path, kind: str, adapter: Adapter, report: MergeReport, source: Path) -> None:
+    own = adapter.folder / "README.md"
     text = model_card(
-        kind=type(job.attached.bare).__name__,
-        base=str(job.adapter.base or source),
-        adapter=str(job.adapter.folder),
-        method=job.adapter.method,
+        kind=kind,
+        base=str(adapter.base or source),
+        adapter=str(adapter.folder),
+        method=adapter.method,
         check="Not verified." if report.check is None else str(report.check),
-        notes=report.notes,
+        notes=[*([str(report.survival)] if report.survival else []), *report.notes],
         body=without_front_matter(own.read_text(encoding="utf-8")) if own.is_file() else "",
     )
     (stage / "README.md").write_text(text, encoding="utf-8")
 
 
-def _check_base(adapter: Adapter, source: Path, checkpoint: Checkpoint, force: bool) -> list[str]:
+def _check_base(adapter: Adapter, source: Path, hashes: Mapping[str, str], force: bool) -> list[str]:
     """Compare the base with the record of the training; what to tell the user."""
-    if not adapter.record.get("tensors"):
+    expected = adapter.record.get("tensors")
+    if not expected:
         return [
             f"{adapter.folder} has no record of its base (adapters_kit.json): nobody checked that it is the right one."
         ]
-    found = differences(adapter.record, source, checkpoint if source.is_dir() else None)
+    found = compare_hashes(expected, hashes)
     if found and not force:
         raise wrong_base(adapter.folder, adapter.record, source, found)
     return [f"Forced onto another base than the recorded one: {line}." for line in found]
@@ -181,105 +239,10 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _FLOATS[_SHORT.get(name, name)]
 
 
-def write(job: Job, folder: Path) -> None:
-    """Write the weight files of a planned merge, and their index, into `folder`."""
-    files = {}
-    try:
-        for name, header in job.layout.headers.items():
-            files[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            size = len(header) + sum(tensor.nbytes for tensor in job.layout.files[name])
-            os.posix_fallocate(files[name], 0, size)  # a full disk is noticed now, not at the end
-            write_at(files[name], header, 0)
-            _copy_untouched(job, job.layout.files[name], files[name])
-        _write_changed(job, files)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
-    write_index(job.layout, job.checkpoint, folder)
-
-
-def _copy_untouched(job: Job, tensors: list[Tensor], target: int) -> None:
-    """Copy runs of neighbours in one call; cast what gets another dtype."""
-    run: tuple[Path, int, int, int] | None = None  # source file, start, position in the target, count
-
-    def flush() -> None:
-        if run is not None:
-            copy_range(job.checkpoint.descriptor(run[0]), run[1], target, run[2], run[3])
-
-    for tensor in tensors:
-        if tensor.origin is None:
-            continue
-        stored = job.checkpoint.tensors[tensor.origin]
-        if stored.dtype != tensor.dtype:
-            _put(target, tensor, job.checkpoint.read(tensor.origin))
-        elif run and run[0] == stored.file and run[1] + run[3] == stored.start and run[2] + run[3] == tensor.at:
-            run = (*run[:3], run[3] + stored.nbytes)
-        else:
-            flush()
-            run = (stored.file, stored.start, tensor.at, stored.nbytes)
-    flush()
-
-
-def _put(target: int, tensor: Tensor, value: torch.Tensor) -> None:
-    if tuple(value.shape) != tuple(tensor.shape):
-        raise ShippingError(f"{tensor.name} came out as {tuple(value.shape)} where {tuple(tensor.shape)} was planned.")
-    cast = value.to(DTYPES[tensor.dtype]).contiguous()
-    if not is_finite(cast):
-        if not is_finite(value):
-            raise ShippingError(f"{tensor.name} is not finite: the base or the adapter is broken.")
-        raise ShippingError(
-            f"{tensor.name} has values that do not fit {DTYPES[tensor.dtype]}. Choose dtype='bfloat16' or 'float32'."
-        )
-    if cast.numel():
-        write_at(target, cast.view(-1).view(torch.uint8).numpy().data, tensor.at)
-
-
-def _write_changed(job: Job, files: dict[str, int]) -> None:
-    places = job.layout.tensors()
-
-    def put(key: str, value: torch.Tensor) -> None:
-        file, tensor = places[job.renamed.get(key, key)]
-        _put(files[file], tensor, value)
-
-    pending: dict[str, torch.Tensor] = {}
-
-    def write_ready(names: list[str]) -> None:
-        for name in names:
-            if name in job.added:
-                put(job.added[name], pending[name])
-            origin = job.origins.get(name)
-            if name not in job.written or origin is None:
-                continue
-            needed = job.written & set(origin.parameters)
-            if needed <= pending.keys():  # one stored tensor may hold several parameters (fused q, k and v)
-                whole = {part: pending[part] if part in needed else job.read(part) for part in origin.parameters}
-                for key, value in stored_form(job.attached.bare, origin, whole).items():
-                    put(key, value)
-                for part in needed:
-                    del pending[part]
-
-    pending.update(job.attached.replaced)
-    write_ready(sorted(job.attached.replaced))
-    for unit in job.attached.units:
-        merged = merge_unit(unit, job.adapter, job.read)
-        pending.update(merged)
-        write_ready(list(merged))
-        for name in merged.keys() - job.written:
-            del pending[name]
-    for name in sorted(job.written - set(job.attached.replaced)):
-        if name in job.rounded and not any(name in unit.shapes for unit in job.attached.units):
-            pending[name] = job.read(name)
-            write_ready([name])
-    for name in job.added.keys() - job.attached.replaced.keys():
-        if not any(name in unit.shapes for unit in job.attached.units):
-            put(job.added[name], job.read(name))  # was tied to a weight that changed; keeps the old values
-
-
-def _write_config(job: Job, stage: Path, dtype: torch.dtype | None) -> None:
-    """The base's config.json, changed only where the trained model differs."""
-    raw = read_json(job.checkpoint.folder / "config.json")
+def _config_changes(job: Job, raw: dict[str, Any]) -> dict[str, Any]:
+    """Where the trained model's config differs from the base's, `raw`; a nested text config is changed in place."""
     old, new = job.attached.loaded, job.attached.bare.config
-    changes: dict[str, Any] = dict(job.adapter.record.get("config") or {})
+    changes: dict[str, Any] = {}
     name = type(job.attached.bare).__name__
     if name not in (raw.get("architectures") or [name]):
         changes["architectures"] = [name]
@@ -293,11 +256,16 @@ def _write_config(job: Job, stage: Path, dtype: torch.dtype | None) -> None:
         changes["tie_word_embeddings"] = False
         if text is not None and "tie_word_embeddings" in text:
             text["tie_word_embeddings"] = False
+    return changes
+
+
+def _write_config(raw: dict[str, Any], changes: dict[str, Any], stage: Path, dtype: torch.dtype | None) -> None:
+    """The base's config.json, changed only where the trained model differs."""
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-        changes[key] = str(dtype).removeprefix("torch.")
-    raw |= changes
-    (stage / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        changes = changes | {key: str(dtype).removeprefix("torch.")}
+    text = json.dumps(raw | changes, indent=2, ensure_ascii=False)
+    (stage / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _copy_files(base: Path, adapter: Path, stage: Path) -> None:
@@ -316,11 +284,17 @@ def _copy_files(base: Path, adapter: Path, stage: Path) -> None:
             shutil.copyfile(path, stage / path.name)
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """`manifest.json`: size and sha256 of every file of the folder, and where they come from."""
+def write_manifest(folder: Path, about: dict[str, Any], hashes: Mapping[str, str] | None = None) -> None:
+    """`manifest.json`: size and sha256 of every file of the folder, and where they come from.
+
+    Args:
+        hashes: file name -> sha256, of files whose hash is known already.
+    """
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    names = {str(path.relative_to(folder)): path for path in paths}
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
+        name: {"bytes": path.stat().st_size, "sha256": (hashes or {}).get(name) or file_sha256(path)}
+        for name, path in names.items()
     }
     manifest = {"made_by": f"adapters-kit {version('adapters-kit')}", **about, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """The plan of a merge: which stored tensors change, which are new, which are copied. Whatever can be refused without
 reading the weights is refused here, before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping import deltas
-from adapters_kit.shipping.adapter import Adapter
-from adapters_kit.shipping.checkpoint import Checkpoint
 from adapters_kit.shipping.layout import Layout, lay_out
 from adapters_kit.shipping.quantized import roundtrip
-from adapters_kit.shipping.skeleton import Origin, base_config, model_class, read_parameter, stored_name, trace
+from adapters_kit.shipping.skeleton import (
+    Origin,
+    base_config,
+    model_class,
+    read_parameter,
+    stored_form,
+    stored_name,
+    trace,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,7 +40,7 @@ class Job:
         renamed: base tensor -> its name in the output, where that differs.
         dropped: base tensors that the trained model has no use for.
         untied: whether embedding and head stop sharing their weight.
-        rounding: how the base was quantized in training (see `identity.quantization`), None if it was not.
+        rounding: how the base was quantized in training (see `record.quantization`), None if it was not.
         original: merge into the original weights although the training saw quantized ones.
     """
 
@@ -181,3 +189,39 @@ def _all_equal(job: Job, names: tuple[str, ...]) -> bool:
             merged = deltas.merge_unit(unit, job.adapter, job.read)
             values += [value for name, value in merged.items() if name in names]
     return all(value.shape == values[0].shape and torch.equal(value, values[0]) for value in values)
+
+
+def changed(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the output, value) of every tensor that is not copied from the base; one unit after the other."""
+    pending: dict[str, torch.Tensor] = {}
+
+    def ready(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            if name in job.added:
+                yield job.added[name], pending[name]
+            origin = job.origins.get(name)
+            if name not in job.written or origin is None:
+                continue
+            needed = job.written & set(origin.parameters)
+            if needed <= pending.keys():  # one stored tensor may hold several parameters (fused q, k and v)
+                whole = {part: pending[part] if part in needed else job.read(part) for part in origin.parameters}
+                for key, value in stored_form(job.attached.bare, origin, whole).items():
+                    yield job.renamed.get(key, key), value
+                for part in needed:
+                    del pending[part]
+
+    attached = job.attached
+    pending.update(attached.replaced)
+    yield from ready(sorted(attached.replaced))
+    for unit in attached.units:
+        merged = deltas.merge_unit(unit, job.adapter, job.read)
+        pending.update(merged)
+        yield from ready(list(merged))
+        for name in merged.keys() - job.written:
+            del pending[name]
+    in_units = {name for unit in attached.units for name in unit.shapes}
+    for name in sorted((job.written & job.rounded) - attached.replaced.keys() - in_units):
+        pending[name] = job.read(name)
+        yield from ready([name])
+    for name in job.added.keys() - attached.replaced.keys() - in_units:
+        yield job.added[name], job.read(name)  # was tied to a weight that changed; keeps the old values

@@ -25,9 +25,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.adapter import Adapter
-from adapters_kit.shipping.checkpoint import Checkpoint
 
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",

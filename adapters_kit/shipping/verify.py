@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
+from adapters_kit.artifacts.checkpoint import DTYPES, open_checkpoint
 from adapters_kit.errors import ShippingError
-from adapters_kit.shipping.checkpoint import open_checkpoint
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
-from adapters_kit.shipping.plan import Job
+from adapters_kit.shipping.plan import Job, changed
 from adapters_kit.shipping.skeleton import base_config, empty_model, fill, hollow, is_hollow, read_parameter, trace
 
 ROWS, TOKENS = 2, 16
@@ -80,12 +80,12 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
         torch.manual_seed(0)
         config = base_config(merged)
         kind = type(job.attached.bare)
-        changed = job.written | job.added.keys()
+        touched = job.written | job.added.keys()
         with open_checkpoint(merged) as checkpoint:
             with _stored(empty_model(kind, config), checkpoint, set()) as model:
                 inputs = [vary(model, index) for index in range(batches)]
                 got = [_run(model, batch) for batch in inputs]
-            with _stored(empty_model(kind, config), checkpoint, changed) as model:
+            with _stored(empty_model(kind, config), checkpoint, touched) as model:
                 moved = [_run(model, batch) for batch in inputs]
             dtypes = [stored.dtype for stored in checkpoint.tensors.values()]
         with _reference(job) as model:
@@ -106,6 +106,25 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
     if not result.passed:
         raise ShippingError(f"The merged model is not the trained one. {result} Nothing was written.")
     return result
+
+
+def recheck(job: Job, merged: Path) -> None:
+    """Read every tensor of `merged` again: copied ones are the base's to the byte, changed ones what peft computes.
+
+    Raises:
+        ShippingError: a tensor is not what was to be written.
+    """
+    with open_checkpoint(merged) as checkpoint, torch.no_grad():
+        for name, value in changed(job):
+            stored = checkpoint.read(name)
+            if not torch.equal(stored, value.to(stored.dtype)):
+                raise ShippingError(f"{name} was not written as it was computed. Nothing was written; check the disk.")
+        for _, tensor in job.layout.tensors().values():
+            if tensor.origin is not None:
+                expected = job.checkpoint.read(tensor.origin).to(DTYPES[tensor.dtype])
+                stored = checkpoint.read(tensor.name)
+                if not torch.equal(stored.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8)):
+                    raise ShippingError(f"{tensor.name} is not the base's. Nothing was written; check the disk.")
 
 
 def _run(model: nn.Module, batch: Outputs) -> Outputs:

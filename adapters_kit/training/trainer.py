@@ -17,7 +17,7 @@ from torch import nn
 
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
-from adapters_kit.shipping.identity import record_base
+from adapters_kit.artifacts.record import record_base
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import pictures, report

@@ -11,7 +11,7 @@ from torch import nn
 from adapters_kit import tasks
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
-from adapters_kit.shipping.identity import check_base
+from adapters_kit.artifacts.identity import check_base
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.preparing import load_base, rows_of

@@ -219,10 +219,10 @@ class Checkpoint:
             self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return self._open[file]
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored: a fresh copy, contiguous, on the CPU."""
+    def read(self, name: str, scratch: np.ndarray | None = None) -> torch.Tensor:
+        """The tensor as stored: contiguous, on the CPU; a fresh copy, or in `scratch` (bytes, at least as many)."""
         stored = self.tensors[name]
-        buffer = np.empty(stored.nbytes, dtype=np.uint8)
+        buffer = np.empty(stored.nbytes, dtype=np.uint8) if scratch is None else scratch[: stored.nbytes]
         view, done = memoryview(buffer), 0
         while done < stored.nbytes:
             count = os.preadv(self.descriptor(stored.file), [view[done:]], stored.start + done)

@@ -7,13 +7,14 @@ files, values that are not finite.
 import json
 import pickle
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.errors import ShippingError, did_you_mean
-from adapters_kit.shipping.checkpoint import open_file
 
 CONFIG, WEIGHTS, PICKLE, RECORD = (
     "adapter_config.json",
@@ -28,23 +29,28 @@ class Adapter:
     """What an adapter folder says.
 
     Attributes:
-        config: the parsed `adapter_config.json`, as a peft config.
+        raw: the parsed `adapter_config.json`.
         weights: name -> tensor, as stored.
-        record: the parsed `adapters_kit.json` (see `identity.record_base`), empty for an adapter trained elsewhere.
+        record: the parsed `adapters_kit.json` (see `record.record_base`), empty for an adapter trained elsewhere.
     """
 
     folder: Path
-    config: Any
+    raw: dict[str, Any]
     weights: dict[str, torch.Tensor]
     record: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def config(self) -> Any:
+        """The peft config. Importing peft takes seconds, so this is left to those who need it."""
+        return read_config(self.folder)
+
     @property
     def base(self) -> str | None:
-        return self.config.base_model_name_or_path or None
+        return self.raw.get("base_model_name_or_path") or None
 
     @property
     def method(self) -> str:
-        return str(self.config.peft_type.value).lower()
+        return str(self.raw.get("peft_type")).lower()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,10 +77,7 @@ def read_config(folder: Path) -> Any:
     from adapters_kit.peft_plugin import peft_methods
 
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
-        raise ShippingError(f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
-    kind = read_json(folder / CONFIG).get("peft_type")
+    kind = _read_raw(folder).get("peft_type")
     if str(kind).lower() not in peft_methods():
         _register_ours()
     if str(kind).lower() not in peft_methods():
@@ -87,6 +90,13 @@ def read_config(folder: Path) -> Any:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # peft raises whatever the fields provoke
         raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
+
+
+def _read_raw(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).is_file():
+        hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
+        raise ShippingError(f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
+    return read_json(folder / CONFIG)
 
 
 def _register_ours() -> None:
@@ -143,9 +153,19 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def read_adapter(folder: Path | str) -> Adapter:
-    """Everything an adapter folder says; see `read_config` and `read_weights` for what is refused."""
+def open_adapter(folder: Path | str) -> Adapter:
+    """Everything an adapter folder says, its config not looked into yet; see `read_weights` for what is refused."""
     folder = Path(folder)
-    config = read_config(folder)
+    raw = _read_raw(folder)
+    if str(raw.get("peft_type")).lower() != "lora":
+        read_config(folder)  # an unknown method is told before anything about its weights
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    return Adapter(folder, config, read_weights(folder), record)
+    return Adapter(folder, raw, read_weights(folder), record)
+
+
+def read_adapter(folder: Path | str) -> Adapter:
+    """As `open_adapter`; refuses a config that peft cannot use, too (see `read_config`)."""
+    config = read_config(Path(folder))
+    adapter = open_adapter(folder)
+    adapter.config = config
+    return adapter

@@ -1,0 +1,1 @@
+"""What lies on the disk: checkpoints, adapter folders, which base an adapter sits on."""
