@@ -3,9 +3,10 @@
     nf4, fp4   4 bits a weight and a scale for every 64 of them (Dettmers et al. 2023, arXiv:2305.14314)
     int8       8 bits a weight and a scale for every row (Dettmers et al. 2022, arXiv:2208.07339)
 
-Two faults of bitsandbytes on CPU (seen in 0.50.2) are dealt with here. A forward pass without gradients repacks 4-bit
-weights into a layout that backward, merging and `dequantize_4bit` misread: `keep_layout`. And rows whose length is a
-multiple of 16 but not of 64 are unpacked with the wrong scales: `check_sizes` tries each size before it is used.
+Faults of bitsandbytes (seen in 0.50.2) that are dealt with here. On CPU, a forward pass without gradients repacks 4-bit
+weights into a layout that backward, merging and `dequantize_4bit` misread: `keep_layout`. There too, rows whose length
+is a multiple of 16 but not of 64 are unpacked with the wrong scales: `check_sizes` tries each size before it is used.
+8-bit layers fail on inputs of four dimensions (DeepSeek's attention): `keep_layout` again.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from adapters_kit.anatomy import block_linears
+from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -118,6 +120,8 @@ def bnb_config(
 def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     """Paths of the linears to quantize: those of the blocks, without routers and without `skip`.
 
+    Linears whose weight the model reads instead of calling them (Mamba's `dt_proj`) stay too: it would read bytes.
+
     Args:
         model: may be on the meta device.
         skip: full paths, or ends of paths ("o_proj", "mlp.down_proj"), or parents ("model.layers.0").
@@ -128,13 +132,20 @@ def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
     """
     # transformers replaces exactly these classes, and leaves alone what a model keeps in fp32 (T5's `wo`).
     fp32 = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    found = [
-        path
-        for path in block_linears(model)
-        if type(model.get_submodule(path)) in (nn.Linear, Conv1D) and not fp32 & set(path.split("."))
-    ]
+    linears = block_linears(model)
+    kinds = {path: type(model.get_submodule(path)) for path in linears}
+    found = [path for path in linears if kinds[path] in (nn.Linear, Conv1D) and not fp32 & set(path.split("."))]
     if not found:
-        raise ModelError(f"{type(model).__name__} has no linear layers in its blocks; load it without quantize.")
+        own = sorted({kind.__name__ for kind in kinds.values()} - {"Linear", "Conv1D"})
+        why = (
+            f"only layers of its own class {' and '.join(own)}, which transformers does not quantize" if own else "none"
+        )
+        raise ModelError(
+            f"{type(model).__name__} has no linear layers in its blocks that could be quantized ({why}). Load it "
+            "without quantize=."
+        )
+    never_called = bypassed(model, found)
+    found = [path for path in found if path not in never_called]
     for entry in skip:
         if not any(_names(entry, path) for path in found):
             parts = {part for path in found for part in (path, path.rpartition(".")[2])}
@@ -211,8 +222,9 @@ def keep_layout(model: nn.Module) -> int:
     Repacked weights are still read by `backward`, by `dequantize_4bit` and so by merging as if they were not: training
     after an evaluation then follows wrong gradients, without an error. Cheap, and safe to call again.
 
-    8-bit layers get a repair too: peft's `dequantize_module_weight` (DoRA and others) replaces the weight of a layer on
-    CPU by one without scales, and the next forward would forget those it had.
+    8-bit layers are repaired too. peft's `dequantize_module_weight` (DoRA and others) replaces the weight of a layer on
+    CPU by one without scales, and the next forward would forget those it had. And inputs of more than three dimensions,
+    which bitsandbytes cannot take, are handed over as rows.
 
     Returns:
         How many layers had to be unpacked. Their scales went through bf16, a relative error of up to 0.4 %; zero for a
@@ -232,6 +244,9 @@ def keep_layout(model: nn.Module) -> int:
             unpacked += 1
     for module in _layers(model, "Linear8bitLt"):
         module.init_8bit_state = partial(_move_to_state, module)
+        if "forward" not in module.__dict__:  # accelerate's hooks may be there already
+            module.forward = partial(_by_rows, module)
+            module.forward.same_numbers = True  # fused layers need not give way to it
     if unpacked:
         _log.warning(
             "%d 4-bit layers had been repacked for inference by bitsandbytes, a form that cannot be trained; they are "
@@ -250,14 +265,25 @@ def _move_to_state(module: Any) -> None:
     module.weight.CB = module.weight.SCB = None
 
 
+def _by_rows(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """`Linear8bitLt.forward` for an input of any number of dimensions."""
+    if x.ndim <= 3:
+        return type(module).forward(module, x)
+    return type(module).forward(module, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
 def four_bit_layers(model: nn.Module) -> Iterator[Any]:
     """The model's `bitsandbytes.nn.Linear4bit` modules."""
     return _layers(model, "Linear4bit")
 
 
 def _layers(model: nn.Module, class_name: str) -> Iterator[Any]:
-    # By name: a model without such layers must not need the package.
-    return (module for module in model.modules() if class_name in {cls.__name__ for cls in type(module).__mro__})
+    # By name: a model without such layers must not need the package. peft's adapter layers have the same names.
+    return (
+        module
+        for module in model.modules()
+        if any(cls.__name__ == class_name and cls.__module__.startswith("bitsandbytes") for cls in type(module).__mro__)
+    )
 
 
 def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndBytesConfig) -> None:

@@ -72,6 +72,10 @@ class CombinedModel(BaseTuner):
 
     def _inject_part(self, part: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         kind = part.peft_type.value
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer) and type(base := layer.get_base_layer()).__name__ == "Linear8bitLt":
+                # peft's 8-bit LoRA reads them off the layer right below, which may be another part's.
+                layer.state, layer.index = base.state, base.index
         # A fresh tuner would take the model's configs for its own.
         configs = model.__dict__.pop("peft_config", None)
         try:

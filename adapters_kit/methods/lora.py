@@ -46,8 +46,22 @@ def scaled_by_rank(ratio: float, targets: Prepare) -> Prepare:
     return prepare
 
 
+def _split_from_weights(name: str) -> Prepare:
+    """A `prepare` for methods that take their start out of the weights, which must not be rounded a second time."""
+
+    def prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+        if getattr(model, "is_quantized", False):
+            raise AdapterError(
+                f"{name} moves a part of each weight into the adapter, and the rest of this quantized model would be "
+                "rounded anew, which is another model. Load it without quantize=, or use method 'lora'."
+            )
+        return scaled_by_rank(1, lora_linears)(model, options)
+
+    return prepare
+
+
 def _olora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    options = scaled_by_rank(1, lora_linears)(model, options)
+    options = _split_from_weights("olora")(model, options)
     if options.get("fan_in_fan_out"):
         raise AdapterError(
             f"peft's OLoRA does not know the transposed Conv1D layers of {type(model).__name__}. Use 'pissa' or 'lora'."
@@ -135,7 +149,7 @@ PISSA = Method(
     paper="Meng et al. 2024, arXiv:2404.02948",
     mergeable=True,
     defaults={"r": 16, "init_lora_weights": "pissa"},
-    prepare=scaled_by_rank(1, lora_linears),
+    prepare=_split_from_weights("pissa"),
     learning_rate=5e-5,
 )
 
