@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from adapters_kit.anatomy import head
+from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap
@@ -48,6 +49,7 @@ def wrap(
     adapter_name: str = "default",
     fuse: bool = True,
     recompute: Literal["cheap"] | None = None,
+    force: bool = False,
     **overrides: Any,
 ) -> PeftModel:
     """Freeze `model` and add a trainable adapter to it.
@@ -60,6 +62,7 @@ def wrap(
         adapter_name: the adapter's name in the model.
         fuse: let LoRA layers compute as fused nodes where they can (see `fuse`): the same numbers with less memory.
         recompute: "cheap": compute activation × gate and fp32 norms again in the backward pass instead of keeping them.
+        force: put a saved adapter on another base than the one that was recorded when it was trained.
         **overrides: options of the method's peft config, e.g. `r=16`, `target_modules=["q_proj"]`.
 
     Returns:
@@ -68,6 +71,8 @@ def wrap(
     Raises:
         UnknownNameError: a method, option or target that does not exist. The model is left as it was.
         ModelError: the adapter does not fit the model. The model is left as it was.
+        ShippingError: the model's files are not those that the saved adapter was trained on. (peft's own
+            `from_pretrained` does not compare them.)
     """
     if recompute not in (None, "cheap"):
         raise UnknownNameError(f"recompute={recompute!r} is unknown; it is None or 'cheap'.")
@@ -78,6 +83,8 @@ def wrap(
             f"wrap(model, ..., adapter_name='{adapter_name}2')."
         )
     folder = _adapter_folder(method)
+    if folder is not None and not force:
+        check_loaded(folder, getattr(model.get_base_model() if wrapped else model, "config", None))
     keep_layout(model)  # plain transformers leaves 4-bit weights on a CPU to be spoilt by the next evaluation
     with _untouched_on_failure(model):
         if folder is not None:

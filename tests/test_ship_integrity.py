@@ -194,6 +194,39 @@ def test_another_base_is_refused(pair):
     assert any("model.norm.weight" in note for note in report.notes)
 
 
+def test_loading_checks_the_base_too(pair):
+    base, adapter, tmp = pair
+    record_base(adapter, base)
+    assert gap(ak.wrap(load(base), adapter).eval(), peft.PeftModel.from_pretrained(load(base), adapter).eval()) < 1e-6
+    other = save_base("llama", tmp / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    model = load(other)
+    before = set(dict(model.named_modules()))
+    with pytest.raises(ak.AdapterError, match=r"is not the base.*model\.norm\.weight.*force=True"):
+        ak.wrap(model, adapter)
+    assert set(dict(model.named_modules())) == before and all(p.requires_grad for p in model.parameters())
+    wrapped = ak.wrap(load(other), "lora", target_modules=["k_proj"])
+    with pytest.raises(ak.AdapterError, match="is not the base"):
+        ak.wrap(wrapped, adapter, adapter_name="second")
+    ak.wrap(model, adapter, force=True)
+    unknown = load(base)
+    unknown.config._name_or_path = "somewhere/else"  # nothing to compare with
+    ak.wrap(unknown, adapter)
+
+
+def test_hashes_are_taken_again_when_a_file_changes(pair):
+    base, adapter, _ = pair
+    record_base(adapter, base)
+    check_base(adapter, base)
+    with open(base / "model.safetensors", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x01" * 8)
+    with pytest.raises(ak.AdapterError, match="is not the base"):
+        check_base(adapter, base)
+
+
 def test_a_zeroed_payload_is_noticed(pair):
     base, adapter, tmp = pair
     record_base(adapter, base)

@@ -4,12 +4,13 @@ import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.adapter import RECORD, read_config, read_json
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
-from adapters_kit.artifacts.source import locate
+from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, locate, locate_here
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.errors import ShippingError
 
@@ -30,7 +31,22 @@ def hash_tensors(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def base_hashes(base: Path) -> dict[str, str]:
-    """The hashes of a base: by tensor for safetensors; by file for a .gguf file or pickled weights."""
+    """The hashes of a base: by tensor for safetensors; by file for a .gguf file or pickled weights.
+
+    Kept for the rest of the process, until a file changes its size or its time.
+    """
+    files = [base] if base.is_file() else sorted(path for path in base.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    stats = [(str(path.resolve()), *_version(path)) for path in files]
+    return dict(_hashes(base, tuple(stats)))
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _hashes(base: Path, _versions: tuple) -> dict[str, str]:
     if base.is_file():
         return {base.name: file_sha256(base)}
     pickles = sorted(base.glob("pytorch_model*.bin"))
@@ -38,20 +54,6 @@ def base_hashes(base: Path) -> dict[str, str]:
         return {path.name: file_sha256(path) for path in pickles}
     with open_checkpoint(base) as checkpoint:
         return hash_tensors(checkpoint)
-
-
-def differences(record: Mapping[str, Any], base: Path, checkpoint: Checkpoint | None = None) -> list[str]:
-    """How a base differs from the one that an adapter was trained on; empty if it is the same or nothing is recorded.
-
-    Args:
-        record: `Adapter.record`.
-        base: the base's folder or .gguf file.
-        checkpoint: the base, if it is open already.
-    """
-    expected = record.get("tensors")
-    if not isinstance(expected, Mapping) or not expected:
-        return []
-    return compare_hashes(expected, hash_tensors(checkpoint) if checkpoint is not None else base_hashes(base))
 
 
 def compare_hashes(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -78,7 +80,34 @@ def check_base(adapter: str | os.PathLike, base: str | os.PathLike | None = None
         return
     record = read_json(folder / RECORD)
     source = locate(base if base is not None else record.get("base") or read_config(folder).base_model_name_or_path)
-    found = differences(record, source)
+    _compare(folder, record, source, base_hashes(source))
+
+
+def check_loaded(adapter: str | os.PathLike, config: Any) -> None:
+    """As `check_base`, for a model in memory: compares the files that its config says it was loaded from.
+
+    Does nothing where these are not on this machine (a model built from its config), and knows nothing of what was done
+    to the weights since.
+
+    Args:
+        config: the model's transformers config.
+    """
+    folder, name = Path(adapter), getattr(config, "_name_or_path", None)
+    if not name or not (folder / RECORD).is_file():
+        return
+    source = locate_here(name, getattr(config, "_commit_hash", None))
+    if source is None:
+        return
+    try:
+        hashes = base_hashes(source)
+    except ShippingError:  # no weights there: a folder of GGUF files, a config
+        return
+    _compare(folder, read_json(folder / RECORD), source, hashes)
+
+
+def _compare(folder: Path, record: Mapping[str, Any], source: Path, hashes: Mapping[str, str]) -> None:
+    expected = record.get("tensors")
+    found = compare_hashes(expected, hashes) if isinstance(expected, Mapping) and expected else []
     if found:
         raise wrong_base(folder, record, source, found)
 
@@ -86,6 +115,6 @@ def check_base(adapter: str | os.PathLike, base: str | os.PathLike | None = None
 def wrong_base(folder: Path, record: Mapping[str, Any], base: Path, found: list[str]) -> ShippingError:
     """The error for a base that differs from the recorded one."""
     return ShippingError(
-        f"{base} is not the base that {folder} was trained on ({record.get('base')}): {'; '.join(found)}. Give the "
-        "right model or revision with base=, or go on regardless with force=True."
+        f"{base} is not the base that {folder} was trained on ({record.get('base')}): {'; '.join(found)}. Take "
+        "the right model or revision, or go on regardless with force=True."
     )
