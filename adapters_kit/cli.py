@@ -198,7 +198,13 @@ def _print_streams(prompts: list[str], answers: Iterable[Iterable[str]]) -> None
 
 
 def compare(options: argparse.Namespace, flags: list[str]) -> None:
-    """Finished runs beside each other, best first: what differs in their recipes, their scores, costs."""
+    """Methods beside full fine-tuning on one recipe, several seeds; or finished runs beside each other, best first."""
+    recipes = [path for path in options.paths if path.suffix in (".yaml", ".yml")]
+    if recipes:
+        if len(options.paths) > 1:
+            raise DataError(f"Give one recipe, or run folders: here are {', '.join(map(str, options.paths))}.")
+        _compare_methods(options, flags)
+        return
     folders = [path for path in options.paths if path.is_dir()]
     if missing := [path for path in options.paths if path not in folders]:
         near = did_you_mean(missing[0].name, [path.name for path in missing[0].parent.glob("*/")])
@@ -208,6 +214,23 @@ def compare(options: argparse.Namespace, flags: list[str]) -> None:
     from adapters_kit.training.runs import as_text, compare_runs
 
     print(as_text(compare_runs(folders)))
+
+
+def _compare_methods(options: argparse.Namespace, flags: list[str]) -> None:
+    from adapters_kit.recipe import Recipe
+
+    recipe = Recipe.read(options.paths[0], flags)
+    out = options.out or Path("runs") / f"{options.paths[0].stem}-comparison"
+    given = {
+        "methods": options.methods.split(",") if options.methods else None,
+        "metric": options.metric,
+        "grid": [float(factor) for factor in options.grid.split(",")] if options.grid else None,
+        "max_minutes": options.max_minutes,
+    }
+    from adapters_kit.comparison import compare as run_comparison
+
+    given = {name: value for name, value in given.items() if value is not None}
+    print(run_comparison(recipe, seeds=options.seeds, out=out, **given))
 
 
 def sweep(options: argparse.Namespace, flags: list[str]) -> None:
@@ -320,7 +343,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("--out", type=Path, help="JSONL file to write instead of printing")
 
     made = verb(compare, recipe_keys=True)
-    made.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="two run folders or more")
+    made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one recipe, or two run folders or more")
+    made.add_argument("--methods", metavar="A,B", help="methods beside the recipe's data (default: full,lora,dora,…)")
+    made.add_argument("--seeds", type=int, default=3, help="seeds of each method (default: 3)")
+    made.add_argument("--metric", help="score to compare (default: the task's own)")
+    made.add_argument("--grid", metavar="X,Y", help="factors around each default learning rate (default: 0.33,1,3)")
+    made.add_argument("--max-minutes", type=float, help="start nothing that would end later; go on with the same call")
+    made.add_argument("--out", type=Path, help="folder of the results (default: runs/ and the recipe's name)")
 
     made = verb(sweep, recipe_keys=True)
     made.add_argument("recipe", nargs="?", type=Path, help="YAML file; without it, every key comes from flags")

@@ -33,7 +33,7 @@ FLOORS = {
     "tasks": 4,
     "shipping": 4,
     "training": 5,
-    "compare": 6,
+    "comparison": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 def curves(history: Sequence[Mapping[str, Any]], base: Mapping[str, float], metric: str, path: Path) -> None:
     """Training and held-out loss, the held-out score with the base model's as a line, and the learning rate."""
-    figure, axes = _figure(3)
+    figure, axes = blank(3)
     train = [line for line in history if "loss" in line]
     held_out = [line for line in history if "eval_loss" in line]
     axes[0].plot([line["step"] for line in train], [line["loss"] for line in train], label="training")
@@ -33,7 +33,7 @@ def curves(history: Sequence[Mapping[str, Any]], base: Mapping[str, float], metr
 
 def confusion(base: Sequence[Sequence[int]], tuned: Sequence[Sequence[int]], labels: Sequence[str], path: Path) -> None:
     """Two confusion matrices side by side; rows are the true classes."""
-    figure, axes = _figure(2)
+    figure, axes = blank(2)
     for axis, matrix, title in ((axes[0], base, "base model"), (axes[1], tuned, "with the adapter")):
         axis.imshow(matrix, cmap="Blues")
         axis.set(title=title, xlabel="predicted", ylabel="true")
@@ -54,7 +54,8 @@ def available() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
+def blank(columns: int) -> tuple[Any, Any]:
+    """An empty figure of so many plots side by side, and the plots (one plot: not in an array)."""
     from matplotlib.figure import Figure  # not pyplot: no window system, nothing global
 
     figure = Figure(figsize=(5 * columns, 4), layout="constrained")

@@ -1,0 +1,195 @@
+"""One cell of a comparison: one method, one learning rate, one seed, trained once and scored once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
+from rich.console import Console
+from torch import nn
+
+from adapters_kit.artifacts.record import record_base
+from adapters_kit.methods import find_method
+from adapters_kit.recipe import Recipe
+from adapters_kit.shipping.merge import merge
+from adapters_kit.tasks.base import Task
+from adapters_kit.training import data
+from adapters_kit.training.loop import AdapterTrainer, total_steps
+from adapters_kit.training.preparing import add_adapter, filled_in, load_base, precision, prepare
+
+FULL, BASE = "full", "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one training depends on.
+
+    Attributes:
+        recipe: the fields of the recipe; its own seed draws the rows, so that all cells see the same ones.
+        kind: "adapter" trains the recipe's method, "full" every parameter, "base" nothing.
+        learning_rate: peak.
+        seed: of new parameters, the order of the examples and dropout.
+        part: "validation" scores on rows set aside from the training data, "test" on the held-out data.
+        validation_size: rows set aside, a fraction (below 1) or a number.
+        merges: whether the trained adapter is merged as well, and the merged model compared with it.
+        depends: digests of the data, the model, the method's options and the library versions.
+    """
+
+    recipe: Mapping[str, Any]
+    kind: str
+    learning_rate: float | None
+    seed: int
+    part: str
+    validation_size: float
+    merges: bool
+    depends: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """A hash of everything above: equal keys, equal results."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def depends_on(recipe: Recipe, rows: Mapping[str, Dataset], config: Any) -> dict[str, str]:
+    """Digests of what a result depends on beside the recipe: rows, weights, the method's options, versions."""
+    digest = hashlib.sha256()
+    for name, part in rows.items():
+        digest.update(name.encode())
+        for row in part:
+            digest.update(repr(row).encode())
+    options = config.to_dict() if config is not None else {}
+    plain = {name: sorted(map(str, value)) if isinstance(value, set) else value for name, value in options.items()}
+    return {
+        "rows": digest.hexdigest(),
+        "model": _digest_of_model(recipe.model),
+        "method": hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest(),
+        **{name: version(name) for name in ("adapters-kit", "torch", "transformers", "peft")},
+    }
+
+
+def _digest_of_model(name: str) -> str:
+    path = Path(name)
+    if not path.exists():
+        return name  # a hub id
+    digest = hashlib.sha256()
+    kinds = {".safetensors", ".bin", ".gguf", ".json", ".model"}
+    for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in kinds):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def rows_of(recipe: Recipe, validation_size: float) -> tuple[Task, dict[str, Dataset]]:
+    """The task, and the recipe's rows in three parts: train, validation (taken from the training rows) and test."""
+    task, splits = prepare(recipe)
+    both = data.split(splits.train, validation_size, recipe.training.seed, task.strata(splits.train))
+    return task, {"train": both.train, "validation": both.test, "test": splits.test}
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Trains and scores; returns the scores and what they cost.
+
+    Returns:
+        scores: the task's metrics. For a kind other than "base" also: trainable and total parameters; adapter_bytes
+        (saved size of what was trained); seconds of training and of CPU time; tokens_per_second; steps; peak_bytes
+        (most memory above what the imports take; of the GPU where there is one); optimizer_bytes; merge (difference of
+        the merged model and its rounding floor), or None.
+    """
+    recipe = Recipe(**cell.recipe)
+    before = _resident()
+    task, rows = rows_of(recipe, cell.validation_size)
+    seeded = recipe.changed(**{"training.seed": cell.seed, "training.learning_rate": cell.learning_rate or 1e-4})
+    # Weights in 16 bits lose updates that are smaller than their last digit: full fine-tuning holds fp32 weights and
+    # computes in the recipe's precision under autocast, as is usual.
+    precise = {"training.precision": "fp32"} if cell.kind == FULL else {}
+    model, processor = load_base(seeded.changed(**precise), task)
+    seeded = filled_in(seeded, task)
+    scored = task.encode(rows[cell.part])
+    batch = recipe.training.eval_batch_size or 2 * recipe.training.batch_size
+    if cell.kind == BASE:
+        return {"scores": task.score(task.run(model, scored, batch), scored)}
+    train_features = task.training_features(task.encode(rows["train"]))
+    if cell.kind == FULL:
+        torch.manual_seed(cell.seed)
+        model.requires_grad_(True)
+    else:
+        model = add_adapter(model, seeded, total_steps(seeded, len(train_features))[0])
+    with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_") as folder:
+        out = Path(folder)
+        quiet = Console(stderr=True, quiet=True)
+        validation = scored if cell.part == "validation" else task.encode(rows["validation"])
+        trainer = AdapterTrainer(model, task, seeded, train_features, validation, processor, out, quiet)
+        wall, busy = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - busy}
+        trainer.screen.close()
+        peak = _peak() - before
+        tuned = trainer.results_of_kept() if cell.part == "validation" else task.run(trainer.model, scored, batch)
+        return {
+            "scores": task.score(tuned, scored),
+            "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total_params": _total(model),
+            "adapter_bytes": _saved_bytes(model),
+            **seconds,
+            "tokens_per_second": trainer.meter.rate(),
+            "steps": trainer.state.global_step,
+            "peak_bytes": peak,
+            "optimizer_bytes": _state_bytes(trainer.optimizer),
+            "precision": precision(seeded),
+            "merge": _merged(model, seeded, out) if cell.merges else None,
+        }
+
+
+def _merged(model: nn.Module, recipe: Recipe, out: Path) -> dict[str, float] | None:
+    """Difference between the merged model and base + adapter, and what rounding alone makes; None where none merges."""
+    name = recipe.method.name
+    if not isinstance(name, str) or find_method(name).mergeable is not True:
+        return None
+    model.save_pretrained(out / "adapter")
+    record_base(out / "adapter", recipe.model, model)
+    check = merge(out / "adapter", out / "merged", base=recipe.model).check
+    return {"largest": check.largest, "floor": check.floor_largest}
+
+
+def _total(model: nn.Module) -> int:
+    return model.get_nb_trainable_parameters()[1] if isinstance(model, PeftModel) else model.num_parameters()
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    saved = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else dict(model.named_parameters())
+    return sum(tensor.nbytes for tensor in saved.values())
+
+
+def _state_bytes(optimizer: Any) -> int:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return sum(t.nbytes for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+
+
+def _resident() -> int:
+    """Bytes that this process holds before its work: what peak memory is counted from."""
+    if torch.cuda.is_available():
+        return 0
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,146 @@
+"""A comparison as JSON, as a table, as a Markdown report and as two plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapters_kit.comparison import plots
+from adapters_kit.comparison.summary import Row
+from adapters_kit.recipe import Recipe
+from adapters_kit.training import report as run_report
+
+# Scores that are parts of one: shown in points of a hundred. Losses and perplexities are shown as they are.
+_AS_THEY_ARE = ("loss", "perplexity")
+
+
+def document(
+    recipe: Recipe,
+    rows: list[Row],
+    metric: str,
+    higher: bool,
+    base: Mapping[str, Any] | None,
+    chosen: Mapping[str, float],
+    searched: Mapping[str, Mapping[str, float | None]],
+    finals: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    failures: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> dict[str, Any]:
+    """What comparison.json holds; everything else is drawn from it."""
+    return {
+        "recipe": {**recipe.model_dump(mode="json"), "model": Path(recipe.model).name},
+        "metric": metric,
+        "higher_is_better": higher,
+        "rows": sizes,
+        "base": base["scores"] if base else None,
+        "methods": [asdict(row) for row in rows],
+        "learning_rates": dict(chosen),
+        "searched": {label: dict(found) for label, found in searched.items()},
+        "cells": {
+            label: {str(seed): {"scores": result["scores"]} for seed, result in results.items()}
+            for label, results in finals.items()
+        },
+        "failures": dict(failures),
+        "environment": run_report.environment(),
+    }
+
+
+def shown(value: float | None, metric: str, sign: str = "") -> str:
+    """A score for people: 0.8123 of an accuracy is 81.2 points, a perplexity stays one."""
+    if value is None:
+        return "–"
+    return f"{value:{sign}.2f}" if metric in _AS_THEY_ARE else f"{100 * value:{sign}.1f}"
+
+
+def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table, as text."""
+    metric = document["metric"]
+    head = ["method", metric, "gap to full [95 %]", "trained", "adapter MB", "lr"]
+    head += ["seconds", "tokens/s", "peak MB", "optimizer MB", "merged − trained"]
+    body = []
+    for row in document["methods"]:
+        cost, merge = row["costs"], row["merge"]
+        spread = "" if row["spread"] is None else f" ± {shown(row['spread'], metric)}"
+        gap = shown(row["gap"], metric, "+")
+        if row["interval"]:
+            gap += " [" + ", ".join(shown(edge, metric, "+") for edge in row["interval"]) + "]"
+        body.append(
+            [
+                row["label"],
+                shown(row["score"], metric) + spread,
+                gap,
+                f"{cost['trainable_params'] / cost['total_params']:.2%}",
+                f"{cost['adapter_bytes'] / 1e6:.2f}",
+                f"{document['learning_rates'][row['label']]:.1e}",
+                f"{cost['seconds']:.0f}",
+                f"{cost['tokens_per_second']:,.0f}",
+                f"{cost['peak_bytes'] / 1e6:,.0f}",
+                f"{cost['optimizer_bytes'] / 1e6:.1f}",
+                f"{merge['largest']:.0e} (rounding {merge['floor']:.0e})" if merge else "–",
+            ]
+        )
+    return head, body
+
+
+def text_table(document: Mapping[str, Any]) -> str:
+    """The table in columns of equal width."""
+    head, body = cells(document)
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
+    )
+
+
+def markdown_table(document: Mapping[str, Any]) -> str:
+    """The table in Markdown."""
+    head, body = cells(document)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+
+def write(out: Path, document: Mapping[str, Any]) -> list[str]:
+    """comparison.json, the plots and report.md; returns where they are, for people."""
+    run_report.write_json(out / "comparison.json", document)
+    pictures = plots.draw(document, out)
+    run_report.write(out / "report.md", markdown(document, [path.name for path in pictures]))
+    return [f"Report: {out / 'report.md'}   figures: {out / 'comparison.json'}"]
+
+
+def markdown(document: Mapping[str, Any], pictures: list[str]) -> str:
+    """The report: what was compared, the table, the plots, the rates that were tried, how to read it."""
+    recipe, metric, sizes = document["recipe"], document["metric"], document["rows"]
+    training = recipe["training"]
+    seeds = max(row["seeds"] for row in document["methods"])
+    base = document["base"]
+    better = "higher" if document["higher_is_better"] else "lower"
+    lines = [
+        f"# {recipe['task']} on {recipe['model']}: adapters beside full fine-tuning",
+        "",
+        f"{sizes['train']:,} rows to train on, {sizes['validation']:,} to choose learning rates on, {sizes['test']:,} "
+        f"held out and seen once a cell. {training['epochs']:g} epochs in batches of {training['batch_size']}, "
+        f"{training['scheduler']} schedule; {seeds} {'seeds' if seeds > 1 else 'seed'}. {better.capitalize()} {metric} "
+        "is better." + (f" Before training: {shown(base[metric], metric)}." if base and metric in base else ""),
+        "",
+        markdown_table(document),
+        "",
+        "Score: mean ± standard deviation over the seeds. Gap: to full fine-tuning with the same seed, mean and 95 % "
+        "interval (Student's t, paired); it holds the spread over seeds, not that of drawing another test set. Costs "
+        "are medians; peak memory is above what the imports take. Merged − trained: largest difference of an output of "
+        "the merged model, and what rounding alone makes.",
+        "",
+        *[f"![{Path(name).stem}]({name})\n" for name in pictures],
+        "## Learning rates tried (score on the validation rows, one seed)",
+        "",
+    ]
+    for label, found in document["searched"].items():
+        tried = ", ".join(f"{rate}: {shown(score, metric)}" for rate, score in found.items() if score is not None)
+        lines.append(f"- {label}: {tried or 'not searched'}; taken: {document['learning_rates'][label]:.1e}")
+    lines += [f"- {label} failed: {why}" for label, why in document["failures"].items()]
+    environment = document["environment"]
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "transformers", "peft") if name in environment
+    )
+    where = ", ".join(environment["gpus"]) or f"{environment['cpus']} CPU cores, {environment['threads']} threads"
+    return "\n".join([*lines, "", f"Made with {versions}, on {where}.", ""])

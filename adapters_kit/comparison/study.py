@@ -1,0 +1,256 @@
+"""compare(): which methods are as good as full fine-tuning on a recipe's data, and what each costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from adapters_kit import tasks
+from adapters_kit.comparison import report
+from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, rows_of
+from adapters_kit.comparison.summary import Row, summarize
+from adapters_kit.comparison.worker import worker
+from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
+from adapters_kit.loading import skeleton
+from adapters_kit.recipe import Recipe
+from adapters_kit.registry import canonical, known_names
+from adapters_kit.training.callbacks import duration
+from adapters_kit.training.preparing import learning_rate
+from adapters_kit.wrapping import build_config
+
+METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")
+GRID = (1 / 3, 1.0, 3.0)
+# What is usual for BERT-sized models; the grid reaches around it, and further where its edge is best.
+FULL_RATE = 1e-4
+MOST_RATES = 5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the comparison: a label, its recipe, and whether every parameter is trained."""
+
+    label: str
+    recipe: Recipe
+    kind: str
+    rate: float
+    config: Any = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome; `print` it.
+
+    Attributes:
+        path: the folder with comparison.json, report.md and the plots.
+        metric: the score compared.
+        rows: one a method, best first.
+        document: what comparison.json holds.
+        missing: cells that `max_minutes` left out.
+    """
+
+    path: Path
+    metric: str
+    rows: list[Row]
+    document: dict[str, Any]
+    missing: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([report.text_table(self.document), "", *self.notes])
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = METHODS,
+    seeds: int | Sequence[int] = 3,
+    *,
+    out: str | Path = "comparison",
+    metric: str | None = None,
+    grid: Sequence[float] | None = GRID,
+    rates: Mapping[str, float] | None = None,
+    validation_size: float = 0.2,
+    max_minutes: float | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Comparison:
+    """Trains every method and full fine-tuning on the same rows, for the same number of epochs, with several seeds.
+
+    The learning rate of each is searched first, with one seed, on rows set aside from the training data: its own
+    default times each factor of `grid`, and on by the same step while the best lies at an edge (at most five rates).
+    Then each seed is trained once with the chosen rate and scored once on the test rows.
+
+    Every cell runs in a process of its own and is kept in `out`/cells under a hash of all that it depends on: an
+    interrupted comparison goes on where it stopped, and one with another method or seed trains only what is new.
+
+    Args:
+        recipe: model, data, task and budget. Its method's options hold for that method.
+        methods: names ("full" is full fine-tuning, "lora+prefix" trains both as one adapter), or label to changes of
+            the recipe: {"lora r=4": {"method": {"name": "lora", "r": 4}}, "lora nf4": {"quantize": "nf4"}}.
+        seeds: a number of seeds (0, 1, 2 …), or the seeds.
+        out: folder of the results, made here.
+        metric: the score to compare; by default the task's own (perplexity for language models).
+        grid: factors around the default learning rate; None takes the defaults without a search.
+        rates: label to learning rate; these are not searched.
+        validation_size: rows set aside for the search, a fraction of the training rows (below 1) or a number.
+        max_minutes: start no cell that would end later; the table then says what is missing.
+        threads: torch threads of each cell; by default as many as this process has.
+        quiet: print nothing while running.
+
+    Raises:
+        RecipeError, DataError, ModelError, UnknownNameError: before anything is trained.
+        TrainingError: none of the cells gave a result.
+    """
+    out, begun = Path(out), time.monotonic()
+    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise RecipeError([f"seeds={seeds}: give at least one seed, each once."])
+    if grid is not None and (not grid or min(grid) <= 0):
+        raise RecipeError([f"grid={list(grid)}: give factors above 0, such as 0.33, 1, 3; or None for no search."])
+    console = Console(stderr=True, quiet=quiet)
+    variants = [_variant(recipe, label, changes) for label, changes in _as_changes(recipe, methods).items()]
+    unknown = [label for label in rates or {} if label not in {v.label for v in variants}]
+    if unknown:
+        raise RecipeError([f"rates: there is no method {unknown[0]!r} here. {did_you_mean(unknown[0], methods)}"])
+    rows = rows_of(recipe, validation_size)[1]
+    shared = {v.label: depends_on(v.recipe, rows, v.config) for v in variants}
+    untrained = Variant(BASE, recipe.changed(method={"name": "lora"}, quantize=None), BASE, 0.0)
+    shared[BASE] = depends_on(untrained.recipe, rows, None)
+    metric, higher = _metric(recipe, metric)
+    console.print(f"{len(rows['train']):,} rows to train on, {len(rows['validation']):,} to choose learning rates on, "
+                  f"{len(rows['test']):,} held out", highlight=False)  # fmt: skip
+    left_out: list[str] = []
+    lasted: dict[str, float] = {}
+
+    def cell(variant: Variant, rate: float | None, seed: int, part: str) -> Cell:
+        merges = part == "test" and variant.kind == "adapter" and seed == seeds[0]
+        fields = variant.recipe.model_dump(mode="json")
+        return Cell(fields, variant.kind, rate, seed, part, validation_size, merges, shared[variant.label])
+
+    with worker(out / "cells", threads or torch.get_num_threads()) as run:
+
+        def attempt(variant: Variant, rate: float | None, seed: int, part: str) -> dict | None:
+            """The cell's result; None where it failed or there is no time left for it."""
+            made = cell(variant, rate, seed, part)
+            what = f"{variant.label:<16} seed {seed} lr {rate or 0:.1e} {part:<10}"
+            known = (out / "cells" / f"{made.key}.json").is_file()
+            spent, expected = time.monotonic() - begun, lasted.get(variant.label, 0.0)
+            if not known and max_minutes is not None and spent + expected > 60 * max_minutes:
+                left_out.append(what)
+                return None
+            started = time.monotonic()
+            result = run(made)
+            if "error" in result:
+                console.print(f"{what} failed: {result['error']}", highlight=False, soft_wrap=True)
+                failures.setdefault(variant.label, result["error"])
+                return None
+            if not known:
+                lasted[variant.label] = time.monotonic() - started
+            score = result["scores"].get(metric, math.nan)
+            note = "kept from before" if known else duration(time.monotonic() - started)
+            console.print(f"{what} {metric} {score:.4f}  {note}", highlight=False, soft_wrap=True)
+            return result
+
+        failures: dict[str, str] = {}
+        base = attempt(untrained, None, seeds[0], "test")
+        chosen, searched = {}, {}
+        for variant in variants:
+            if rates and variant.label in rates:
+                chosen[variant.label] = rates[variant.label]
+                continue
+            found = _search(variant, grid, higher, metric, lambda v, rate: attempt(v, rate, seeds[0], "validation"))
+            searched[variant.label] = {f"{rate:.3g}": score for rate, score in sorted(found.items())}
+            good = {rate: score for rate, score in found.items() if score is not None}
+            pick = max if higher else min
+            chosen[variant.label] = pick(good, key=good.get) if good else variant.rate
+        finals: dict[str, dict[int, dict]] = {v.label: {} for v in variants}
+        # A search that was cut short has chosen nothing yet.
+        for seed in seeds if not left_out else ():  # seed by seed: stopped early, every method has equally many
+            for variant in variants:
+                if variant.label in failures and not finals[variant.label]:
+                    continue
+                result = attempt(variant, chosen[variant.label], seed, "test")
+                if result is not None:
+                    finals[variant.label][seed] = result
+    if not any(finals.values()):
+        reasons = "; ".join(f"{label}: {why}" for label, why in failures.items())
+        raise TrainingError(f"No method gave a result. {reasons or f'max_minutes={max_minutes} left no time.'}")
+    full = next((v.label for v in variants if v.kind == FULL), None)
+    rows_out = summarize(finals, metric, higher, full)
+    document = report.document(
+        recipe, rows_out, metric, higher, base, chosen, searched, finals, failures, {k: len(v) for k, v in rows.items()}
+    )
+    notes = report.write(out, document)
+    notes += [f"{label} gave no result: {why}" for label, why in failures.items() if not finals[label]]
+    if left_out:
+        notes.append(
+            f"{len(left_out)} cells are missing (max_minutes={max_minutes:g}); the same call goes on with them."
+        )
+    return Comparison(out, metric, rows_out, document, len(left_out), notes)
+
+
+def _as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
+    """Label to changes of the recipe; names become the change of the method."""
+    if isinstance(methods, str):
+        raise RecipeError([f"methods={methods!r}: give a list, such as {methods.split(',')}."])
+    if isinstance(methods, Mapping):
+        return {label: dict(changes) for label, changes in methods.items()}
+    found = {}
+    for name in methods:
+        parts = [canonical(part) for part in name.split("+")]
+        unknown = [part for part in parts if part not in (FULL, *known_names())]
+        # "compacter++" has pluses of its own.
+        if canonical(name) in (FULL, *known_names()):
+            parts, unknown = [canonical(name)], []
+        if unknown:
+            raise RecipeError([f"methods: there is no method {unknown[0]!r}. "
+                               f"{did_you_mean(unknown[0], [FULL, *known_names()])}"])  # fmt: skip
+        own = recipe.method.label == "+".join(parts)
+        given = recipe.method.model_dump() if own else {"name": parts[0] if len(parts) == 1 else parts}
+        found["+".join(parts)] = {"method": FULL if parts == [FULL] else given}
+    return found
+
+
+def _variant(recipe: Recipe, label: str, changes: dict[str, Any]) -> Variant:
+    """Checks on the model's shapes that the method suits it: refused now, not after an hour."""
+    if changes.get("method") == FULL:
+        rest = {name: value for name, value in changes.items() if name != "method"}
+        plain = recipe.changed(**rest, method={"name": "lora"}, quantize=None)
+        return Variant(label, plain, FULL, recipe.training.learning_rate or FULL_RATE)
+    changed = recipe.changed(**changes)
+    bare = skeleton(changed.model, changed.task)
+    config = build_config(bare, changed.method.name, **changed.method.options)
+    return Variant(label, changed, "adapter", learning_rate(changed), config)
+
+
+def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:
+    """The score to compare, and whether more is better."""
+    task = tasks.get(recipe.task)
+    chosen = metric or ("perplexity" if recipe.task == "causal-lm" else task.metric)
+    return chosen, chosen not in ("loss", "perplexity")
+
+
+def _search(variant: Variant, grid: Sequence[float] | None, higher: bool, metric: str, attempt: Any) -> dict:
+    """Learning rate to validation score (None: failed) around the default, going on while the best is at an edge."""
+    if grid is None or len(grid) == 1:
+        return {variant.rate * (grid[0] if grid else 1.0): None}
+    factors = sorted(grid)
+    step = factors[-1] / factors[-2]
+    found: dict[float, float | None] = {}
+    waiting = [variant.rate * factor for factor in factors]
+    while waiting:
+        for rate in waiting:
+            result = attempt(variant, rate)
+            found[rate] = None if result is None else result["scores"][metric]
+        good = {rate: score for rate, score in found.items() if score is not None and math.isfinite(score)}
+        if not good or len(found) >= MOST_RATES:
+            break
+        best = (max if higher else min)(good, key=good.get)
+        waiting = [best * step] if best == max(found) else [best / step] if best == min(found) else []
+    return found

@@ -1,0 +1,92 @@
+"""Many seeds in one line: means, spreads, and the gap to full fine-tuning with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+LEVEL = 0.95
+# What a cell costs; the median over the seeds stands in the table.
+COSTS = (
+    "trainable_params",
+    "total_params",
+    "adapter_bytes",
+    "seconds",
+    "cpu_seconds",
+    "tokens_per_second",
+    "peak_bytes",
+    "optimizer_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over its seeds.
+
+    Attributes:
+        label: the method.
+        seeds: number of seeds that gave a score.
+        score: their mean.
+        spread: their standard deviation (one seed: None).
+        gap: mean difference to full fine-tuning, seed by seed (score minus full's); None without it.
+        interval: 95 % confidence interval of the gap over the seeds (Student's t, paired); None for one seed.
+        costs: medians over the seeds.
+        merge: largest difference between merged model and base + adapter, and the rounding floor; None where the
+            method does not merge.
+    """
+
+    label: str
+    seeds: int
+    score: float
+    spread: float | None
+    gap: float | None
+    interval: tuple[float, float] | None
+    costs: dict[str, float]
+    merge: dict[str, float] | None
+
+
+def summarize(
+    finals: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str, higher: bool, full: str | None
+) -> list[Row]:
+    """One row a method, best first; methods without a result are left out.
+
+    Args:
+        finals: label to seed to a cell's result.
+        full: the label of full fine-tuning, if it is there.
+    """
+    reference = {seed: result["scores"][metric] for seed, result in finals.get(full, {}).items()}
+    rows = []
+    for label, results in finals.items():
+        if not results:
+            continue
+        scores = {seed: result["scores"][metric] for seed, result in results.items()}
+        shared = [seed for seed in scores if seed in reference] if label != full else []
+        differences = [scores[seed] - reference[seed] for seed in shared]
+        merge = next((result["merge"] for result in results.values() if result.get("merge")), None)
+        rows.append(
+            Row(
+                label,
+                len(scores),
+                fmean(scores.values()),
+                stdev(scores.values()) if len(scores) > 1 else None,
+                fmean(differences) if differences else None,
+                interval(differences),
+                {name: median(result[name] for result in results.values()) for name in COSTS},
+                merge,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.score if higher else row.score)
+
+
+def interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Confidence interval of the mean of paired differences, after Student; None for fewer than two."""
+    if len(differences) < 2:
+        return None
+    from scipy.stats import t
+
+    half = t.ppf((1 + level) / 2, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    middle = fmean(differences)
+    return middle - half, middle + half

@@ -1,0 +1,294 @@
+"""Is an adapter as good as full fine-tuning? Every method beside it, same rows, same budget, several seeds.
+
+    python benchmarks/comparison.py sentiment            # MiniLM on movies, products and tweets
+    python benchmarks/comparison.py language             # SmolLM2-135M on movie reviews: bf16, nf4 and int8 LoRA
+    python benchmarks/comparison.py curves               # LoRA's rank and learning rate; full fine-tuning's rate
+    python benchmarks/comparison.py sentiment --only movies --methods full lora --seeds 2
+    python benchmarks/comparison.py figures              # tables and plots again from the committed JSON
+
+Everything goes through `ak.compare`, so that an interrupted run goes on where it stopped. Learning rates are searched
+on movies with one seed, on rows that are neither trained on nor tested on; products and tweets take the rates that
+movies chose. Results: results/comparison.json and results/comparison_*.png.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+FOLDER = ROOT / "benchmarks" / "results"
+RESULTS = FOLDER / "comparison.json"
+WORK = ROOT / "runs" / "comparison"
+
+SETS = ("movies", "products", "tweets")
+METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")
+BUDGET = {"epochs": 2, "batch_size": 16, "max_length": 64, "keep_best": False, "evals_per_epoch": 0, "samples": 0}
+TRAINED, VALIDATION = 1000, 500
+LANGUAGE_BUDGET = BUDGET | {"epochs": 1, "batch_size": 4, "max_length": 128, "packing": True, "precision": "bf16"}
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def sentiment(name: str) -> Any:
+    """The recipe of one of `SETS`: positive or negative?"""
+    import assets
+
+    import adapters_kit as ak
+
+    folder = {"movies": assets.reviews, "products": assets.products, "tweets": assets.tweets}[name]()
+    return ak.Recipe(
+        model=str(assets.minilm()),
+        task="text-classification",
+        data={"train": str(folder), "limit": TRAINED + VALIDATION},
+        training=BUDGET,
+    )
+
+
+def language() -> Any:
+    """The recipe of language modelling: SmolLM2 learns how movie reviews are written."""
+    import assets
+
+    import adapters_kit as ak
+
+    return ak.Recipe(
+        model=str(assets.smollm2()),
+        task="causal-lm",
+        data={"train": str(assets.reviews()), "columns": {"text": "text"}, "limit": 500, "test_limit": 200},
+        training=LANGUAGE_BUDGET,
+    )
+
+
+def read() -> dict[str, Any]:
+    """The committed results."""
+    empty: dict[str, Any] = {"sentiment": {}, "language": None, "curves": {}}
+    return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
+
+
+def keep(part: str, name: str | None, document: dict[str, Any]) -> None:
+    """Lays one comparison into the committed results, without paths of this machine."""
+    document["recipe"]["data"]["train"] = Path(document["recipe"]["data"]["train"]).name
+    results = read()
+    if name is None:
+        results[part] = document
+    else:
+        results[part][name] = document
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True, default=float) + "\n")
+
+
+def run_sentiment(options: argparse.Namespace) -> None:
+    """Movies with a search of the learning rates, the others with what movies chose."""
+    import adapters_kit as ak
+
+    rates: dict[str, float] = read()["sentiment"].get("movies", {}).get("learning_rates", {})
+    for name in options.only or SETS:
+        given = {label: rate for label, rate in rates.items() if label in options.methods}
+        found = ak.compare(
+            sentiment(name),
+            options.methods,
+            options.seeds,
+            out=WORK / name,
+            rates=None if name == "movies" else given,
+            validation_size=VALIDATION,
+            max_minutes=options.max_minutes,
+            threads=options.threads,
+        )
+        if name == "movies":
+            rates = found.document["learning_rates"]
+        keep("sentiment", name, found.document)
+        print(name, found, sep="\n")
+
+
+def run_language(options: argparse.Namespace) -> None:
+    """bf16 full fine-tuning beside LoRA on bf16, nf4 and int8 weights; the quantized ones take bf16 LoRA's rate."""
+    import adapters_kit as ak
+
+    recipe = language()
+    common = {"validation_size": 100, "max_minutes": options.max_minutes, "threads": options.threads}
+    first = ak.compare(
+        recipe, {"full": {"method": "full"}, "lora bf16": {}}, 1, out=WORK / "language", grid=(1 / 3, 1, 3), **common
+    )
+    rate = first.document["learning_rates"]
+    kinds = {"full": {"method": "full"}, "lora bf16": {}}
+    kinds |= {f"lora {kind}": {"quantize": kind} for kind in ("nf4", "int8")}
+    rates = {label: rate.get(label, rate["lora bf16"]) for label in kinds}
+    found = ak.compare(recipe, kinds, options.seeds, out=WORK / "language", rates=rates, **common)
+    found.document["searched"] = first.document["searched"]
+    keep("language", None, found.document)
+    print(found)
+
+
+def run_curves(options: argparse.Namespace) -> None:
+    """Validation-free curves on movies: each rank and each rate is one line, two seeds."""
+    import adapters_kit as ak
+
+    rates = read()["sentiment"]["movies"]["learning_rates"]
+    common = {"validation_size": VALIDATION, "max_minutes": options.max_minutes, "threads": options.threads}
+    ranks = {f"r={r}": {"method": {"name": "lora", "r": r}} for r in RANKS}
+    steps = {f"lora {rate:.0e}": {"training.learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+    steps |= {
+        f"full {rate:.0e}": {"method": "full", "training.learning_rate": rate}
+        for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    }
+    for name, kinds, given in (("rank", ranks, dict.fromkeys(ranks, rates["lora"])), ("rate", steps, None)):
+        folder = WORK / "curves"
+        found = ak.compare(sentiment("movies"), kinds, options.seeds, out=folder, rates=given, grid=None, **common)
+        keep("curves", name, found.document)
+        print(found)
+
+
+def over_sets(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a method, best first: mean accuracy over the sets, and the gap to full with its interval over the seeds.
+
+    Only seeds count that all sets have, for the method and for full fine-tuning.
+    """
+    from adapters_kit.comparison.summary import interval
+
+    found = [results["sentiment"][name] for name in SETS if name in results["sentiment"]]
+
+    def scores(label: str) -> dict[str, float]:
+        cells = [document["cells"].get(label, {}) for document in found]
+        seeds = set.intersection(*(set(cell) for cell in cells))
+        return {seed: fmean(cell[seed]["scores"]["accuracy"] for cell in cells) for seed in sorted(seeds)}
+
+    rows, full = [], scores("full")
+    for line in found[0]["methods"]:
+        label = line["label"]
+        own = scores(label)
+        if not own:
+            continue
+        gaps = [own[seed] - full[seed] for seed in own if seed in full] if label != "full" else []
+        per_set = [next(row for row in document["methods"] if row["label"] == label) for document in found]
+        costs = {name: fmean(row["costs"][name] for row in per_set) for name in line["costs"]}
+        rows.append(
+            {
+                "label": label,
+                "seeds": len(own),
+                "score": fmean(own.values()),
+                "spread": stdev(own.values()) if len(own) > 1 else None,
+                "each": [row["score"] for row in per_set],
+                "gap": fmean(gaps) if gaps else None,
+                "interval": interval(gaps),
+                "costs": costs,
+                "rate": found[0]["learning_rates"][label],
+                "merge": line["merge"],
+            }
+        )
+    return sorted(rows, key=lambda row: -row["score"])
+
+
+def sentiment_table(results: dict[str, Any]) -> str:
+    """Accuracy in points, as Markdown."""
+    sets = [name for name in SETS if name in results["sentiment"]]
+    head = ["method", *sets, "mean", "gap to full [95 %]", "trained", "adapter MB", "lr"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in over_sets(results):
+        gap = "–" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
+        if row["interval"]:
+            gap += " [{:+.1f}, {:+.1f}]".format(*(100 * edge for edge in row["interval"]))
+        share = row["costs"]["trainable_params"] / row["costs"]["total_params"]
+        cells = [row["label"], *(f"{100 * score:.1f}" for score in row["each"]), f"**{100 * row['score']:.1f}**", gap]
+        cells += [f"{share:.2%}", f"{row['costs']['adapter_bytes'] / 1e6:.2f}", f"{row['rate']:.0e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(results: dict[str, Any]) -> str:
+    """What a run on movies costs, relative to full fine-tuning, and whether the merged model is the trained one."""
+    document = results["sentiment"]["movies"]
+    full = next(row["costs"] for row in document["methods"] if row["label"] == "full")
+    head = ["method", "CPU time / full", "peak MB", "optimizer MB", "merged − trained (rounding)"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in document["methods"]:
+        cost, merge = row["costs"], row["merge"]
+        exact = f"{merge['largest']:.0e} ({merge['floor']:.0e})" if merge else "–"
+        cells = [row["label"], f"{cost['cpu_seconds'] / full['cpu_seconds']:.2f}", f"{cost['peak_bytes'] / 1e6:.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{cost['optimizer_bytes'] / 1e6:.1f}", exact]) + " |")
+    return "\n".join(lines)
+
+
+def language_table(results: dict[str, Any]) -> str:
+    """Perplexities, as Markdown."""
+    from adapters_kit.comparison.report import shown
+
+    document = results["language"]
+    head = ["SmolLM2-135M", "perplexity", "gap to full [95 %]", "trained", "adapter MB", "peak MB", "lr"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for row in document["methods"]:
+        cost = row["costs"]
+        gap = shown(row["gap"], "perplexity", "+")
+        if row["interval"]:
+            gap += " [{:+.2f}, {:+.2f}]".format(*row["interval"])
+        score = f"{row['score']:.2f}" + (f" ± {row['spread']:.2f}" if row["spread"] is not None else "")
+        cells = [row["label"], score, gap, f"{cost['trainable_params'] / cost['total_params']:.2%}"]
+        cells += [f"{cost['adapter_bytes'] / 1e6:.1f}", f"{cost['peak_bytes'] / 1e6:,.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{document['learning_rates'][row['label']]:.1e}"]) + " |")
+    return "\n".join(lines)
+
+
+def curve_table(results: dict[str, Any], name: str) -> str:
+    """Accuracy on movies over LoRA's rank, or over the learning rate of LoRA and of full fine-tuning."""
+    document = results["curves"][name]
+    lines = [f"| {name} | accuracy | trained |", "|---|---:|---:|"]
+    for label in document["learning_rates"]:
+        row = next((row for row in document["methods"] if row["label"] == label), None)
+        if row is not None:
+            spread = f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
+            lines.append(f"| {label} | {100 * row['score']:.1f}{spread} | {row['costs']['trainable_params']:,.0f} |")
+    return "\n".join(lines)
+
+
+def figures() -> None:
+    """Every table on the screen, every plot in the results folder, from the committed JSON alone."""
+    from adapters_kit.comparison import plots
+    from adapters_kit.training import pictures
+
+    results = read()
+    if results["sentiment"]:
+        print(sentiment_table(results), cost_table(results), sep="\n\n")
+        rows = over_sets(results)
+        plots.draw({"metric": "accuracy", "methods": rows}, FOLDER, "comparison_")
+    if results["language"]:
+        print("", language_table(results), sep="\n")
+    for name in results["curves"]:
+        print("", curve_table(results, name), sep="\n")
+    if {"rank", "rate"} <= set(results["curves"]):
+        figure, (left, right) = pictures.blank(2)
+        for kind in ("lora", "full"):
+            rows = [row for row in results["curves"]["rate"]["methods"] if row["label"].startswith(kind)]
+            points = sorted((float(row["label"].split()[1]), row["score"], row["spread"] or 0) for row in rows)
+            _line(right, points, kind)
+        rows = results["curves"]["rank"]["methods"]
+        _line(left, sorted((int(row["label"][2:]), row["score"], row["spread"] or 0) for row in rows), "lora")
+        left.set(xscale="log", xlabel="rank", ylabel="accuracy (points)", xticks=RANKS, xticklabels=RANKS)
+        right.set(xscale="log", xlabel="learning rate", ylabel="accuracy (points)")
+        right.legend()
+        figure.savefig(FOLDER / "comparison_curves.png", dpi=110)
+
+
+def _line(place: Any, points: list[tuple[float, float, float]], label: str) -> None:
+    xs, scores, spreads = zip(*points, strict=True)
+    place.errorbar(xs, [100 * y for y in scores], yerr=[100 * e for e in spreads], marker="o", label=label, capsize=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["sentiment", "language", "curves", "figures"])
+    parser.add_argument("--only", nargs="+", choices=SETS, help="these data sets")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, help="default: 5, language 3, curves 2")
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    options.seeds = options.seeds or {"sentiment": 5, "language": 3, "curves": 2}.get(options.what)
+    if options.what == "figures":
+        figures()
+    else:
+        {"sentiment": run_sentiment, "language": run_language, "curves": run_curves}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
