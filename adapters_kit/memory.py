@@ -7,9 +7,9 @@ equals that of a real forward pass in the same dtype with the same kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -195,7 +195,7 @@ def state_bytes(name: str, sizes: Iterable[int], *, on_gpu: bool = True) -> int:
 
 
 def step_bytes(
-    build: Callable[[], nn.Module],
+    model: nn.Module,
     batch: dict[str, torch.Tensor],
     *,
     dtype: torch.dtype,
@@ -206,24 +206,15 @@ def step_bytes(
     """The memory of one training step on `batch`.
 
     Args:
-        build: makes the wrapped model on the meta device, afresh at each call.
+        model: wrapped, on the meta device, in the dtype that it is to be held in; not usable afterwards.
         batch: real tensors; only their shapes and dtypes matter.
         dtype: of the arithmetic; a 16-bit one runs under autocast, as training does.
     """
-    model = build().train()
+    model.train()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     linears = [path.removesuffix(".base_layer") for path in block_linears(base)]
     fixed = fixed_bytes(model, optimizer, quantize, linears)
     with fake(model) as mode, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         kept = kept_for_backward(model, {name: mode.from_tensor(tensor) for name, tensor in batch.items()})
-    return (
-        Memory(
-            fixed.weights,
-            fixed.adapter,
-            fixed.gradients,
-            fixed.optimizer,
-            kept.checkpointed if checkpointing else kept.total,
-            2 * kept.largest,
-        ),
-        kept,
-    )
+    activations = kept.checkpointed if checkpointing else kept.total
+    return replace(fixed, activations=activations, working=2 * kept.largest), kept

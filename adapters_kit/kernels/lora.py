@@ -5,26 +5,26 @@
 Kept for the backward pass: x, once, in the dtype it came in; S = dropout(x) [A_1; A_2; …]ᵀ, a few columns wide; the
 seeds of the dropout. Plain autograd keeps x again for every projection, in the adapter's dtype, and a mask as large.
 
-What is computed in which dtype: the products with W in the dtype of x (after autocast), as the base would. The narrow
-products with A and B in float32 where x is bf16 or fp16 (`narrow.py`); what they add to y and to dx is rounded once,
-together with it. A and B keep their own dtype; on a GPU they are rounded to that of x for the product. Gradients of A
-and B come from float32 sums, in the dtype of A and B.
+What is computed in which dtype: the products with W in the dtype of x (after autocast), as the base would, or in
+float32 where a CPU multiplies bf16 at half the speed of float32 (`products.py`). The narrow products with A and B in
+float32 where x is bf16 or fp16; what they add to y and to dx is rounded once, together with it. A and B keep their own
+dtype; on a GPU they are rounded to that of x for the product. Gradients of A and B come from float32 sums, in the dtype
+of A and B.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from adapters_kit.kernels.dropout import draw_pattern, draw_seeds, is_mask, zero_dropped
-from adapters_kit.kernels.narrow import narrow, narrow_sum, widen_
+from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, each_dropped, is_mask, zero_dropped
+from adapters_kit.kernels.products import blocks, narrow, narrow_sum, wide_dtype, widen_
 
 
-@dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """A frozen base whose weight is not a plain matrix.
 
     Attributes:
@@ -36,8 +36,7 @@ class Quantized:
     dense: Callable[[torch.dtype], Tensor]
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """One linear layer and its LoRA.
 
     Attributes:
@@ -78,8 +77,7 @@ def lora_linear(
         One tensor `(..., out_i)` each, in the dtype of `x`.
     """
     seeds = draw_seeds(1 if shared_mask else len(projections)) if p > 0 else None
-    columns = [[getattr(item, name) for item in projections] for name in ("weight", "bias", "down", "up", "up_bias")]
-    quantized = tuple(item.quantized for item in projections)
+    *columns, quantized = zip(*projections, strict=True)
     tensors = [tensor for column in columns for tensor in column]
     return LoraLinear.apply(x, seeds, scale, p, shared_mask, quantized, made_of, *tensors)
 
@@ -99,24 +97,22 @@ class LoraLinear(torch.autograd.Function):
         made_of: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = len(quantized)
-        weights, biases, downs, ups, up_biases = _columns(tensors, count)
+        columns = _columns(tensors, len(quantized))
         rows = x.reshape(-1, x.shape[-1])
-        low = _down(rows, seeds, p, shared_mask, downs)
-        factor = scale / (1 - p) if p < 1 else 0.0
-        outputs, start = [], 0
-        for i in range(count):
-            stop = start + downs[i].shape[0]
-            added = None
-            if quantized[i] is None:
-                y = F.linear(rows, _as(weights[i], x.dtype), _joined_bias(biases[i], up_biases[i], scale, x.dtype))
-            else:
-                y = quantized[i].product(rows)
-                added = None if up_biases[i] is None else up_biases[i] * scale
-            widen_(y, low[:, start:stop], ups[i].t(), factor, added)
-            # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
-            outputs.append(torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])))
-            start = stop
+        patterns = _patterns(rows, seeds, p)
+        wide = rows.dtype if any(quantized) else wide_dtype(rows)
+        parts = blocks(rows, wide)
+        if parts is None:
+            low, outputs = _forward(rows, wide, seeds, patterns, scale, p, quantized, columns)
+        else:
+            done = [
+                _forward(rows[part], wide, seeds, _cut(patterns, part, rows), scale, p, quantized, columns)
+                for part in parts
+            ]
+            low = torch.cat([one for one, _ in done])
+            outputs = [torch.cat(pieces) for pieces in zip(*(ys for _, ys in done), strict=True)]
+        # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
+        outputs = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in outputs]
         ctx.act = None if made_of is None else made_of[2]
         ctx.save_for_backward(*((x, None) if made_of is None else made_of[:2]), seeds, low, *tensors)
         ctx.scale, ctx.p, ctx.shared_mask, ctx.quantized = scale, p, shared_mask, quantized
@@ -135,106 +131,196 @@ class LoraLinear(torch.autograd.Function):
         return _backward(ctx, saved, grads)
 
 
+def _forward(
+    rows: Tensor,
+    wide: torch.dtype,
+    seeds: Tensor | None,
+    patterns: list[Tensor] | None,
+    scale: float,
+    p: float,
+    quantized: tuple[Quantized | None, ...],
+    columns: list[list[Any]],
+) -> tuple[Tensor, list[Tensor]]:
+    """S `(tokens, r_1 + r_2 + …)`, without the factor 1 / (1 - p), and every y `(tokens, out_i)`."""
+    weights, biases, downs, ups, up_biases = columns
+    x = _as(rows, wide)
+    pieces = [
+        narrow(source, _stacked([downs[i] for i in span]))
+        for span, source in _sources(x, seeds, patterns, p, len(downs), x is not rows)
+    ]
+    low = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    factor = _factor(scale, p)
+    outputs, start = [], 0
+    for i, up in enumerate(ups):
+        stop = start + up.shape[1]
+        added = None
+        if quantized[i] is None:
+            y = F.linear(x, _as(weights[i], wide), _joined_bias(biases[i], up_biases[i], scale, wide))
+        else:
+            y = quantized[i].product(rows)
+            added = None if up_biases[i] is None else up_biases[i] * scale
+        outputs.append(_as(widen_(y, low[:, start:stop], up.t(), factor, added), rows.dtype))
+        start = stop
+    return low, outputs
+
+
 def _backward(
     ctx: Any, saved: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     count = len(ctx.quantized)
     x, seeds, low, *tensors = _with_input(ctx, saved)
-    weights, biases, downs, ups, up_biases = _columns(tensors, count)
-    need_x, needs = ctx.needs_input_grad[0], _columns(ctx.needs_input_grad[7:], count)
-    need_biases, need_downs, need_ups, need_up_biases = needs[1:]
-    p, scale = ctx.p, ctx.scale
-    factor = scale / (1 - p) if p < 1 else 0.0
+    _, biases, downs, ups, up_biases = columns = _columns(tensors, count)
+    needs = _columns(ctx.needs_input_grad[7:], count)
     rows = x.reshape(-1, x.shape[-1])
-
-    d_biases: list[Tensor | None] = [None] * count
-    d_ups, d_up_biases = list(d_biases), list(d_biases)
-    d_lows: list[Tensor] = []
-    dx, start = None, 0
-    for i, grad in enumerate(grads):
-        stop = start + downs[i].shape[0]
-        if grad is None:
-            d_lows.append(torch.zeros_like(low[:, start:stop]))
-        else:
-            # A gradient may arrive in another dtype or strided any way (an expanded sum, a transpose).
-            grad = _as(grad.reshape(-1, grad.shape[-1]), x.dtype)
-            d_lows.append(narrow(grad, ups[i].t()))
-            if need_ups[i]:
-                d_ups[i] = narrow_sum(low[:, start:stop], grad).t().mul(factor).to(ups[i].dtype)
-            if need_biases[i] or need_up_biases[i]:
-                total = grad.sum(0, dtype=torch.promote_types(torch.float32, x.dtype))
-                d_biases[i] = total.to(biases[i].dtype) if need_biases[i] else None
-                d_up_biases[i] = (total * scale).to(up_biases[i].dtype) if need_up_biases[i] else None
-            if need_x:
-                weight = _as(weights[i], x.dtype) if ctx.quantized[i] is None else ctx.quantized[i].dense(x.dtype)
-                dx = torch.mm(grad, weight) if dx is None else dx.addmm_(grad, weight)
-                del weight  # a dequantized weight is large
-        start = stop
-    d_downs, dx = _down_backward(rows, seeds, ctx, downs, d_lows, dx, grads, need_downs, factor)
-    if dx is not None:
-        dx = dx.view(x.shape)
+    grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+    patterns = _patterns(rows, seeds, ctx.p)
+    wide = wide_dtype(rows)
+    parts = blocks(rows, wide)
+    if parts is None:
+        dx, *sums = _backward_part(ctx, rows, wide, low, seeds, patterns, grads, columns, needs)
+    else:
+        pieces, sums = [], None
+        for part in parts:
+            some = [None if grad is None else grad[part] for grad in grads]
+            cut_patterns = _cut(patterns, part, rows)
+            piece, *found = _backward_part(ctx, rows[part], wide, low[part], seeds, cut_patterns, some, columns, needs)
+            pieces.append(piece)
+            sums = found if sums is None else [_added(a, b) for a, b in zip(sums, found, strict=True)]
+        dx = torch.cat(pieces) if ctx.needs_input_grad[0] and pieces[0] is not None else None
+    totals, d_downs, d_ups = sums
+    factor = _factor(ctx.scale, ctx.p)
+    d_biases, d_up_biases = [None] * count, [None] * count
+    for i in range(count):
+        if totals[i] is not None:
+            d_biases[i] = totals[i].to(biases[i].dtype) if needs[1][i] else None
+            d_up_biases[i] = (totals[i] * ctx.scale).to(up_biases[i].dtype) if needs[4][i] else None
+        if d_downs[i] is not None:
+            d_downs[i] = (d_downs[i] * factor).to(downs[i].dtype)
+        if d_ups[i] is not None:  # laid out as the parameter is, or autograd would copy it
+            d_ups[i] = torch.mul(d_ups[i].t(), factor, out=d_ups[i].new_empty(ups[i].shape)).to(ups[i].dtype)
+    dx = None if dx is None else dx.view(x.shape)
     return (dx, None, None, None, None, None, None, *[None] * count, *d_biases, *d_downs, *d_ups, *d_up_biases)
 
 
-def _down(rows: Tensor, seeds: Tensor | None, p: float, shared_mask: bool, downs: list[Tensor]) -> Tensor:
-    """S `(tokens, r_1 + r_2 + …)`, without the factor 1 / (1 - p)."""
-    if p <= 0:
-        return narrow(rows, _stacked(downs))
-    if shared_mask or len(downs) == 1:
-        return narrow(dropped(rows, seeds, 0, p), _stacked(downs))
-    return torch.cat([narrow(dropped(rows, seeds, i, p), down) for i, down in enumerate(downs)], dim=1)
-
-
-def _down_backward(
-    rows: Tensor,
-    seeds: Tensor | None,
+def _backward_part(
     ctx: Any,
-    downs: list[Tensor],
-    d_lows: list[Tensor],
-    dx: Tensor | None,
-    grads: tuple[Tensor | None, ...],
-    need_downs: list[bool],
+    rows: Tensor,
+    wide: torch.dtype,
+    low: Tensor,
+    seeds: Tensor | None,
+    patterns: list[Tensor] | None,
+    grads: list[Tensor | None],
+    columns: list[list[Any]],
+    needs: list[list[bool]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """dx in the dtype of `rows`, and sums over the tokens: of every dy, for every A `(r, in)` and every Bᵀ `(r, out)`.
+
+    The sums lack their constant factors.
+    """
+    weights, _, downs, ups, _ = columns
+    _, need_biases, need_downs, need_ups, need_up_biases = needs
+    count, factor = len(downs), _factor(ctx.scale, ctx.p)
+    totals: list[Tensor | None] = [None] * count
+    d_downs, d_ups, d_lows = list(totals), list(totals), list(totals)
+    dx, start = None, 0
+    for i, grad in enumerate(grads):
+        stop = start + downs[i].shape[0]
+        if grad is not None:
+            grad = _as(grad, wide)  # it may arrive in another dtype, and strided any way (an expanded sum, a transpose)
+            d_lows[i] = narrow(grad, ups[i].t())
+            if need_ups[i]:
+                d_ups[i] = narrow_sum(low[:, start:stop], grad)
+            if need_biases[i] or need_up_biases[i]:
+                totals[i] = grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype))
+            if ctx.needs_input_grad[0]:
+                weight = _as(weights[i], wide) if ctx.quantized[i] is None else ctx.quantized[i].dense(wide)
+                dx = torch.mm(grad, weight) if dx is None else dx.addmm_(grad, weight)
+                del weight  # a dequantized weight is large
+        start = stop
+    x = _as(rows, wide)
+    if any(need_downs):
+        for span, source in _sources(x, seeds, patterns, ctx.p, count, x is not rows):
+            live = [i for i in span if grads[i] is not None]
+            if live and any(need_downs[i] for i in live):
+                stacked = narrow_sum(_side_by_side([d_lows[i] for i in live]), source)
+                for i, piece in zip(live, stacked.split([downs[i].shape[0] for i in live]), strict=True):
+                    d_downs[i] = piece if need_downs[i] else None
+    if dx is not None:
+        for which, span in enumerate(_spans(patterns is not None or ctx.p > 0, seeds, count)):
+            live = [i for i in span if grads[i] is not None]
+            if live:
+                d_low, matrix = _side_by_side([d_lows[i] for i in live]), _stacked([downs[i] for i in live])
+                pattern = None if patterns is None else patterns[which]
+                _add_down_part(dx, d_low, matrix, factor, seeds, which, ctx.p, pattern)
+        dx = _as(dx, rows.dtype)
+    return dx, totals, d_downs, d_ups
+
+
+def _add_down_part(
+    dx: Tensor,
+    d_low: Tensor,
+    matrix: Tensor,
     factor: float,
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """Gradients of every A, and dx with the LoRA part added in place."""
-    d_downs: list[Tensor | None] = [None] * len(downs)
-    sizes = [down.shape[0] for down in downs]
-    # Projections that saw the same dropped input are multiplied together.
-    together = ctx.p <= 0 or ctx.shared_mask or len(downs) == 1
-    spans = [list(range(len(downs)))] if together else [[i] for i in range(len(downs))]
-    for which, span in enumerate(spans):
-        if all(grads[i] is None for i in span):
-            continue
-        d_low = d_lows[span[0]] if len(span) == 1 else torch.cat([d_lows[i] for i in span], dim=1)
-        pattern = None
-        if ctx.p > 0 and not torch.compiler.is_compiling():
-            pattern = draw_pattern(rows, int(seeds[which]), ctx.p)
-        if any(need_downs[i] for i in span):
-            if ctx.p <= 0:
-                source = rows
-            else:
-                source = dropped(rows, seeds, which, ctx.p) if pattern is None else zero_dropped(rows, pattern)
-            stacked = narrow_sum(d_low, source)
-            del source
-            for i, piece in zip(span, stacked.split([sizes[i] for i in span]), strict=True):
-                if need_downs[i] and grads[i] is not None:
-                    d_downs[i] = (piece * factor).to(downs[i].dtype)
-        if dx is not None:
-            matrix = _stacked([downs[i] for i in span])
-            if ctx.p <= 0:
-                widen_(dx, d_low, matrix, factor)
-            elif pattern is None:
-                wide = torch.mm(d_low, _as(matrix, rows.dtype))
-                dx.add_(dropped(wide, seeds, which, ctx.p), alpha=factor)
-            elif is_mask(pattern):
-                wide = torch.mm(_as(d_low, rows.dtype), _as(matrix, rows.dtype))
-                dx.addcmul_(wide, pattern, value=factor)
-            else:
-                flat = dx.view(-1)
-                before = flat[pattern]
-                widen_(dx, d_low, matrix, factor)
-                flat.index_copy_(0, pattern, before)
-    return d_downs, dx
+    seeds: Tensor | None,
+    which: int,
+    p: float,
+    pattern: Tensor | None,
+) -> None:
+    """Add `factor · d_low · matrix` to `dx`, where the input was not dropped."""
+    if p <= 0:
+        widen_(dx, d_low, matrix, factor)
+    elif pattern is None:
+        dx.add_(dropped(torch.mm(d_low, _as(matrix, dx.dtype)), seeds, which, p), alpha=factor)
+    elif is_mask(pattern):
+        wide = torch.mm(_as(d_low, dx.dtype), _as(matrix, dx.dtype))
+        dx.addcmul_(wide, _as(pattern, dx.dtype), value=factor)
+    else:
+        flat = dx.view(-1)
+        before = flat.take(pattern)
+        widen_(dx, d_low, matrix, factor)
+        flat.index_copy_(0, pattern, before)
+
+
+def _spans(dropout: bool, seeds: Tensor | None, count: int) -> list[range]:
+    """Projections that see the same (dropped) input: their products are made together."""
+    return [range(count)] if not dropout or len(seeds) == 1 else [range(i, i + 1) for i in range(count)]
+
+
+def _patterns(rows: Tensor, seeds: Tensor | None, p: float) -> list[Tensor] | None:
+    """What each seed drops; None without dropout, and for the compiler, which cannot trace a generator."""
+    if p <= 0 or torch.compiler.is_compiling():
+        return None
+    return [draw_pattern(rows, int(seed), p) for seed in seeds]
+
+
+def _cut(patterns: list[Tensor] | None, part: slice, rows: Tensor) -> list[Tensor] | None:
+    return None if patterns is None else [cut(pattern, part.start, part.stop, rows.shape[1]) for pattern in patterns]
+
+
+def _sources(
+    x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, p: float, count: int, private: bool
+) -> Iterable[tuple[range, Tensor]]:
+    """Which projections, and `x` as they see it, without the factor 1 / (1 - p); each to be used before the next."""
+    spans = _spans(p > 0, seeds, count)
+    if p <= 0:
+        sources: Iterable[Tensor] = [x]
+    elif patterns is None:
+        sources = (dropped(x, seeds, which, p) for which in range(len(spans)))
+    else:
+        sources = each_dropped(x, patterns, private)
+    return zip(spans, sources, strict=True)
+
+
+def _factor(scale: float, p: float) -> float:
+    return scale / (1 - p) if p < 1 else 0.0
+
+
+def _added(ours: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if a is None else a.add_(b) for a, b in zip(ours, more, strict=True)]
+
+
+def _side_by_side(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
 
 
 def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -274,14 +360,14 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
 
 def dropped(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
     """`x` with the elements at zero that the seed drops; the others are not rescaled."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return _dropped_op(x, seeds, which, p)
     return zero_dropped(x, draw_pattern(x, int(seeds[which]), p))
 
 
 @torch.library.custom_op("adapters_kit::dropped", mutates_args=())
 def _dropped_op(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
-    """`dropped` for torch.compile, which cannot trace a generator."""
+    """`dropped` for torch.compile, which cannot trace a generator, and for `plan`, whose seeds have no values."""
     return zero_dropped(x.contiguous(), draw_pattern(x, int(seeds[which]), p))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,35 +99,32 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     task.bind(load_processor(recipe.model), bare)
     features = task.training_features(task.encode(splits.train))
     batch_size = min(recipe.training.batch_size, len(features))
-    dtype = DTYPES[precision(recipe)]
+    training, dtype = recipe.training, DTYPES[precision(recipe)]
+    bare.to(dtype)
 
-    def build(**changes: Any) -> Callable[[], nn.Module]:
-        return lambda: _wrapped(recipe, task, dtype, **changes)
+    def build(**changes: Any) -> nn.Module:
+        changed = recipe.changed(**{f"training.{name}": value for name, value in changes.items()})
+        # How long the run is changes no size.
+        return add_adapter(copy.deepcopy(bare), changed, steps=10_000)
 
     longest_rows = sorted(features, key=task.length)[-batch_size:]
+    groups, trainable, total = _groups(build())
+
+    def step(batch: dict[str, torch.Tensor], **changes: Any) -> tuple[Memory, Memory]:
+        """As the recipe says, and with checkpointing switched the other way."""
+        options = {"dtype": dtype, "optimizer": training.optimizer, "quantize": recipe.quantize}
+        ours, kept = step_bytes(build(**changes), batch, checkpointing=training.gradient_checkpointing, **options)
+        other = kept.total if training.gradient_checkpointing else kept.checkpointed
+        return ours, replace(ours, activations=other)
+
     batch = _batch(task, longest_rows)
-    model = build()()
-    groups, trainable, total = _groups(model)
-
-    def step(batch: dict[str, torch.Tensor], checkpointing: bool | None = None, **changes: Any) -> Memory:
-        keep = recipe.training.gradient_checkpointing if checkpointing is None else checkpointing
-        options = {"optimizer": recipe.training.optimizer, "quantize": recipe.quantize}
-        return step_bytes(build(**changes), batch, dtype=dtype, checkpointing=keep, **options)[0]
-
-    memory = step(batch)
+    memory, switched = step(batch)
     longest = max(task.length(feature) for feature in longest_rows)
-    variants = {
-        f"{'without' if recipe.training.gradient_checkpointing else 'with'} gradient checkpointing": step(
-            batch, checkpointing=not recipe.training.gradient_checkpointing
-        ).total,
-        f"{'without' if recipe.training.fuse else 'with'} fused layers": step(
-            batch, fuse=not recipe.training.fuse
-        ).total,
-    }
-    if recipe.task == "causal-lm":
-        chunked = recipe.training.chunked_loss
-        name = f"{'without' if chunked else 'with'} chunked loss"
-        variants[name] = step(batch, chunked_loss=not chunked).total
+    variants = {f"{'without' if training.gradient_checkpointing else 'with'} gradient checkpointing": switched.total}
+    options = {"fuse": "fused layers", **({"chunked_loss": "chunked loss"} if recipe.task == "causal-lm" else {})}
+    for name, shown in options.items():
+        now = getattr(training, name)
+        variants[f"{'without' if now else 'with'} {shown}"] = step(batch, **{name: not now})[0].total
     made = Plan(
         recipe=recipe,
         groups=groups,
@@ -145,30 +143,25 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     room = card - CARD_RESERVE
 
     def resized(rows: int, length: int) -> int:
-        return step(_stretched(task, longest_rows, rows, length)).total
+        if (rows, length) == (batch_size, longest):
+            return memory.total
+        return step(_stretched(task, longest_rows, rows, length))[0].total
 
-    by_rows = _curve(lambda rows: resized(rows, longest), (1, 2))
-    # Attention masks grow with the square of the length, everything else linearly.
-    by_length = _curve(lambda length: resized(batch_size, length), (16, 32, 64)) if "input_ids" in batch else None
+    largest = _largest(lambda rows: resized(rows, longest), (batch_size, 16 * batch_size), room)
+    top = min(task.longest, 4096)
+    lengths = sorted({longest, top // 2, top} if longest not in (top // 2, top) else {top // 4, top // 2, top})
+    by_length = "input_ids" in batch and lengths[0] > 1
     return replace(
         made,
         card=card,
         fits=memory.total <= room,
-        largest_batch=_largest(by_rows, room),
-        longest=_largest(by_length, room, most=task.longest) if by_length else None,
+        largest_batch=largest,
+        longest=_largest(lambda n: resized(batch_size, n), lengths, room, task.longest) if by_length else None,
         advice=[] if memory.total <= room else _advice(made, room),
     )
 
 
 _NO_LABELS = ("causal-lm", "seq2seq", "masked-lm", "question-answering")
-
-
-def _wrapped(recipe: Recipe, task: Task, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    bare = skeleton(recipe.model, recipe.task, labels=task.labels if recipe.task not in _NO_LABELS else None).to(dtype)
-    task.adapt(bare)
-    changes = {f"training.{name}": value for name, value in changes.items() if value is not None}
-    # How long the run is changes no size.
-    return add_adapter(bare, recipe.changed(**changes) if changes else recipe, steps=10_000)
 
 
 def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:
@@ -190,18 +183,25 @@ def _stretched(task: Task, features: Features, rows: int, length: int) -> dict[s
     return {k: v[:, columns] if v.ndim >= 2 and v.shape[1] == now else v for k, v in batch.items()}
 
 
-def _curve(cost: Callable[[int], int], points: tuple[int, ...]) -> Callable[[int], float]:
-    """The polynomial through the costs at `points`: bytes are one in the rows and in the length, so it is exact."""
-    return np.polynomial.Polynomial.fit(points, [cost(point) for point in points], len(points) - 1)
+def _largest(cost: Callable[[int], int], points: Sequence[int], room: int, most: int = 1 << 24) -> int:
+    """The largest whole number up to `most` whose cost is within `room`; 0 if there is none.
 
-
-def _largest(cost: Callable[[int], float], room: int, most: int = 1 << 24) -> int:
-    """The largest whole number up to `most` whose cost is within `room`; 0 if there is none."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= room else (low, middle)
-    return low
+    Bytes are a polynomial in the rows (straight) and in the length (attention masks grow with its square), but for a
+    bend where the pieces of the chunked loss are full. So: the polynomial through `points`, then through the places
+    where it led.
+    """
+    known = {point: cost(point) for point in points}
+    for _ in range(3):
+        recent = list(known)[-len(points) :]
+        curve = np.polynomial.Polynomial.fit(recent, [known[point] for point in recent], len(points) - 1)
+        low, high = 0, most + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if curve(middle) <= room else (low, middle)
+        if max(low, 1) in known:
+            break
+        known[max(low, 1)] = cost(max(low, 1))
+    return max((number for number, bytes_ in known.items() if bytes_ <= room), default=0)
 
 
 def _groups(model: nn.Module) -> tuple[dict[str, tuple[int, int]], int, int]:
