@@ -37,7 +37,8 @@ class Cell:
     """What one training depends on.
 
     Attributes:
-        recipe: the fields of the recipe; its own seed draws the rows, so that all cells see the same ones.
+        recipe: the fields of the recipe that are not at their defaults; its own seed draws the rows, so that all cells
+            see the same ones.
         kind: "adapter" trains the recipe's method, "full" every parameter, "base" nothing.
         learning_rate: peak.
         seed: of new parameters, the order of the examples and dropout.
@@ -58,8 +59,9 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A hash of everything above: equal keys, equal results."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:20]
+        """A hash of everything above: equal keys, equal results. Rates count with three digits: 1e-3 is 3e-3 / 3."""
+        fields = asdict(self) | {"learning_rate": None if self.learning_rate is None else f"{self.learning_rate:.3g}"}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
 def depends_on(recipe: Recipe, rows: Mapping[str, Dataset], config: Any) -> dict[str, str]:

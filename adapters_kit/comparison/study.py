@@ -130,7 +130,7 @@ def compare(
 
     def cell(variant: Variant, rate: float | None, seed: int, part: str) -> Cell:
         merges = part == "test" and variant.kind == "adapter" and seed == seeds[0]
-        fields = variant.recipe.model_dump(mode="json")
+        fields = variant.recipe.model_dump(mode="json", exclude_defaults=True)
         return Cell(fields, variant.kind, rate, seed, part, validation_size, merges, shared[variant.label])
 
     with worker(out / "cells", threads or torch.get_num_threads()) as run:
