@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import peft
@@ -210,7 +211,9 @@ def test_continue_from_an_adapter(rows, tmp_path):
 def test_precision_and_checkpointing(rows, tmp_path, precision, checkpointing):
     plain = train(recipe(rows, training={"max_steps": 4}), tmp_path / "plain")
     options = {"precision": precision, "gradient_checkpointing": checkpointing, "max_steps": 4}
-    run = train(recipe(rows, training=options), tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "`gradient_checkpointing")
+        run = train(recipe(rows, training=options), tmp_path / "run")
     expected = [loss for _, loss in losses(plain)]
     assert [loss for _, loss in losses(run)] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 0.02)
     saved = peft.load_peft_weights(str(run.adapter))

@@ -161,8 +161,10 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
     kind = precision(recipe)
     with_warmup = training.scheduler == "constant" and training.warmup > 0
     scheduler = "constant_with_warmup" if with_warmup else training.scheduler
-    # Named only when asked for: the argument is being renamed and warns.
-    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    # transformers renamed the argument; the old name warns where the new one is known.
+    names = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         num_train_epochs=training.epochs,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 
 from adapters_kit import tasks
+from adapters_kit.artifacts.identity import check_base
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
-from adapters_kit.artifacts.identity import check_base
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.preparing import load_base, rows_of
@@ -56,17 +58,57 @@ def predict(
 
     Plain strings work as rows where the task reads one text: `predict("runs/x", ["what a film", "oh dear"])`.
     """
+    task, model, rows = _ready_to_answer(name, data_source, recipe_keys)
+    return task.predict(model, rows, batch_size or 2 * task.recipe.training.batch_size)
+
+
+def stream(name: str | Path, prompts: str | Sequence[str], **recipe_keys: Any) -> Iterator[Iterator[str]]:
+    """Answers while they are being written: one iterator a prompt, over pieces of its text. Read one before the next.
+
+    Example:
+        >>> for answer in ak.stream("runs/x", ["Tell me about otters."], max_new_tokens=64):  # doctest: +SKIP
+        ...     for piece in answer:
+        ...         print(piece, end="", flush=True)
+
+    Args:
+        name, **recipe_keys: as for `predict`.
+
+    Raises:
+        DataError: the task does not generate text; before the model is loaded.
+    """
+    task, model, rows = _ready_to_answer(
+        name, [prompts] if isinstance(prompts, str) else list(prompts), recipe_keys, generating=True
+    )
+    return (task.stream(model, row) for row in rows)
+
+
+def generates(name: str | Path, **recipe_keys: Any) -> bool:
+    """Whether the answers of a run, an adapter or a model are text that it writes, so that `stream` works."""
+    return tasks.get(describe(name, **recipe_keys)[0].task).generates
+
+
+def _ready_to_answer(
+    name: str | Path, data_source: Any, recipe_keys: dict[str, Any], generating: bool = False
+) -> tuple[Task, nn.Module, Dataset]:
     recipe, adapter = describe(name, **recipe_keys)
     kind = tasks.get(recipe.task)
+    if generating and not kind.generates:
+        raise DataError(f"{name} is for {recipe.task}, which writes no text to stream: use predict.")
     if isinstance(data_source, list) and data_source and all(isinstance(item, str) for item in data_source):
-        first = next((role for role in ("prompt", "text", "source", "image") if role in recipe.data.columns), None)
-        role = first or kind.needs[-1][0]
-        data_source = [{recipe.data.columns.get(role, role): item} for item in data_source]
+        data_source = [_row(recipe, kind, item) for item in data_source]
     rows = rows_of(data_source)
     task = _task(recipe, rows, answers=False)
     task.labels = list(recipe.labels) if recipe.labels else None
-    model = _ready(recipe, task, adapter)
-    return task.predict(model, rows, batch_size or 2 * recipe.training.batch_size)
+    return task, _ready(recipe, task, adapter), rows
+
+
+def _row(recipe: Recipe, kind: type[Task], text: str) -> dict[str, Any]:
+    """A row with one text in it, for a task that reads one."""
+    columns = recipe.data.columns
+    if "messages" in columns:
+        return {columns["messages"]: [{"role": "user", "content": text}]}
+    role = next((role for role in ("prompt", "text", "source", "image") if role in columns), kind.needs[-1][0])
+    return {columns.get(role, role): text}
 
 
 _NO_DATA = "(none)"
