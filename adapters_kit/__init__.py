@@ -41,6 +41,7 @@ _HOME = {
     "check": "adapters_kit.shipping.check",
     "export": "adapters_kit.shipping.export",
     "combine": "adapters_kit.shipping.combine",
+    "load_cache": "adapters_kit.shipping.kv_cache",
     "chunked_loss": "adapters_kit.kernels.cross_entropy",
     "fuse": "adapters_kit.kernels.fuse",
     "unfuse": "adapters_kit.kernels.fuse",

@@ -392,11 +392,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made = verb(export)
     made.add_argument("source", help="adapter folder; for GGUF also a model folder")
     made.add_argument("out", help="folder to write; for GGUF the file")
-    made.add_argument("--format", choices=["peft", "gguf"], default="peft", help="default: peft")
+    made.add_argument("--format", choices=["peft", "gguf", "kv-cache"], default="peft", help="default: peft")
     made.add_argument("--canonical", action="store_true", help="fold all scales into B, alpha = r, one rank")
     made.add_argument("--rank", type=int, help="best approximation of that rank; implies --canonical")
     made.add_argument("--dtype", help="of the written tensors; for GGUF also q8_0")
-    made.add_argument("--base", help="base model of a GGUF adapter (default: the one that it names)")
+    made.add_argument("--base", help="base model of a GGUF adapter or a KV cache (default: the one that it names)")
     made.add_argument("--overwrite", action="store_true", help="replace what is there")
 
     made = verb(convert)

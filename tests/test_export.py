@@ -1,12 +1,16 @@
 """The canonical adapter computes the same and leaves a server nothing to ignore; re-ranking is the best there is."""
 
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
+import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
-from shipping_tools import LLAMA_LINEARS, gap, load, save_base, train_on
+from shipping_tools import LLAMA_LINEARS, disturb, gap, load, save_base, train_on
 
 import adapters_kit as ak
 
@@ -103,3 +107,79 @@ def test_any_adapter_ships_as_it_is(base, tmp_path):
     assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "shipped").eval()) == 0
     assert not (tmp_path / "shipped" / "optimizer.pt").exists()
     assert "adapter_model.safetensors" in json.loads((tmp_path / "shipped" / "manifest.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+@torch.no_grad()
+def test_a_prefix_as_a_cache_is_exact(family, tmp_path):
+    """Plain transformers with the cache computes what the adapter computes: forward, padding free, and generate."""
+    place = save_base(family, tmp_path / "base")
+    trained = ak.wrap(load(place), "prefix", num_virtual_tokens=5)
+    disturb(trained, 1.0)
+    trained.save_pretrained(tmp_path / "adapter")
+    ak.export(tmp_path / "adapter", tmp_path / "cache", format="kv-cache", base=place)
+    trained, plain = trained.eval(), load(place)
+    ids = torch.randint(5, tiny.VOCAB, (3, 9))
+    expected = trained(ids).logits
+    assert (plain(ids).logits - expected).abs().max() > 1e-2
+    cache = ak.load_cache(tmp_path / "cache", plain, batch_size=3)
+    assert torch.allclose(plain(ids, past_key_values=cache).logits, expected, atol=1e-5)
+    # As the model card says it, with nothing of ours.
+    parts = load_file(tmp_path / "cache" / "prefix_cache.safetensors")
+    layers = plain.config.num_hidden_layers
+    cache = transformers.DynamicCache(
+        [(parts[f"layers.{i}.key"][None], parts[f"layers.{i}.value"][None]) for i in range(layers)]
+    )
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids[:1]], dim=1)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    text = plain.generate(padded, attention_mask=torch.ones_like(padded), past_key_values=cache, **options)[:, 5:]
+    assert torch.equal(text, trained.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), **options))
+    assert f"range({layers})" in (tmp_path / "cache" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "reason"), [("gpt2", "not rotary"), ("mistral", "sliding window")])
+def test_where_a_cache_would_not_be_exact_it_is_refused(family, reason, tmp_path):
+    place = save_base(family, tmp_path / "base")
+    ak.wrap(load(place), "prefix", num_virtual_tokens=3).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ak.AdapterError, match=rf"cannot be shipped as a KV cache.*{reason}"):
+        ak.export(tmp_path / "adapter", tmp_path / "cache", format="kv-cache", base=place)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_is_of_a_prefix_and_for_its_model(base, tmp_path):
+    train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "lora")
+    with pytest.raises(ak.AdapterError, match="only a prefix"):
+        ak.export(tmp_path / "lora", tmp_path / "cache", format="kv-cache", base=base)
+    with pytest.raises(ak.AdapterError, match=r"format='kv-cache'\)"):
+        ak.load_cache(tmp_path / "lora", load(base))
+    ak.wrap(load(base), "prefix", num_virtual_tokens=3).save_pretrained(tmp_path / "prefix")
+    ak.export(tmp_path / "prefix", tmp_path / "cache", format="kv-cache", base=base)
+    other = tiny.build("llama", num_hidden_layers=3)
+    with pytest.raises(ak.AdapterError, match="for 2 layers"):
+        ak.load_cache(tmp_path / "cache", other)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prefix", "compacter"])
+def test_what_cannot_merge_ships_and_loads_with_plain_peft(method, base, tmp_path):
+    """Another process, plain peft and `import adapters_kit`: the same outputs."""
+    trained = ak.wrap(load(base), method)
+    disturb(trained)
+    trained.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "optimizer.pt").write_bytes(b"large")
+    with pytest.raises(ak.AdapterError, match="cannot be merged"):
+        ak.merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+    ak.export(tmp_path / "adapter", tmp_path / "shipped")
+    assert not (tmp_path / "shipped" / "optimizer.pt").exists()
+    batch = tiny.inputs(trained)
+    with torch.no_grad():
+        torch.save({"batch": batch, "logits": trained.eval()(**batch).logits}, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, peft, adapters_kit, transformers\n"
+        "base, shipped, expected = sys.argv[1:]\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(base)\n"
+        "model = peft.PeftModel.from_pretrained(model, shipped).eval()\n"
+        "wanted = torch.load(expected)\n"
+        "with torch.no_grad(): assert torch.allclose(model(**wanted['batch']).logits, wanted['logits'], atol=1e-6)\n"
+    )
+    paths = [base, tmp_path / "shipped", tmp_path / "expected.pt"]
+    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True)

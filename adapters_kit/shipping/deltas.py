@@ -28,6 +28,7 @@ from adapters_kit.shipping.skeleton import empty_model, fill, hollow, is_hollow,
 _RESIDUAL = {"pissa": "pissa_init", "olora": "olora_init"}
 _UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
 _PREFIX = "base_model.model."
+_AS_IT_IS = "the adapter cannot be merged. Ship it as it is: export(..., format='peft')."
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,11 @@ def _units(base: nn.Module, originals: dict[nn.Module, str]) -> Iterator[Unit]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside.append(path + ".")
             if not (hasattr(module, "merge") or hasattr(module, "unload_and_optionally_merge_module")):
-                raise ShippingError(f"{type(module).__name__} at {path} has no merge; its update is not linear.")
-            yield Unit(path, module, next(m for m in module.modules() if originals.get(m) == path))
+                raise ShippingError(f"{type(module).__name__} at {path} has no merge; {_AS_IT_IS}")
+            replaced = next((m for m in module.modules() if originals.get(m) == path), None)
+            if replaced is None:
+                raise ShippingError(f"{type(module).__name__} at {path} is not an update of a weight; {_AS_IT_IS}")
+            yield Unit(path, module, replaced)
 
 
 def fill_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor]) -> None:

@@ -70,13 +70,14 @@ def export(
     Args:
         source: an adapter folder; for GGUF also a model folder.
         out: the folder to write, for GGUF the file.
-        format: "peft": an adapter folder. "gguf": a file for llama.cpp and Ollama.
+        format: "peft": an adapter folder. "gguf": a file for llama.cpp and Ollama. "kv-cache": a prefix as the cache
+            that plain transformers starts from (see `load_cache`), for decoders where that is exact.
         canonical: LoRA only: fold all scales into B, set alpha = r, pad every pair of factors to one rank, drop what
             servers ignore or refuse. The adapter computes the same.
         rank: LoRA only, implies canonical: the best approximation of that rank (singular value decomposition).
         dtype: of the written tensors. For "peft" None keeps float32; for "gguf" one of "float16" (default),
             "bfloat16", "float32", "q8_0".
-        base: for GGUF adapters, the base's folder; None takes the one that the adapter names.
+        base: for GGUF adapters and caches, the base's folder; None takes the one that the adapter names.
         overwrite: replace what `out` holds.
 
     Returns:
@@ -89,8 +90,15 @@ def export(
         return ExportReport(
             write_gguf(Path(source), Path(out), dtype=dtype or "float16", base=base, overwrite=overwrite)
         )
+    if format == "kv-cache":
+        from adapters_kit.shipping.kv_cache import export_cache
+
+        if canonical or rank is not None:
+            raise ShippingError("format='kv-cache' is for a prefix, which has no rank and no canonical form.")
+        export_cache(Path(source), Path(out), base=base, dtype=as_dtype(dtype), overwrite=overwrite)
+        return ExportReport(Path(out))
     if format != "peft":
-        raise ShippingError(f"format={format!r}: choose 'peft' or 'gguf'.")
+        raise ShippingError(f"format={format!r}: choose 'peft', 'gguf' or 'kv-cache'.")
     if not canonical and rank is None and dtype is None:
         return _ship(Path(source), Path(out), overwrite)
     adapter = read_adapter(source)
