@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adapters_kit as ak
 from adapters_kit import quantization
-from adapters_kit.anatomy import block_linears, routers
+from adapters_kit.anatomy import block_linears, expert_parameters, routers
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError
 from adapters_kit.loading.source import read_lazily
 from adapters_kit.wrapping import build_config
@@ -83,6 +83,18 @@ def test_skip(kind):
         "model.layers.1.mlp.down_proj",
         "model.layers.1.self_attn.q_proj",
     }
+
+
+def test_fused_experts_stay_and_are_told_of(caplog):
+    model = ak.load(small.model("mixtral"), quantize="int8")
+    experts = expert_parameters(model)
+    kept = sum(model.get_parameter(path).nbytes for path in experts)
+    (said,) = [record.getMessage() for record in caplog.records if "experts" in record.getMessage()]
+    assert f"{kept / 1e6:.1f} MB in {len(experts)} fused tensors such as {experts[0]}" in said
+    assert "quantize='int8'" in said and "bfloat16" in said and "device_map='auto'" in said
+    caplog.clear()
+    ak.load(small.model("llama"), quantize="int8")
+    assert "experts" not in caplog.text
 
 
 def test_fp32_compute_and_norms(caplog):

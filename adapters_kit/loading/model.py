@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from adapters_kit.anatomy import blocks, embeddings
+from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
-from adapters_kit.loading.source import Source, find, read_lazily
+from adapters_kit.loading.reading import gist, meta_model, read, read_and_quantize, read_gguf_and_quantize
+from adapters_kit.loading.source import Source, find
 from adapters_kit.quantization import (
     KINDS,
     bnb_config,
@@ -80,7 +81,8 @@ def load(
         labels: class names, in the order of the head's outputs; kept in `model.config.id2label`. Without them the
             checkpoint's own stay. A head of another size than the checkpoint's starts anew.
         quantize: None, or "nf4", "fp4", "int8": the linears of the blocks in bitsandbytes' format. Head, embeddings,
-            norms and routers stay in `dtype`. A checkpoint saved quantized needs no `quantize`.
+            norms, routers and fused mixture-of-experts weights (a warning tells their size) stay in `dtype`. A
+            checkpoint saved quantized needs no `quantize`.
         dtype: "float32", "bfloat16", "float16" (or a `torch.dtype`) for what is not quantized. None: the checkpoint's
             own; bfloat16 with `quantize`; float32 for quantized GGUF files.
         compute_dtype: of matrix products with 4-bit weights; None: `dtype`.
@@ -132,9 +134,9 @@ def load(
     }
     options = {key: value for key, value in options.items() if value is not None}
     if quantize is None:
-        model, info = _read(auto_class, source, config, saved_as, labels, options)
+        model, info = read(auto_class, source, config, saved_as, labels, options)
     else:
-        skeleton = _skeleton(auto_class, config, trust_remote_code)
+        skeleton = meta_model(auto_class, config, trust_remote_code)
         wanted = quantizable(skeleton, skip)
         check_device(quantize, _device_type(device_map))
         check_sizes(skeleton, wanted, quantize, _device_type(device_map))
@@ -145,12 +147,11 @@ def load(
             quant_storage=as_dtype(quant_storage) if quant_storage is not None else torch.uint8,
             skip=modules_to_leave(skeleton, wanted),
         )
-        if source.gguf_file:
-            model, info = _read(auto_class, source, config, None, labels, options)
+        _tell_of_experts(skeleton, quantize, wanted_dtype)
+        how = read_gguf_and_quantize if source.gguf_file else read_and_quantize
+        model, info = how(auto_class, skeleton, source, config, labels, options, plan)
+        if not getattr(model, "is_quantized", False):
             quantize_in_place(model, wanted, plan)
-        else:
-            options["quantization_config"] = plan
-            model, info = _read_and_quantize(type(skeleton), source, config, labels, options, revision)
     _check_complete(model, info, source, labels)
     _finish(model, source, task, norms_fp32)
     return model
@@ -169,67 +170,19 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     raise UnknownNameError(f"Unknown dtype {str(dtype)!r}. {did_you_mean(str(dtype), DTYPES)}")
 
 
-def _read(auto_class, source, config, saved_as, labels, options):
-    """transformers' own loading: whatever is not quantized on the way."""
-    if source.gguf_file:
-        from transformers import GgufConfig
-
-        # Unpacked at once: packed GGUF blocks can be neither trained through nor saved.
-        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-    elif saved_as in KINDS:
-        check_kind(saved_as)
-        _leave_fresh_linears(auto_class, source, config, options)
-    return _from_pretrained(auto_class, source.location, source, labels, {**options, "config": config})
-
-
-def _read_and_quantize(model_class, source, config, labels, options, revision):
-    """Tensor by tensor from the safetensors files, so that the 16-bit checkpoint is never in memory as a whole."""
-    files = source.safetensors_files(revision)
-    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not files or sharded or options.get("trust_remote_code"):
-        return _from_pretrained(model_class, source.location, source, labels, {**options, "config": config})
-    options.pop("revision", None)
-    with read_lazily(files) as state_dict:
-        model, info = _from_pretrained(
-            model_class, None, source, labels, {**options, "config": config, "state_dict": state_dict}
-        )
-    # Without a location transformers skips these two.
-    model.name_or_path = model.config._name_or_path = source.location
-    if model.can_generate():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(source.location, revision=revision)
-        except OSError:
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-    return model, info
-
-
-def _from_pretrained(model_class, location, source, labels, options):
-    try:
-        return model_class.from_pretrained(
-            location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"Cannot load {source.name}: {_gist(error)}") from error
-
-
-def _leave_fresh_linears(auto_class, source, config, options) -> None:
-    """Keep transformers from quantizing a new head of a checkpoint saved quantized: only what was saved so is so."""
-    skeleton = _skeleton(auto_class, config, options.get("trust_remote_code", False))
-    files = source.safetensors_files(options.get("revision"))
-    if not files:
-        return
-    with read_lazily(files) as state_dict:
-        # A scale beside it tells a quantized weight.
-        marks = (".SCB", ".weight.absmax")
-        quantized = [key.removesuffix(mark) for key in state_dict for mark in marks if key.endswith(mark)]
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    known = {*quantized, *(f"{prefix}.{path}" for path in quantized)}
-    known |= {path.removeprefix(f"{prefix}.") for path in quantized}
-    saved = [path for path, module in skeleton.named_modules() if path in known]
-    plan = config.quantization_config
-    if saved and isinstance(plan, dict):
-        plan["llm_int8_skip_modules"] = sorted(
-            {*(plan.get("llm_int8_skip_modules") or []), *modules_to_leave(skeleton, saved)}
+def _tell_of_experts(skeleton, quantize: str, dtype: torch.dtype) -> None:
+    """Fused experts are no linear layers, and most of a mixture's weights: whoever reads "nf4" expects them smaller."""
+    experts = expert_parameters(skeleton)
+    if experts:
+        mb = sum(skeleton.get_parameter(path).numel() for path in experts) * dtype.itemsize / 1e6
+        _log.warning(
+            "quantize=%r: the experts stay in %s, %.1f MB in %d fused tensors such as %s, since bitsandbytes packs "
+            "linear layers only. Where they do not fit, spread them: device_map='auto'.",
+            quantize,
+            str(dtype).removeprefix("torch."),
+            mb,
+            len(experts),
+            experts[0],
         )
 
 
@@ -307,7 +260,7 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         hint = "" if source.local else " If it is a local folder, check the path."
-        raise ModelError(f"Cannot read the config of {source.name}: {_gist(error)}{hint}") from error
+        raise ModelError(f"Cannot read the config of {source.name}: {gist(error)}{hint}") from error
 
 
 def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
@@ -339,13 +292,7 @@ def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequen
     if task is None and own is not None:
         with torch.device("meta"):
             return own._from_config(config)
-    return _skeleton(_class_for(config, task or "causal-lm", source), config, False)
-
-
-def _skeleton(auto_class, config, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    return meta_model(_class_for(config, task or "causal-lm", source), config, False)
 
 
 def _saved_kind(config: PreTrainedConfig) -> str | None:
@@ -366,8 +313,3 @@ def _device_type(device_map: Any) -> str:
     if all(place in ("cpu", torch.device("cpu")) for place in places) or not torch.accelerator.is_available():
         return "cpu"
     return torch.accelerator.current_accelerator().type
-
-
-def _gist(error: BaseException) -> str:
-    """What a library's long message says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

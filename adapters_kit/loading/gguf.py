@@ -1,0 +1,106 @@
+"""GGUF files read one tensor at a time, under the names and in the layout that transformers' own mapping gives them.
+
+transformers unpacks the whole file before the first weight is used: for a model that is quantized on the way, the
+16-bit model beside the 4-bit result.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.integrations.gguf.utils import is_gguf_arch_supported
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    read_field,
+)
+
+from adapters_kit.anatomy import blocks, embeddings
+from adapters_kit.quantization import Trimmer
+
+AT_ONCE = 1 << 20  # weights unpacked at a time; the package's own unpacking needs twice the result
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies in the file."""
+
+    name: str
+    kind: Any  # gguf.GGMLQuantizationType
+    dtype: np.dtype
+    shape: tuple[int, ...]  # of what is stored: bytes in the last dimension for packed kinds
+    offset: int
+
+
+class GgufTensor:
+    """One tensor of the model, unpacked in fp32 when it is asked for: transformers' loader takes it for a tensor."""
+
+    def __init__(self, key: str, parts: list[Stored], file: str, convert: Any, trimmer: Trimmer) -> None:
+        self._key, self._parts, self._file, self._convert, self._trimmer = key, parts, file, convert, trimmer
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        made: dict[str, torch.Tensor] = {}
+        for part in self._parts:
+            done = self._convert(weights=_unpack(self._file, part), name=part.name, parsed_parameters={"tensors": made})
+            if done.name is not None:  # else put there under its final name
+                made[self._key] = torch.from_numpy(np.ascontiguousarray(done.weights))
+        tensor = made[self._key]
+        self._trimmer(tensor.nbytes)
+        return tensor[index]
+
+
+@contextmanager
+def read_gguf_lazily(file: str | os.PathLike, skeleton: nn.Module) -> Iterator[dict[str, GgufTensor] | None]:
+    """A state dict for `skeleton` whose tensors are read from `file` one at a time.
+
+    None where transformers' mapping does not say, tensor by tensor, what the model's body is made of (gpt-oss), or has
+    moved on to another one (Qwen3.5, LFM2): transformers has to read such files itself.
+    """
+    from gguf import GGUFReader
+
+    file = os.fspath(file)
+    reader = GGUFReader(file)
+    architecture = read_field(reader, "general.architecture")[0]
+    stored = [
+        Stored(each.name, each.tensor_type, each.data.dtype, tuple(each.data.shape), int(each.data_offset))
+        for each in reader.tensors
+    ]
+    del reader  # its map of the file would count as memory
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=skeleton.config.to_dict())
+    names = get_gguf_hf_weights_map(skeleton, processor)
+    parts: dict[str, list[Stored]] = {}
+    for each in stored:
+        # Parts of fused experts are named without their suffix.
+        key = names.get(each.name) or names.get(each.name.removesuffix(".weight"))
+        if key is not None:
+            parts.setdefault(key, []).append(each)
+    body = tuple(f"{path}." for path in (*blocks(skeleton), *embeddings(skeleton)))
+    unnamed = [key for key in skeleton.state_dict() if key.startswith(body) and key not in parts]
+    if unnamed or is_gguf_arch_supported(architecture):
+        yield None
+        return
+    trimmer = Trimmer()
+
+    def convert(**options: Any) -> Any:
+        return processor.process(tensor_key_mapping=names, **options)
+
+    yield {key: GgufTensor(key, each, file, convert, trimmer) for key, each in parts.items()}
+    trimmer.now()
+
+
+def _unpack(file: str, part: Stored) -> np.ndarray:
+    """The stored weights in fp32."""
+    from gguf import dequantize
+
+    raw = np.fromfile(file, part.dtype, count=int(np.prod(part.shape)), offset=part.offset)
+    rows = raw.reshape(-1, part.shape[-1])
+    width = dequantize(rows[:1], part.kind).shape[-1]
+    out = np.empty((len(rows), width), np.float32)
+    step = max(1, AT_ONCE // width)
+    for first in range(0, len(rows), step):
+        out[first : first + step] = dequantize(rows[first : first + step], part.kind)
+    return out.reshape(*part.shape[:-1], width)
