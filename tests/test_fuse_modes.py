@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from adapters_kit.kernels import products
 from adapters_kit.kernels.fuse import fuse
 from adapters_kit.kernels.lora import LoraLinear
 from tests import tiny
@@ -69,6 +70,37 @@ def test_error_against_float64_is_no_larger_than_pefts(dtype, adapter, p):
     for name, grad in truth[2].items():
         assert ours[2][name].dtype == adapter
         assert relative(ours[2][name], grad) <= slack * relative(theirs[2][name], grad), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("slow_at_bf16", [True, False])
+def test_bf16_in_either_dtype_and_in_blocks(slow_at_bf16, p, monkeypatch):
+    """A CPU may multiply bf16 weights in fp32, block by block: never further from float64 than peft is."""
+    monkeypatch.setattr(products, "_slow_at_bf16", lambda: slow_at_bf16)
+    plain, fused, exact = models(torch.bfloat16, torch.float32, p)
+    x, upstream = torch.randn(3, 500, 256).bfloat16(), torch.randn(3, 500, 256).bfloat16()
+    truth, theirs = run(exact, x.double(), upstream.double()), run(plain, x, upstream)
+    found = []
+    for size in (2**22, 512):  # all at once, and in three blocks of 512 tokens or fewer
+        monkeypatch.setattr(products, "_BLOCK", size)
+        fused.zero_grad()
+        found.append(run(fused, x, upstream))
+        assert len(products.blocks(x.view(-1, 256), products.wide_dtype(x.view(-1, 256))) or [1]) == (
+            3 if slow_at_bf16 and size == 512 else 1
+        )
+    for ours in found:
+        assert relative(ours[0], truth[0]) <= 1.1 * relative(theirs[0], truth[0])
+        assert relative(ours[1], truth[1]) <= 1.1 * relative(theirs[1], truth[1])
+        for name, grad in truth[2].items():
+            assert relative(ours[2][name], grad) <= 1.1 * relative(theirs[2][name], grad), name
+    assert relative(found[1][0], found[0][0]) < 1e-3 and relative(found[1][1], found[0][1]) < 1e-3
+
+
+def test_a_few_tokens_are_multiplied_as_they_are():
+    """Generation, a token at a time, would convert the weights at every step."""
+    assert products.wide_dtype(torch.zeros(1, 8, dtype=torch.bfloat16)) == torch.bfloat16
+    assert products.wide_dtype(torch.zeros(100, 8)) == torch.float32
+    assert products.wide_dtype(torch.zeros(100, 8, dtype=torch.float64)) == torch.float64
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)

@@ -35,7 +35,10 @@ def why_plain(base: nn.Module) -> str | None:
     """Why LoRA on this base cannot be fused; None if it can."""
     kind = type(base)
     if kind in _DENSE:
-        return None if base.weight.is_floating_point() else f"its base weight is {base.weight.dtype}"
+        weight = base._parameters.get("weight")
+        if weight is None:
+            return "its base weight is not a parameter of its own"
+        return None if weight.is_floating_point() else f"its base weight is {weight.dtype}"
     if kind in _FOUR_BIT:
         state = getattr(base.weight, "quant_state", None)
         if state is None:
@@ -65,18 +68,18 @@ def compute_dtypes(base: nn.Module, x: Tensor) -> "tuple[torch.dtype, torch.dtyp
         return autocast or x.dtype, x.dtype
     if autocast is not None:
         return autocast, autocast
-    if x.dtype != base.weight.dtype:
-        return f"its input is {x.dtype} and its weight {base.weight.dtype}"
+    weight = base._parameters["weight"]
+    if x.dtype != weight.dtype:
+        return f"its input is {x.dtype} and its weight {weight.dtype}"
     return x.dtype, x.dtype
 
 
 def weight_and_bias(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """`(out, in)` weight, None if quantized, and bias."""
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
     if type(base) is nn.Linear:
-        return base.weight, base.bias
-    if type(base) is Conv1D:
-        return base.weight.t(), base.bias
-    return None, base.bias
+        return weight, bias
+    return (weight.t(), bias) if type(base) is Conv1D else (None, bias)
 
 
 def quantized(base: nn.Module) -> Quantized | None:

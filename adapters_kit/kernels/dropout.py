@@ -5,8 +5,10 @@ only the dropped positions are drawn, as geometric gaps, which costs far less th
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _SPARSE_BELOW = 0.25  # above, drawing every element is as fast
 
@@ -65,6 +67,54 @@ def zero_dropped(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     if is_mask(pattern):
         return x * pattern
     return x.clone(memory_format=torch.contiguous_format).view(-1).index_fill_(0, pattern, 0).view(x.shape)
+
+
+def each_dropped(x: torch.Tensor, patterns: list[torch.Tensor], private: bool) -> Iterator[torch.Tensor]:
+    """`zero_dropped(x, pattern)` for one pattern after the other. They may share memory: use each before the next.
+
+    Args:
+        private: nobody else reads `x`, so that it may be written to meanwhile. At the end it is as it was.
+    """
+    scratch = x if private and x.is_contiguous() else None
+    for position, pattern in enumerate(patterns):
+        if is_mask(pattern):
+            yield x * pattern
+            continue
+        if scratch is None:
+            scratch = x.clone(memory_format=torch.contiguous_format)
+        flat = scratch.view(-1)
+        again = scratch is x or position + 1 < len(patterns)
+        before = flat.take(pattern) if again else None
+        flat.index_fill_(0, pattern, 0)
+        yield scratch
+        if again:
+            flat.index_copy_(0, pattern, before)
+
+
+def cut(pattern: torch.Tensor, start: int, stop: int, width: int) -> torch.Tensor:
+    """The pattern of the rows `start` to `stop` of a matrix `width` wide."""
+    if is_mask(pattern):
+        return pattern[start:stop]
+    ends = torch.searchsorted(pattern, torch.tensor([start * width, stop * width]))
+    return pattern[int(ends[0]) : int(ends[1])] - start * width
+
+
+def dropped(x: torch.Tensor, seeds: torch.Tensor, which: int, p: float) -> torch.Tensor:
+    """`x` with the elements at zero that the seed drops; the others are not rescaled."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return _dropped_op(x, seeds, which, p)
+    return zero_dropped(x, draw_pattern(x, int(seeds[which]), p))
+
+
+@torch.library.custom_op("adapters_kit::dropped", mutates_args=())
+def _dropped_op(x: torch.Tensor, seeds: torch.Tensor, which: int, p: float) -> torch.Tensor:
+    """`dropped` for torch.compile, which cannot trace a generator, and for `plan`, whose seeds have no values."""
+    return zero_dropped(x.contiguous(), draw_pattern(x, int(seeds[which]), p))
+
+
+@_dropped_op.register_fake
+def _(x: torch.Tensor, seeds: torch.Tensor, which: int, p: float) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def keep_mask(shape: tuple[int, ...], seed: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -8,7 +8,7 @@ peft's forward.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -48,8 +48,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What one layer is about to compute.
 
     Attributes:
@@ -65,13 +64,17 @@ class Call:
 
     def joins(self, other: "Call") -> bool:
         """Whether both can be computed in one node."""
-        return (self.scale, self.p, self.dtype, self.result) == (other.scale, other.p, other.dtype, other.result)
+        return self[1:] == other[1:]
 
     def same(self, other: "Call") -> bool:
         """Whether both compute the same."""
         mine, theirs = self.projection, other.projection
-        return self.joins(other) and all(
-            getattr(mine, name) is getattr(theirs, name) for name in ("bias", "down", "up", "up_bias")
+        return (
+            mine.down is theirs.down
+            and mine.up is theirs.up
+            and mine.up_bias is theirs.up_bias
+            and mine.bias is theirs.bias
+            and self.joins(other)
         )
 
 
@@ -172,13 +175,16 @@ def why_plain(layer: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _inspect(layer: nn.Module) -> "tuple[str, nn.Module] | str":
-    """The one active adapter and the base layer, or the reason why peft's forward has to run."""
-    if layer.disable_adapters:
+def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, nn.Module] | str":
+    """The one active adapter, the base layer, A, B and their dropout; or the reason why peft's forward has to run."""
+    # At every call, so the look is quick: straight into the modules' dictionaries, past nn.Module's own __getattr__.
+    if layer._disable_adapters:
         return "its adapters are switched off"
-    if layer.merged:
+    if layer.merged_adapters:
         return "its adapter is merged"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    parts = layer._modules
+    downs = parts["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in downs]
     if len(active) != 1:
         return "several adapters are active" if active else "none of its adapters is active"
     name = active[0]
@@ -188,35 +194,32 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module] | str":
         return "casting of its input is switched off"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "a hook is set on every module"
-    base, dropout = layer.base_layer, layer.lora_dropout[name]
+    base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[name]
     reason = bases.why_plain(base)
     if reason is not None:
         return reason
-    down, up = layer.lora_A[name], layer.lora_B[name]
-    if type(down) is not nn.Linear or type(up) is not nn.Linear or down.bias is not None:
+    down, up = downs[name], parts["lora_B"]._modules[name]
+    if type(down) is not nn.Linear or type(up) is not nn.Linear or down._parameters["bias"] is not None:
         return "its A or B is not a plain linear layer"
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
     for module in (base, down, up, dropout):
-        if _hooked(module):
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
             return "its base layer or adapter has hooks (offloading, sharding or the user's own)"
-    for tensor in (base.weight, base.bias, down.weight, up.weight, up.bias):
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    for tensor in (weight, bias, down._parameters["weight"], up._parameters["weight"], up._parameters["bias"]):
         if tensor is not None and not bases.is_plain(tensor):
             return f"it holds a {type(tensor).__name__}, which is not a plain tensor"
-    if base.weight.requires_grad:
+    if weight.requires_grad:
         return "its base weight is trained"
-    return name, base
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # load() replaces that of 8-bit layers by one which only lets inputs of more dimensions in, as the node does.
-        or ("forward" in module.__dict__ and not getattr(module.forward, "same_numbers", False))
-    )
+    return name, base, down, up, dropout
 
 
 def _plan(layer: nn.Module, x: Any) -> "Call | str":
@@ -224,20 +227,19 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     found = _inspect(layer)
     if isinstance(found, str):
         return found
-    name, base = found
+    name, base, down, up, dropout = found
     if not isinstance(x, Tensor) or not bases.is_plain(x) or x.dim() < 1 or not x.is_floating_point():
         return "its input is not a plain floating tensor"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation is running"
-    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     settled = bases.compute_dtypes(base, x)
     if isinstance(settled, str):
         return settled
-    for tensor in (base.weight, down.weight, up.weight):
-        if tensor.device != x.device:
-            return "its weights and its input are on different devices"
-    projection = Projection(*bases.weight_and_bias(base), down.weight, up.weight, up.bias, bases.quantized(base))
-    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    a, b, device = down._parameters["weight"], up._parameters["weight"], x.device
+    if not base._parameters["weight"].device == a.device == b.device == device:
+        return "its weights and its input are on different devices"
+    projection = Projection(*bases.weight_and_bias(base), a, b, up._parameters["bias"], bases.quantized(base))
+    p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     return Call(projection, layer.scaling[name], p, *settled)
 
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, each_dropped, is_mask, zero_dropped
-from adapters_kit.kernels.products import blocks, narrow, narrow_sum, wide_dtype, widen_
+from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, dropped, each_dropped, is_mask, zero_dropped
+from adapters_kit.kernels.products import blocks, cast, narrow, narrow_sum, wide_dtype, widen_
 
 
 class Quantized(NamedTuple):
@@ -97,20 +97,14 @@ class LoraLinear(torch.autograd.Function):
         made_of: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        columns = _columns(tensors, len(quantized))
         rows = x.reshape(-1, x.shape[-1])
-        patterns = _patterns(rows, seeds, p)
-        wide = rows.dtype if any(quantized) else wide_dtype(rows)
-        parts = blocks(rows, wide)
-        if parts is None:
-            low, outputs = _forward(rows, wide, seeds, patterns, scale, p, quantized, columns)
-        else:
-            done = [
-                _forward(rows[part], wide, seeds, _cut(patterns, part, rows), scale, p, quantized, columns)
-                for part in parts
-            ]
-            low = torch.cat([one for one, _ in done])
-            outputs = [torch.cat(pieces) for pieces in zip(*(ys for _, ys in done), strict=True)]
+        arguments = (rows, seeds, scale, p, quantized, _columns(tensors, len(quantized)))
+        device = x.device.type
+        if any(quantized) or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            low, outputs = _forward(*arguments)
+        else:  # x has the dtype that autocast asks for; from here on dtypes are chosen product by product
+            with torch.autocast(device, enabled=False):
+                low, outputs = _forward(*arguments)
         # Not `view`: autograd forbids writing in place to a view that a custom node made, and models do write.
         outputs = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in outputs]
         ctx.act = None if made_of is None else made_of[2]
@@ -133,6 +127,27 @@ class LoraLinear(torch.autograd.Function):
 
 def _forward(
     rows: Tensor,
+    seeds: Tensor | None,
+    scale: float,
+    p: float,
+    quantized: tuple[Quantized | None, ...],
+    columns: list[list[Any]],
+) -> tuple[Tensor, list[Tensor]]:
+    """S `(tokens, r_1 + r_2 + …)`, without the factor 1 / (1 - p), and every y `(tokens, out_i)`."""
+    patterns = _patterns(rows, seeds, p)
+    wide = rows.dtype if any(quantized) else wide_dtype(rows)
+    parts = blocks(rows, wide)
+    if parts is None:
+        return _forward_part(rows, wide, seeds, patterns, scale, p, quantized, columns)
+    done = [
+        _forward_part(rows[part], wide, seeds, _cut(patterns, part, rows), scale, p, quantized, columns)
+        for part in parts
+    ]
+    return torch.cat([low for low, _ in done]), [torch.cat(ys) for ys in zip(*(ys for _, ys in done), strict=True)]
+
+
+def _forward_part(
+    rows: Tensor,
     wide: torch.dtype,
     seeds: Tensor | None,
     patterns: list[Tensor] | None,
@@ -141,9 +156,8 @@ def _forward(
     quantized: tuple[Quantized | None, ...],
     columns: list[list[Any]],
 ) -> tuple[Tensor, list[Tensor]]:
-    """S `(tokens, r_1 + r_2 + …)`, without the factor 1 / (1 - p), and every y `(tokens, out_i)`."""
     weights, biases, downs, ups, up_biases = columns
-    x = _as(rows, wide)
+    x = cast(rows, wide)
     pieces = [
         narrow(source, _stacked([downs[i] for i in span]))
         for span, source in _sources(x, seeds, patterns, p, len(downs), x is not rows)
@@ -155,11 +169,11 @@ def _forward(
         stop = start + up.shape[1]
         added = None
         if quantized[i] is None:
-            y = F.linear(x, _as(weights[i], wide), _joined_bias(biases[i], up_biases[i], scale, wide))
+            y = F.linear(x, cast(weights[i], wide), _joined_bias(biases[i], up_biases[i], scale, wide))
         else:
             y = quantized[i].product(rows)
             added = None if up_biases[i] is None else up_biases[i] * scale
-        outputs.append(_as(widen_(y, low[:, start:stop], up.t(), factor, added), rows.dtype))
+        outputs.append(cast(widen_(y, low[:, start:stop], up.t(), factor, added), rows.dtype))
         start = stop
     return low, outputs
 
@@ -226,18 +240,20 @@ def _backward_part(
     for i, grad in enumerate(grads):
         stop = start + downs[i].shape[0]
         if grad is not None:
-            grad = _as(grad, wide)  # it may arrive in another dtype, and strided any way (an expanded sum, a transpose)
+            grad = cast(
+                grad, wide
+            )  # it may arrive in another dtype, and strided any way (an expanded sum, a transpose)
             d_lows[i] = narrow(grad, ups[i].t())
             if need_ups[i]:
                 d_ups[i] = narrow_sum(low[:, start:stop], grad)
             if need_biases[i] or need_up_biases[i]:
                 totals[i] = grad.sum(0, dtype=torch.promote_types(torch.float32, grad.dtype))
             if ctx.needs_input_grad[0]:
-                weight = _as(weights[i], wide) if ctx.quantized[i] is None else ctx.quantized[i].dense(wide)
+                weight = cast(weights[i], wide) if ctx.quantized[i] is None else ctx.quantized[i].dense(wide)
                 dx = torch.mm(grad, weight) if dx is None else dx.addmm_(grad, weight)
                 del weight  # a dequantized weight is large
         start = stop
-    x = _as(rows, wide)
+    x = cast(rows, wide)
     if any(need_downs):
         for span, source in _sources(x, seeds, patterns, ctx.p, count, x is not rows):
             live = [i for i in span if grads[i] is not None]
@@ -252,7 +268,7 @@ def _backward_part(
                 d_low, matrix = _side_by_side([d_lows[i] for i in live]), _stacked([downs[i] for i in live])
                 pattern = None if patterns is None else patterns[which]
                 _add_down_part(dx, d_low, matrix, factor, seeds, which, ctx.p, pattern)
-        dx = _as(dx, rows.dtype)
+        dx = cast(dx, rows.dtype)
     return dx, totals, d_downs, d_ups
 
 
@@ -270,10 +286,10 @@ def _add_down_part(
     if p <= 0:
         widen_(dx, d_low, matrix, factor)
     elif pattern is None:
-        dx.add_(dropped(torch.mm(d_low, _as(matrix, dx.dtype)), seeds, which, p), alpha=factor)
+        dx.add_(dropped(torch.mm(d_low, cast(matrix, dx.dtype)), seeds, which, p), alpha=factor)
     elif is_mask(pattern):
-        wide = torch.mm(_as(d_low, dx.dtype), _as(matrix, dx.dtype))
-        dx.addcmul_(wide, _as(pattern, dx.dtype), value=factor)
+        wide = torch.mm(cast(d_low, dx.dtype), cast(matrix, dx.dtype))
+        dx.addcmul_(wide, cast(pattern, dx.dtype), value=factor)
     else:
         flat = dx.view(-1)
         before = flat.take(pattern)
@@ -287,8 +303,8 @@ def _spans(dropout: bool, seeds: Tensor | None, count: int) -> list[range]:
 
 
 def _patterns(rows: Tensor, seeds: Tensor | None, p: float) -> list[Tensor] | None:
-    """What each seed drops; None without dropout, and for the compiler, which cannot trace a generator."""
-    if p <= 0 or torch.compiler.is_compiling():
+    """What each seed drops; None without dropout, for the compiler (no generators) and for fake seeds (no values)."""
+    if p <= 0 or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
         return None
     return [draw_pattern(rows, int(seed), p) for seed in seeds]
 
@@ -331,15 +347,15 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
     outputs = []
     for i in range(count):
         weight = weights[i] if ctx.quantized[i] is None else ctx.quantized[i].dense(x.dtype)
-        y = F.linear(x, _as(weight, x.dtype), None if biases[i] is None else _as(biases[i], x.dtype))
+        y = F.linear(x, cast(weight, x.dtype), None if biases[i] is None else cast(biases[i], x.dtype))
         kept = x
         if ctx.p > 0:
             ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
             mask = zero_dropped(ones, draw_pattern(ones, int(seeds[0 if ctx.shared_mask else i]), ctx.p))
             kept = x * mask / (1 - ctx.p)
-        delta = F.linear(F.linear(kept, _as(downs[i], x.dtype)), _as(ups[i], x.dtype))
+        delta = F.linear(F.linear(kept, cast(downs[i], x.dtype)), cast(ups[i], x.dtype))
         if up_biases[i] is not None:
-            delta = delta + _as(up_biases[i], x.dtype)
+            delta = delta + cast(up_biases[i], x.dtype)
         outputs.append(y + delta * ctx.scale)
     inputs = [x, None, None, None, None, None, None, *tensors]
     wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
@@ -358,24 +374,6 @@ def _differentiable_backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tupl
     return tuple(result)
 
 
-def dropped(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
-    """`x` with the elements at zero that the seed drops; the others are not rescaled."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        return _dropped_op(x, seeds, which, p)
-    return zero_dropped(x, draw_pattern(x, int(seeds[which]), p))
-
-
-@torch.library.custom_op("adapters_kit::dropped", mutates_args=())
-def _dropped_op(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
-    """`dropped` for torch.compile, which cannot trace a generator, and for `plan`, whose seeds have no values."""
-    return zero_dropped(x.contiguous(), draw_pattern(x, int(seeds[which]), p))
-
-
-@_dropped_op.register_fake
-def _(x: Tensor, seeds: Tensor, which: int, p: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _with_input(ctx: Any, saved: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     """The saved tensors with x itself in front, computed again if it was not kept."""
     first, second, *others = saved
@@ -386,16 +384,12 @@ def _columns(items: Any, count: int) -> list[list[Any]]:
     return [list(items[start : start + count]) for start in range(0, 5 * count, count)]
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def _stacked(matrices: list[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 def _joined_bias(bias: Tensor | None, up_bias: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | None:
     if up_bias is None:
-        return None if bias is None else _as(bias, dtype)
+        return None if bias is None else cast(bias, dtype)
     added = up_bias * scale
     return (added if bias is None else bias + added).to(dtype)

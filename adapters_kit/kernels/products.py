@@ -1,16 +1,43 @@
-"""Products with a matrix a few columns wide, in float32 where the rest is 16 bit, without a float32 copy of the input.
+"""Products in the dtype that serves them: narrow ones in float32, wide ones as this machine multiplies fastest.
 
 A product of 16-bit tensors is accumulated in float32 but rounded to 16 bit when it is stored. For the narrow result S
 and for the gradients of A and B that rounding is worth avoiding: they are small, and the optimizer sees them. CUDA
 stores float32 from 16-bit factors. A CPU does not, but converts a slice that fits its cache as fast as it multiplies.
+
+x86 CPUs without AMX tiles multiply float32 up to twice as fast as bf16. From a few dozen tokens on, converting both
+factors costs less than that, so there a frozen bf16 weight is multiplied in float32, and the result rounded once.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_SLICE = 2**18  # elements converted at a time: 1 MB
+_SLICE = 2**18  # elements converted at a time for a narrow product: 1 MB
+_BLOCK = 2**22  # and for a wide one: 16 MB, so that a long batch is not held in float32 as a whole
+_WORTH = 32  # tokens from which a weight is worth converting
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which to multiply `x (tokens, in)` by a frozen weight: its own, or float32 if that is faster."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < _WORTH or torch.compiler.is_compiling():
+        return x.dtype
+    return torch.float32 if _slow_at_bf16() else x.dtype
+
+
+@functools.cache
+def _slow_at_bf16() -> bool:
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("architecture") == "x86_64" and able.get("avx2") and not able.get("amx_bf16"))
+
+
+def blocks(x: Tensor, wide: torch.dtype) -> list[slice] | None:
+    """The rows of `x (tokens, in)` to convert to `wide` at a time; None for all at once."""
+    step = max(512, _BLOCK // max(1, x.shape[1]))
+    if wide == x.dtype or len(x) <= step:
+        return None
+    return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
 
 def fine_dtype(x: Tensor) -> torch.dtype:
@@ -33,10 +60,10 @@ def narrow(x: Tensor, matrix: Tensor) -> Tensor:
     """`x (tokens, in)` times `matrix (r, in)` transposed: `(tokens, r)` in `fine_dtype(x)`."""
     fine = fine_dtype(x)
     if fine == x.dtype:
-        return torch.mm(x, _as(matrix, x.dtype).t())
+        return torch.mm(x, cast(matrix, x.dtype).t())
     if x.is_cuda:
-        return torch.mm(x, _as(matrix, x.dtype).t(), out_dtype=fine)
-    matrix = _as(matrix, fine)
+        return torch.mm(x, cast(matrix, x.dtype).t(), out_dtype=fine)
+    matrix = cast(matrix, fine)
     result = x.new_empty(x.shape[0], matrix.shape[0], dtype=fine)
     for part in _slices(*x.shape):
         torch.mm(x[part].to(fine), matrix.t(), out=result[part])
@@ -63,14 +90,15 @@ def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | N
     """
     fine = fine_dtype(y)
     if fine == y.dtype or y.is_cuda:
-        y.addmm_(_as(s, y.dtype), _as(matrix, y.dtype), alpha=factor)
-        return y if bias is None else y.add_(_as(bias, y.dtype))
-    matrix = _as(matrix, fine)
+        y.addmm_(cast(s, y.dtype), cast(matrix, y.dtype), alpha=factor)
+        return y if bias is None else y.add_(cast(bias, y.dtype))
+    matrix = cast(matrix, fine)
     for part in _slices(*y.shape):
         sum_ = y[part].to(fine).addmm_(s[part], matrix, alpha=factor)
         y[part] = sum_ if bias is None else sum_.add_(bias)
     return y
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` itself where it has the dtype."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
