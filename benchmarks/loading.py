@@ -1,36 +1,38 @@
 """What a precision costs: SmolLM2-135M at fp32, bf16, nf4 and int8; a process for each case, since peaks only grow.
 
-    python benchmarks/loading.py                 # all cases, three rounds in turn, medians
+    python benchmarks/loading.py                 # all cases, three rounds in turn, medians: a few minutes
     python benchmarks/loading.py --rounds 1
     python benchmarks/loading.py --table         # prints results/loading.json as Markdown
 
 On a CPU; memory as the system counts it (VmHWM of /proc/self/status) above the process after its imports.
 weights     what the model's tensors take
 load peak   the most that loading took, mapped files included (bf16 only maps its file: pages come in as they are used)
-train peak  the most that loading and training took: LoRA r=8, batches of 4 x 128 tokens
+train peak  the most that loading and training took: LoRA r=8, batches of 2 x 128 tokens
 tokens/s    of training steps and of evaluation
 KL          of the next-token distributions against fp32, mean over the tokens of 32 held-out reviews, nats
-The rows "transformers" load the same weights by plain `from_pretrained` with the same config of bitsandbytes.
+The rows "transformers" load the same weights by plain `from_pretrained` with the same config of bitsandbytes, the rows
+"from GGUF" the Q4_1 file that the others were unpacked from; both only load, in the first round.
 """
 
 import argparse
 import csv
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
-CASES = ("fp32", "bf16", "nf4", "int8", "nf4 transformers", "int8 transformers")
-BATCH, LENGTH = 4, 128
+FULL = ("fp32", "bf16", "nf4", "int8")
+CASES = (*FULL, "nf4 transformers", "int8 transformers", "nf4 from GGUF", "int8 from GGUF")
+BATCH, LENGTH = 2, 128
 MB = 1e6
 
 
@@ -46,9 +48,13 @@ def load(folder: Path, case: str) -> Any:
     """The model of a case."""
     import adapters_kit as ak
 
-    kind, _, plain = case.partition(" ")
-    if not plain:
+    kind, _, how = case.partition(" ")
+    if not how:
         return ak.load(folder, dtype=kind) if kind in ("fp32", "bf16") else ak.load(folder, quantize=kind)
+    if how == "from GGUF":
+        import assets
+
+        return ak.load(assets.smollm2(), quantize=kind)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -64,6 +70,7 @@ def measure(folder: Path, case: str, steps: int) -> dict[str, float]:
 
     _ = ak.load, ak.wrap  # all imports before the count begins
     import bitsandbytes  # noqa: F401
+    import gguf  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -77,7 +84,7 @@ def measure(folder: Path, case: str, steps: int) -> dict[str, float]:
         "weights_mb": model.get_memory_footprint() / MB,
         "load_peak_mb": (resident("VmHWM") - before) / MB,
     }
-    if case.endswith("transformers"):
+    if case not in FULL:
         return result
     tokenizer.padding_side = "right"
     batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=64)
@@ -133,6 +140,11 @@ def prepare(folder: Path) -> None:
     (folder / "texts.json").write_text(json.dumps(texts))
 
 
+def read(path: Path = RESULTS) -> dict[str, Any]:
+    """The saved results."""
+    return json.loads(path.read_text())
+
+
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     columns = {
@@ -153,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="training steps that are timed")
+    parser.add_argument("--steps", type=int, default=3, help="training steps that are timed")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the saved results and stop")
@@ -161,7 +173,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.table:
-        print(table(json.loads(chosen.out.read_text())))
+        print(table(read(chosen.out)))
         return
     if chosen.one:
         print(json.dumps(measure(chosen.folder, chosen.one, chosen.steps)))
@@ -172,19 +184,20 @@ def main() -> None:
         folder = chosen.folder or Path(name)
         if not (folder / "texts.json").exists():
             prepare(folder)
-        for _ in range(chosen.rounds):
+        for number in range(chosen.rounds):
             for case in cases:
+                if number and case not in FULL:
+                    continue
                 command = [sys.executable, __file__, "--one", case, "--folder", folder, "--steps", str(chosen.steps)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 found[case].append(json.loads(done.stdout.splitlines()[-1]))
                 print(case, found[case][-1], flush=True)
-    import torch
+    import common
 
     results = {
         "model": "SmolLM2-135M-Instruct",
         "rounds": chosen.rounds,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {package: _version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")},
+        "environment": common.environment() | {"bitsandbytes": version("bitsandbytes")},
         "cases": {
             case: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for case, runs in found.items()
         },
@@ -192,12 +205,6 @@ def main() -> None:
     chosen.out.parent.mkdir(exist_ok=True)
     chosen.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 if __name__ == "__main__":

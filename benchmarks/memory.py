@@ -3,20 +3,32 @@
     python benchmarks/memory.py                          # SmolLM2, MiniLM and a 1B-shaped model, bf16 and fp32
     python benchmarks/memory.py --quick                  # four layers of SmolLM2
     python benchmarks/memory.py --device cuda            # also the allocator's peak
+    python benchmarks/memory.py --table                  # README's table from results/memory.json
 
 Every tensor that autograd saves is seen by `torch.autograd.graph.saved_tensors_hooks`; a storage counts once,
 parameters and buffers do not. Exact, so one run is enough. Writes results/memory.json and .png.
 """
 
 import argparse
+import json
 import sys
 
 import common
 import torch
 from torch import nn
 
-COUNTED = ["full", "peft", "peft, dropout", "peft, low adapters", "ours", "ours, dropout"]
-COUNTED += ["ours, dropout, chunked", "ours, dropout, chunked, recompute"]
+# Contestant -> its row in the table; None: counted for the plot alone.
+COUNTED = {
+    "full": "full fine-tuning",
+    "peft": "peft",
+    "peft, dropout": "peft, dropout 0.05",
+    "peft, low adapters": None,
+    "ours": "ours",
+    "ours, dropout": "ours, dropout 0.05",
+    "ours, dropout, chunked": "… and chunked loss (what `train` does)",
+    "ours, dropout, chunked, recompute": '… and `wrap(..., recompute="cheap")`',
+}
+SHOWN = {"smollm2 bf16": "SmolLM2-135M bf16", "smollm2 fp32": "SmolLM2-135M fp32", "minilm bf16": "MiniLM bf16"}
 
 
 def kept_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
@@ -58,12 +70,19 @@ def measure(name: str, dtype: str, arguments: argparse.Namespace) -> dict:
     return found
 
 
+def read() -> dict:
+    """The saved results."""
+    return json.loads((common.RESULTS / "memory.json").read_text())
+
+
 def table(cases: dict[str, dict]) -> str:
-    """Megabytes as Markdown."""
-    lines = ["| MB kept for backward | " + " | ".join(cases) + " |", "|---" * (len(cases) + 1) + "|"]
-    for kind in COUNTED:
-        cells = [f"{case[kind]['kept'] / 1e6:.0f}" if kind in case else "–" for case in cases.values()]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    """Megabytes as Markdown: the columns of `SHOWN` that were measured."""
+    shown = {title: cases[case] for case, title in SHOWN.items() if case in cases}
+    lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for kind, title in COUNTED.items():
+        if title is not None:
+            cells = [f"{case[kind]['kept'] / 1e6:.0f}" if kind in case else "–" for case in shown.values()]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -76,7 +95,11 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--name", default="memory", help="of the result files")
+    parser.add_argument("--table", action="store_true", help="print the saved results and stop")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(read()["cases"]))
+        return 0
     models = arguments.models or (["smollm2"] if arguments.quick else list(common.MODELS))
     result = {"environment": common.environment(), "batch": [arguments.rows, arguments.length], "cases": {}}
     for name in models:

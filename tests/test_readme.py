@@ -46,3 +46,12 @@ def test_the_table_of_methods_is_the_measured_one():
     results = methods.read()
     assert results["methods"] and methods.table(results) in README
     assert results["smollm2"] and methods.language_table(results) in README
+
+
+def test_the_tables_of_memory_are_the_measured_ones():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import loading
+    import memory
+
+    assert loading.table(loading.read()) in README
+    assert memory.table(memory.read()["cases"]) in README
