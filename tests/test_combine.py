@@ -114,3 +114,48 @@ def test_what_does_not_add_up_is_refused(trio, tmp_path):
         with pytest.raises(ak.AdapterError, match=message):
             ak.combine(folders, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dora_and_others_merge_into_their_exact_sum(family, tmp_path):
+    """base + Σ weight · (merged − base), each merged by peft alone in float64; DoRA with its magnitudes."""
+    base = save_base(family, tmp_path / "base")
+    one = ["q_proj", "up_proj"] if family == "llama" else ["c_attn"]
+    other = ["q_proj", "v_proj"] if family == "llama" else ["c_attn", "c_fc"]
+    configs = [
+        peft.LoraConfig(use_dora=True, r=4, lora_alpha=12, target_modules=one),
+        peft.LoraConfig(use_dora=True, use_rslora=True, target_modules=other),
+        peft.LoraConfig(r=3, target_modules=other),
+        peft.IA3Config(target_modules=one[:1], feedforward_modules=[]),
+    ]
+    weights = [0.7, -1.3, 0.4, 2.0]
+    start = load(base).double().state_dict()
+    wanted = {name: value.clone() for name, value in start.items()}
+    for index, (config, weight) in enumerate(zip(configs, weights, strict=True)):
+        train_on(base, config, tmp_path / f"a{index}", seed=index)
+        model = peft.PeftModel.from_pretrained(load(base, dtype=torch.float64), tmp_path / f"a{index}")
+        for name, value in model.merge_and_unload().state_dict().items():
+            wanted[name] += weight * (value - start[name])
+    report = ak.merge([tmp_path / f"a{index}" for index in range(4)], tmp_path / "sum", weights=weights, base=base)
+    merged = load(tmp_path / "sum").state_dict()
+    moved = 0
+    for name, value in wanted.items():
+        assert torch.allclose(merged[name].double(), value, atol=1e-5), name
+        moved += (value - start[name]).abs().max() > 1e-2
+    assert 0 < moved <= report.changed and "computed again" in str(report) and "-1.3 ×" in str(report)
+    manifest = json.loads((tmp_path / "sum" / "manifest.json").read_text())
+    assert manifest["weights"] == weights and len(manifest["adapters"]) == 4
+
+
+def test_what_has_no_sum_is_not_merged(trio, tmp_path):
+    base, adapters = trio
+    train_on(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path / "head")
+    for folders, options, message in (
+        (adapters, {"weights": [1.0]}, "1 weights for 2 adapters"),
+        (adapters, {"quantize": "nf4"}, "leave out quantize"),
+        ([adapters[0], tmp_path / "head"], {}, "a trained head"),
+        (adapters[0], {"weights": [1.0]}, "for several adapters"),
+    ):
+        with pytest.raises(ak.AdapterError, match=message):
+            ak.merge(folders, tmp_path / "out", base=base, **options)
+        assert not (tmp_path / "out").exists()

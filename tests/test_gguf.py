@@ -24,7 +24,7 @@ def test_a_wrong_type_or_a_taken_file_is_refused_first(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"mine")
     with pytest.raises(ak.AdapterError, match="overwrite"):
         ak.export(tmp_path, tmp_path / "x.gguf", format="gguf")
-    with pytest.raises(ak.AdapterError, match="'peft' or 'gguf'"):
+    with pytest.raises(ak.AdapterError, match="'peft', 'gguf' or 'kv-cache'"):
         ak.export(tmp_path, tmp_path / "x", format="onnx")
     assert (tmp_path / "x.gguf").read_bytes() == b"mine"
 
@@ -79,10 +79,8 @@ def smollm2(tmp_path_factory):
 def test_a_merged_model_computes_the_same_in_llama_cpp(llama_cpp, smollm2):
     folder, tokenizer = smollm2
     merged = load(folder / "merged")
-    for dtype, limit in {
-        "float16": 1e-5,
-        "q8_0": 3e-2,
-    }.items():  # Q8_0 measures 1e-2
+    # bf16 rounds 8 times as coarsely as fp16, which is 64 times as much KL; Q8_0 measures 1e-2.
+    for dtype, limit in {"float16": 1e-5, "bfloat16": 1e-3, "q8_0": 3e-2}.items():
         ak.export(folder / "merged", folder / f"{dtype}.gguf", format="gguf", dtype=dtype)
         for text in TEXTS:
             ids = tokenizer(text)["input_ids"]

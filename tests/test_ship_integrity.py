@@ -1,5 +1,6 @@
 """All or nothing, and nothing wrong: kills, full disks, read-only folders, damaged and foreign files."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -170,6 +171,41 @@ def test_a_full_and_a_read_only_file_system(pair):
             ak.merge(adapter, small / "merged", base=base)
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_kernels_own_word_that_the_disk_is_full(pair, monkeypatch):
+    """/dev/full answers every write as a full disk does; here when the space for the weights is asked for."""
+    base, adapter, tmp = pair
+
+    def full(*_):
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ak.AdapterError, match=r"the disk is full.*Nothing was changed"):
+        ak.merge(adapter, tmp / "merged", base=base)
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base"]
+
+
+def test_a_folder_that_may_not_be_written_to(pair):
+    """Without root's right to ignore permissions, which a child process gives up before it starts."""
+    base, adapter, tmp = pair
+    closed = tmp / "closed"
+    closed.mkdir()
+    (closed / "mine").write_text("mine")
+    closed.chmod(0o555)
+
+    def mortal():
+        if os.geteuid() == 0:
+            drop_capability, override, read_search = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_*
+            for capability in (override, read_search):
+                assert ctypes.CDLL(None, use_errno=True).prctl(drop_capability, capability, 0, 0, 0) == 0
+
+    code = "import sys; from adapters_kit.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["merge", str(adapter), str(closed / "merged"), "--base", str(base), "--verify", "off"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], preexec_fn=mortal, capture_output=True, text=True)
+    assert result.returncode == 2 and "you may not write there" in result.stderr and "Traceback" not in result.stderr
+    assert os.listdir(closed) == ["mine"]
 
 
 # --- the wrong base ---

@@ -20,9 +20,9 @@ VERSIONS = {
     "peft": "peft 0.21",
     "transformers": "transformers 5.23",
     "vllm": "vLLM 0.33",
-    "sglang": "SGLang (2025)",
+    "sglang": "SGLang at commit 0ceb81f, srt/lora",
     "llama.cpp": "llama.cpp as in llama-cpp-python 0.3.36",
-    "ollama": "Ollama (2025)",
+    "ollama": "Ollama at commit 0242080, convert",
 }
 # Architectures whose adapters Ollama takes.
 _OLLAMA = ("llama", "gemma2")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -86,9 +86,10 @@ class MergeReport:
 
 
 def merge(
-    adapter: str | os.PathLike,
+    adapter: str | os.PathLike | Sequence[str | os.PathLike],
     out: str | os.PathLike,
     *,
+    weights: Sequence[float] | None = None,
     base: str | os.PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
@@ -106,7 +107,8 @@ def merge(
     was trained on; `base="original"` takes the original ones and reports how far the result is from the trained model.
 
     Args:
-        adapter: a peft adapter folder.
+        adapter: a peft adapter folder; or several, for `base + Σ weight · update`, exact for every method that merges.
+        weights: with several adapters, a factor for each; None takes 1 for each.
         out: the folder to write; it must not exist or be empty, unless `overwrite`.
         base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
             takes that one without the quantization of the training.
@@ -132,6 +134,11 @@ def merge(
     if quantize not in (None, *QUANTIZED):
         raise ShippingError(f"quantize={quantize!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
     target = as_dtype(dtype)
+    if not isinstance(adapter, str | os.PathLike):
+        options = {"base": base, "dtype": target, "verify": verify, "overwrite": overwrite, "force": force}
+        return _merge_sum([open_adapter(Path(one)) for one in adapter], weights, Path(out), quantize, **options)
+    if weights is not None:
+        raise ShippingError("weights= is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
     read = open_adapter(Path(adapter))
     original = base == "original"
     source = base_of(read, None if original else base)
@@ -174,7 +181,7 @@ def merge(
 
                 report.check = compare(job, stage, batches=BATCHES[verify])
                 if verify == "full":
-                    recheck(job, stage)
+                    recheck(checkpoint, layout, _changed(job), stage)
             if quantize:
                 from adapters_kit.shipping.requantize import requantize
 
@@ -187,6 +194,56 @@ def merge(
         about = {"adapter": str(read.folder), "base": str(source), "base_tensors": hashing.result()}
         about["check"] = None if report.check is None else asdict(report.check)
         write_manifest(stage, about, hashes)
+    return report
+
+
+def _merge_sum(
+    adapters: list[Adapter],
+    weights: Sequence[float] | None,
+    out: Path,
+    quantize: str | None,
+    *,
+    base: str | os.PathLike | None,
+    dtype: torch.dtype | None,
+    verify: str,
+    overwrite: bool,
+    force: bool,
+) -> MergeReport:
+    """As `merge` for several adapters. No live model computes their sum (peft's would add cross terms), so every tensor
+    is computed again and compared with what was written."""
+    factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if not adapters or len(factors) != len(adapters):
+        raise ShippingError(f"{len(factors)} weights for {len(adapters)} adapters: give one for each.")
+    if quantize or base == "original":
+        raise ShippingError("Several adapters merge into the base as it is stored: leave out quantize= and 'original'.")
+    from adapters_kit.shipping.several import changed_sum, plan_sum
+    from adapters_kit.shipping.verify import recheck
+
+    source = base_of(adapters[0], base)
+    with staged(out, overwrite=overwrite) as stage:
+        begin = time.perf_counter()
+        work = stage / ".base"
+        with as_checkpoint(source, work) as folder, open_checkpoint(folder) as checkpoint:
+            hashes = base_hashes(source)
+            notes = [line for one in adapters for line in _check_base(one, source, hashes, force)]
+            jobs, layout = plan_sum(adapters, checkpoint, dtype)
+            written = write(layout, checkpoint, changed_sum(jobs, factors), stage)
+            raw = read_json(folder / "config.json")
+            _write_config(raw, dict(adapters[0].record.get("config") or {}), stage, dtype)
+            _copy_files(folder, adapters[0].folder, stage)
+            tensors = [tensor for _, tensor in layout.tensors().values()]
+            copied = sum(tensor.origin is not None for tensor in tensors)
+            seconds = time.perf_counter() - begin
+            report = MergeReport(out, len(tensors) - copied, copied, [], [], layout.nbytes, seconds, notes=notes)
+            if verify != "off":
+                recheck(checkpoint, layout, changed_sum(jobs, factors), stage)
+                report.notes.insert(0, "Verified: every tensor was computed again and is what was written.")
+        shutil.rmtree(work, ignore_errors=True)
+        mix = ", ".join(f"{factor:g} × {one.folder}" for one, factor in zip(adapters, factors, strict=True))
+        report.notes.append(f"The sum of {mix}.")
+        _write_card(stage, type(jobs[0].attached.bare).__name__, adapters[0], report, source)
+        about = {"adapters": [str(one.folder) for one in adapters], "weights": factors, "base": str(source)}
+        write_manifest(stage, about | {"base_tensors": hashes}, written)
     return report
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
-from adapters_kit.artifacts.checkpoint import DTYPES, open_checkpoint
+from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
-from adapters_kit.shipping.plan import Job, changed
+from adapters_kit.shipping.layout import Layout
+from adapters_kit.shipping.plan import Job
 from adapters_kit.shipping.skeleton import base_config, empty_model, fill, hollow, is_hollow, read_parameter, trace
 
 ROWS, TOKENS = 2, 16
@@ -108,20 +109,20 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
     return result
 
 
-def recheck(job: Job, merged: Path) -> None:
-    """Read every tensor of `merged` again: copied ones are the base's to the byte, changed ones what peft computes.
+def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, torch.Tensor]], merged: Path) -> None:
+    """Read every tensor of `merged` again: copied ones are the base's to the byte, others what `changed` computes.
 
     Raises:
         ShippingError: a tensor is not what was to be written.
     """
     with open_checkpoint(merged) as checkpoint, torch.no_grad():
-        for name, value in changed(job):
+        for name, value in changed:
             stored = checkpoint.read(name)
             if not torch.equal(stored, value.to(stored.dtype)):
                 raise ShippingError(f"{name} was not written as it was computed. Nothing was written; check the disk.")
-        for _, tensor in job.layout.tensors().values():
+        for _, tensor in layout.tensors().values():
             if tensor.origin is not None:
-                expected = job.checkpoint.read(tensor.origin).to(DTYPES[tensor.dtype])
+                expected = base.read(tensor.origin).to(DTYPES[tensor.dtype])
                 stored = checkpoint.read(tensor.name)
                 if not torch.equal(stored.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8)):
                     raise ShippingError(f"{tensor.name} is not the base's. Nothing was written; check the disk.")
