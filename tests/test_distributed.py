@@ -11,6 +11,8 @@ import pytest
 import small
 import torch
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DeepSpeedPlugin
 
 import adapters_kit as ak
 from adapters_kit.recipe import Recipe
@@ -32,6 +34,17 @@ def launch(kind: str, recipe: Path, out: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed"])
+def test_the_example_configs_are_what_accelerate_takes(kind):
+    """Every key is known; DeepSpeed itself, which needs a GPU, is not run here."""
+    config = ClusterConfig.from_yaml_file(EXAMPLES / f"{kind}.yaml")
+    assert config.num_processes == 2
+    if kind == "deepspeed":
+        made = DeepSpeedPlugin(**config.deepspeed_config).deepspeed_config
+        assert made["zero_optimization"]["stage"] == 2
+        assert made["gradient_accumulation_steps"] == made["gradient_clipping"] == "auto", "the recipe decides"
 
 
 @pytest.mark.slow

@@ -17,9 +17,17 @@ import transformers
 
 import adapters_kit as ak
 from adapters_kit import cli
-from adapters_kit.errors import AdapterError, DataError, ModelError, ShippingError, TrainingError
+from adapters_kit.errors import (
+    AdapterError,
+    DataError,
+    MissingPackageError,
+    ModelError,
+    ShippingError,
+    TrainingError,
+)
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.text_classification import TextClassification
+from adapters_kit.training import loop
 
 QUICK = {"epochs": 8, "batch_size": 8, "learning_rate": 3e-3, "log_every": 2, "samples": 2}
 
@@ -218,6 +226,39 @@ def test_precision_and_checkpointing(rows, tmp_path, precision, checkpointing):
     assert [loss for _, loss in losses(run)] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 0.02)
     saved = peft.load_peft_weights(str(run.adapter))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+def test_tensorboard_gets_the_metrics_and_they_stay(rows, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(recipe(rows, training={"epochs": 2, "log_to": ["tensorboard"]}), tmp_path / "run")
+    found = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    logged = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert [step for step, _ in logged] == [step for step, _ in losses(run)]
+    assert [value for _, value in logged] == pytest.approx([value for _, value in losses(run)], rel=1e-5)
+    scores = [line["eval_accuracy"] for line in run.history() if "eval_accuracy" in line]
+    assert [event.value for event in found.Scalars("eval/accuracy")] == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_a_tracker_is_told_or_missed_at_once(rows, tmp_path, monkeypatch, tracker):
+    """Not installed: refused before anything is loaded. Installed: transformers' callback for it gets every log."""
+    given = recipe(rows, training={"max_steps": 4, "log_to": [tracker], "samples": 0})
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=f"log_to: {tracker} is not installed"):
+        train(given, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    told = []
+
+    class Tracker(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            told.append((args.run_name, state.global_step, logs))
+
+    monkeypatch.setattr(loop, "find_spec", lambda name: object())
+    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, tracker, Tracker)
+    run = train(given, tmp_path / "run")
+    assert {name for name, *_ in told} == {"run"}
+    assert [(step, logs["loss"]) for _, step, logs in told if "loss" in logs] == losses(run)
 
 
 def test_refused_before_anything_is_written(rows, tmp_path):

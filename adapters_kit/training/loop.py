@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from adapters_kit.errors import TrainingError
+from adapters_kit.errors import MissingPackageError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering
@@ -60,6 +62,10 @@ class AdapterTrainer(Trainer):
             Record(out / "metrics.jsonl", self.meter),
             self.screen,
         ]
+        if "tensorboard" in training.log_to:
+            board = TensorBoardCallback()
+            board.logging_dir = str(out / "tensorboard")  # by default among the checkpoints, which do not stay
+            callbacks.append(board)
         super().__init__(
             model=model,
             args=args,
@@ -194,11 +200,19 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to=list(training.log_to) or "none",
+        report_to=[name for name in training.log_to if name != "tensorboard"] or "none",
+        run_name=out.name,
         log_level="error",
         ddp_find_unused_parameters=False,
         **(checkpointing if training.gradient_checkpointing else {}),
     )
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raises MissingPackageError if a tracker of `training.log_to` is not installed."""
+    for name in recipe.training.log_to:
+        if find_spec(name) is None:
+            raise MissingPackageError(f"training.log_to: {name} is not installed: pip install {name}")
 
 
 def total_steps(recipe: Recipe, examples: int) -> tuple[int, int]:

@@ -15,14 +15,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from torch import nn
 
-from adapters_kit.errors import TrainingError
-from adapters_kit.recipe import Recipe
 from adapters_kit.artifacts.record import record_base
+from adapters_kit.errors import TrainingError
+from adapters_kit.kernels.fuse import fuse_report
+from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import pictures, report
 from adapters_kit.training.callbacks import peak_memory
-from adapters_kit.training.loop import CHECKPOINTS, AdapterTrainer, total_steps
+from adapters_kit.training.loop import CHECKPOINTS, AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare
 from adapters_kit.training.report import Run
 
@@ -42,7 +43,7 @@ def train(
         quiet: print nothing.
 
     Raises:
-        RecipeError, DataError, ModelError, UnknownNameError: before anything is written.
+        RecipeError, DataError, ModelError, UnknownNameError, MissingPackageError: before anything is written.
         TrainingError: a loss that is not finite, no memory left, or a folder that holds another run.
     """
     out = Path(out)
@@ -50,6 +51,7 @@ def train(
     processes = PartialState(cpu=not torch.cuda.is_available())
     console = Console(stderr=True, quiet=quiet or not processes.is_main_process)
     _check_folder(out, resume, overwrite)
+    check_trackers(recipe)
     task, splits = prepare(recipe)
     model, processor = load_base(recipe, task)
     recipe = filled_in(recipe, task)
@@ -74,11 +76,15 @@ def train(
     console.print(
         f"{recipe.method.label}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
     )
+    fused = fuse_report(model)
+    if fused.fused or fused.plain:
+        console.print(str(fused), highlight=False, soft_wrap=True)
     if PartialState().is_main_process:
         if overwrite and out.exists():
             shutil.rmtree(out)
         report.write(out / "recipe.yaml", recipe.to_yaml())
-        report.write_json(out / "environment.json", report.environment())
+        kernels = {"fused_layers": len(fused.fused), "plain_layers": fused.plain}
+        report.write_json(out / "environment.json", {**report.environment(), **kernels})
     PartialState().wait_for_everyone()
 
     trainer, seconds = _fit(model, task, recipe, train_features, test_features, processor, out, resume, console)
