@@ -1,133 +1,178 @@
 """Useful tokens a second: packing, fused LoRA and chunked loss beside peft with the Trainer's defaults.
 
-    python benchmarks/throughput.py --model FOLDER.gguf --data TEXTS.csv --rounds 5
-    python benchmarks/throughput.py --model FOLDER --data TEXTS.csv --steps 4 --rounds 1     # a quick look
+    python benchmarks/throughput.py                       # SmolLM2-135M on movie reviews: about five minutes, two cores
+    python benchmarks/throughput.py --steps 3 --rounds 1  # a quick look
 
-Both sides train the same LoRA on the same real texts of different length for the same number of steps, in turn, so that
-a machine that slows down slows both. A useful token is one that is not padding. Written to results/throughput.json:
-every round, the medians, and the median of the rounds' ratios.
+The same LoRA on the same real texts of different length, in turn, round by round, so that a machine that slows down
+slows all. A useful token is one that is not padding. Both sides run the same number of steps with about as many
+positions in each (so that neither profits from a larger batch), and one clock times both: from the end of the first
+step to the end of the last. Written to results/throughput.json: every round, how much of the batches was padding, the
+medians, and the median of each contestant's round-by-round ratios to peft.
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from transformers import Trainer, TrainingArguments
+from rich.console import Console
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from adapters_kit.loading import load, load_processor
 from adapters_kit.recipe import Recipe
-from adapters_kit.training.preparing import load_base, prepare
+from adapters_kit.training.loop import AdapterTrainer
+from adapters_kit.training.preparing import DTYPES, add_adapter, filled_in, load_base, prepare
 from adapters_kit.training.report import environment, write_json
-from adapters_kit.training.trainer import train
-from adapters_kit.wrapping import wrap
 
 
-class Clock(Trainer):
-    """A plain Trainer that counts useful tokens and the seconds of its steps, the first one left out."""
+class Clock(TrainerCallback):
+    """Seconds and useful tokens from the end of the first step to the end of the last."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.tokens, self.begun, self.seen = 0, 0.0, 0
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        self.tokens, self.marks = tokens, []
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.seen += 1
-        if self.seen == 2:
-            self.begun = time.perf_counter()
-        if self.seen > 1:
-            self.tokens += int(inputs["attention_mask"].sum())
-        return super().training_step(model, inputs, num_items_in_batch)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.marks.append((time.perf_counter(), time.process_time(), self.tokens()))
+
+    def result(self) -> dict[str, float]:
+        seconds, cpu, tokens = (last - first for first, last in zip(self.marks[0], self.marks[-1], strict=True))
+        return {"tokens_per_second": tokens / seconds, "tokens_per_cpu_second": tokens / cpu, "tokens": tokens}
 
 
-def plain(recipe: Recipe, steps: int) -> dict[str, float]:
-    """peft's LoRA on the same layers, random order, padding to the longest of the batch."""
+class Plain(Trainer):
+    """The Trainer as it is, counting the tokens that it trains on."""
+
+    useful = positions = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *more: Any) -> torch.Tensor:
+        self.useful += int(inputs["attention_mask"].sum())
+        self.positions += inputs["attention_mask"].numel()
+        return super().training_step(model, inputs, *more)
+
+
+def plain(recipe: Recipe, base: nn.Module, task: Any, features: Any, steps: int) -> dict[str, float]:
+    """peft's LoRA on the same layers, the Trainer's random order and fp32, padding to the longest of the batch."""
     torch.manual_seed(0)
-    task, splits = prepare(recipe)
-    model, processor = load_base(recipe, task)
-    features = task.encode(splits.train)
-    wrapped = wrap(model, recipe.method.name, fuse=False, **recipe.method.options)
+    settings = {"training.fuse": False, "training.chunked_loss": False}
+    wrapped = add_adapter(copy.deepcopy(base), recipe.changed(**settings), steps)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=recipe.training.batch_size,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
 
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = task.collate(rows)
-        batch.pop("row")
-        return batch
+        def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return {name: tensor for name, tensor in task.collate(rows).items() if name != "row"}
 
-    args = TrainingArguments(
-        output_dir="unused",
-        max_steps=steps,
-        per_device_train_batch_size=recipe.training.batch_size,
-        learning_rate=2e-4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = Clock(model=wrapped, args=args, train_dataset=features, data_collator=collate, processing_class=processor)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return {"tokens_per_second": trainer.tokens / (time.perf_counter() - trainer.begun), "steps": steps}
+        trainer = Plain(model=wrapped, args=args, train_dataset=features, data_collator=collate)
+        clock = Clock(lambda: trainer.useful)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return {**clock.result(), "padding": 1 - trainer.useful / trainer.positions}
 
 
-def ours(recipe: Recipe, steps: int, folder: Path) -> dict[str, float]:
-    """The same recipe through train(): its own count, evaluations left out."""
-    changes = {"training.packing": True, "training.max_steps": steps, "training.evals_per_epoch": 0}
-    run = train(recipe.changed(**changes), folder, overwrite=True, quiet=True)
-    return {"tokens_per_second": run.metrics["tokens_per_second"], "steps": steps}
+def ours(recipe: Recipe, base: nn.Module, task: Any, features: Any, steps: int) -> dict[str, float]:
+    """The trainer that `train` uses, with packing; the recipe's precision."""
+    packed = task.training_features(features)
+    wrapped = add_adapter(copy.deepcopy(base).to(DTYPES[recipe.training.precision]), recipe, steps)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = AdapterTrainer(
+            wrapped, task, recipe, packed, features[:1], task.processor, Path(folder), Console(quiet=True)
+        )
+        clock = Clock(lambda: trainer.meter.tokens)
+        trainer.add_callback(clock)
+        trainer.train()
+    positions = steps * recipe.training.batch_size * task.max_length
+    return {**clock.result(), "padding": 1 - trainer.meter.tokens / positions}
+
+
+def rows_of_equal_size(task: Any, features: Any, batch_size: int) -> int:
+    """Packed rows that hold about as many positions as a padded batch of `batch_size` examples in random order."""
+    draw = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = [task.length(features[i]) for i in draw]
+    size = batch_size
+    padded = [max(lengths[i : i + size]) * size for i in range(0, len(lengths) - size + 1, size)]
+    return max(round(statistics.mean(padded) / task.max_length), 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True, help="texts; a column `text`")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
+    parser.add_argument("--model", help="default: SmolLM2-135M of examples/assets.py")
+    parser.add_argument("--data", help="texts, with a column `text`; default: the movie reviews of examples/assets.py")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the plain side; 8 is the Trainer's default")
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "throughput.json")
     options = parser.parse_args()
+    import assets
+
+    needed = options.batch_size * options.max_length * options.steps
     recipe = Recipe(
-        model=options.model,
+        model=options.model or str(assets.smollm2()),
         task="causal-lm",
-        data={"train": options.data, "test_limit": 4},
+        data={"train": options.data or str(assets.reviews()), "columns": {"text": "text"}, "limit": needed},
         method={"name": "lora", "r": 16},
-        training={"batch_size": options.batch_size, "max_length": options.max_length, "samples": 0, "keep_best": False},
-    )
-    # A packed row holds several texts: as many rows as hold the same number of tokens keep the two sides comparable.
-    packed = recipe.changed(**{"training.batch_size": packed_rows(recipe)})
+        training={"batch_size": options.batch_size, "max_length": options.max_length, "max_steps": options.steps},
+    ).changed(**{"training.precision": "fp32", "training.evals_per_epoch": 0, "training.log_every": 1000})
+    task, splits = prepare(recipe)
+    base, _ = load_base(recipe, task)
+    recipe = filled_in(recipe, task)
+    features = task.encode(splits.train)
+    rows = rows_of_equal_size(task, features, options.batch_size)
+    packed = recipe.changed(**{"training.packing": True, "training.batch_size": rows})
+    half = packed.changed(**{"training.precision": "bf16"})
+    contestants = {"peft": (plain, recipe), "ours": (ours, packed), "ours, bf16": (ours, half)}
     rounds = []
     for number in range(options.rounds):
-        order = (False, True) if number % 2 == 0 else (True, False)
-        row: dict[str, float] = {}
-        for mine in order:
-            made = ours(packed, options.steps, options.out.parent / ".run") if mine else plain(recipe, options.steps)
-            row["ours" if mine else "plain"] = made["tokens_per_second"]
+        names = list(contestants)
+        shift = number % len(names)
+        row = {}
+        for name in names[shift:] + names[:shift]:
+            run, given = contestants[name]
+            task.recipe = given
+            row[name] = run(given, base, task, features, options.steps)
             gc.collect()
-        row["ratio"] = row["ours"] / row["plain"]
         rounds.append(row)
-        print(json.dumps({name: round(value, 2) for name, value in row.items()}), flush=True)
-    medians = {name: statistics.median(row[name] for row in rounds) for name in rounds[0]}
+        print(json.dumps({name: round(result["tokens_per_second"], 1) for name, result in row.items()}), flush=True)
+
+    def median(name: str, key: str, to: str | None = None) -> float:
+        return statistics.median(row[name][key] / (row[to][key] if to else 1) for row in rounds)
+
+    result = {
+        name: {
+            "tokens_per_second": median(name, "tokens_per_second"),
+            "ratio": median(name, "tokens_per_second", "peft"),
+            "cpu_ratio": median(name, "tokens_per_cpu_second", "peft"),
+            "padding": median(name, "padding"),
+        }
+        for name in contestants
+    }
     arguments = {key: str(value) for key, value in vars(options).items()}
-    write_json(
-        options.out, {"arguments": arguments, "rounds": rounds, "medians": medians, "environment": environment()}
-    )
-    print(f"median: {medians['plain']:.0f} -> {medians['ours']:.0f} useful tokens/s, {medians['ratio']:.2f}x")
-
-
-def packed_rows(recipe: Recipe) -> int:
-    """Packed rows that hold about as many padded positions as one batch of the plain side."""
-    task, splits = prepare(recipe)
-    task.bind(load_processor(recipe.model), load(recipe.model, recipe.task))
-    lengths = [len(feature["input_ids"]) for feature in task.encode(splits.train)]
-    size = recipe.training.batch_size
-    padded = statistics.mean(max(lengths[i : i + size]) * size for i in range(0, len(lengths) - size + 1, size))
-    return max(round(padded / task.max_length), 1)
+    write_json(options.out, {"arguments": arguments, "result": result, "rounds": rounds, "environment": environment()})
+    for name, found in result.items():
+        print(
+            f"{name:<12}{found['tokens_per_second']:8.1f} useful tokens/s {found['ratio']:6.2f}x "
+            f"(CPU time {found['cpu_ratio']:.2f}x), {found['padding']:.0%} padding"
+        )
 
 
 if __name__ == "__main__":
