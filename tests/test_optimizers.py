@@ -1,12 +1,13 @@
 """build_optimizer: every name trains, on the parameters it should, with the state it says it has."""
 
 import pytest
+import small
 import tiny
 import torch
 
 import adapters_kit as ak
 from adapters_kit.errors import AdapterError, MissingPackageError, UnknownNameError
-from adapters_kit.memory import OPTIMIZERS, state_bytes
+from adapters_kit.memory import OPTIMIZERS, fixed_bytes, state_bytes
 from adapters_kit.training.optimizers import build_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -49,6 +50,35 @@ def test_trains_and_takes_the_memory_it_says(name):
     assert moved == {path for path in before if part in path}
     sizes = [entry.numel() for entry in model.parameters() if entry.requires_grad]
     assert measured(optimizer) == state_bytes(name, sizes, on_gpu=False)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_memory_of_a_step_counts_each(name):
+    """What `plan` adds up: the adapter with its gradients, and this optimizer's state on a GPU."""
+    model = wrapped(r=64)
+    sizes = {path: entry.numel() for path, entry in model.named_parameters() if entry.requires_grad}
+    if name == "lora-fa":  # A is frozen: a weight among weights
+        sizes = {path: size for path, size in sizes.items() if "lora_B" in path}
+    counted = fixed_bytes(model, name, None, [])
+    assert counted.adapter == counted.gradients == 4 * sum(sizes.values())
+    assert counted.optimizer == state_bytes(name, sizes.values())
+    everything = 4 * sum(entry.numel() for entry in (*model.parameters(), *model.buffers()))
+    assert counted.weights + counted.adapter == everything
+
+
+def test_plan_shows_the_optimizer(tmp_path):
+    data = small.write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in small.sentiment(16)])
+    method = {"name": "lora", "r": 64, "target_modules": ["q_proj"]}  # 64 x 64 twice, in two blocks
+    recipe = ak.Recipe(
+        model=str(small.model("llama")),
+        task="causal-lm",
+        data=str(data),
+        method=method,
+        training={"optimizer": "adamw-8bit"},
+    )
+    planned = ak.plan(recipe).memory
+    assert planned.adapter == 4 * 4 * 64 * 64 and planned.optimizer == state_bytes("adamw-8bit", [64 * 64] * 4)
+    assert planned.optimizer < 0.3 * state_bytes("adamw", [64 * 64] * 4)
 
 
 def test_lora_plus_rates():

@@ -24,6 +24,7 @@ import adapters_kit as ak
 from adapters_kit import quantization
 from adapters_kit.anatomy import block_linears, expert_parameters, routers
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError
+from adapters_kit.loading import model as loading_model
 from adapters_kit.loading.source import read_lazily
 from adapters_kit.wrapping import build_config
 
@@ -308,10 +309,9 @@ def test_refusals(tmp_path, monkeypatch):
     with pytest.raises(UnknownNameError, match=r"skip='dwn_proj'.*down_proj"):
         ak.load(folder, quantize="nf4", skip=["dwn_proj"])
     odd = tmp_path / "odd"
-    tiny.build("llama", intermediate_size=96).save_pretrained(odd)
-    if not quantization.unpacks_right(96, "nf4"):
-        with pytest.raises(ModelError, match=r"96.*down_proj.*int8.*skip=\['down_proj'\]"):
-            ak.load(odd, quantize="nf4")
+    tiny.build("llama", intermediate_size=97).save_pretrained(odd)
+    with pytest.raises(ModelError, match=r"97.*down_proj.*int8.*skip=\['down_proj'\]"):
+        ak.load(odd, quantize="nf4")
     assert quantized_paths(ak.load(odd, quantize="nf4", skip=["down_proj"]))
     assert quantized_paths(ak.load(odd, quantize="int8"))
     real_version = importlib.metadata.version
@@ -330,11 +330,28 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ModelError, match=r"no kernels for 'vulkan'.*cpu"):
         quantization.check_device("nf4", "vulkan")
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes, "supported_torch_devices", {"cuda"})
+    with pytest.raises(ModelError, match=r"no kernels for 'cpu', which quantize='int8' needs.*cuda.*without quantize"):
+        ak.load(folder, quantize="int8", device_map="cpu")
+    monkeypatch.undo()
     from bitsandbytes import cextension
 
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("broken"))
     with pytest.raises(MissingPackageError, match="no native library"):
         ak.load(folder, quantize="int8")
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"quantize": "nf4", "compute_dtype": "fp16"}], ids=str)
+def test_fp16_on_a_cpu_that_has_none(options, monkeypatch):
+    def half():
+        raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+
+    monkeypatch.setattr(loading_model, "_half_product", half)
+    with pytest.raises(ModelError, match=r"cannot multiply in float16 on this CPU .*Half.*dtype='bf16'"):
+        ak.load(small.model("llama"), device_map="cpu", **options)
+    assert ak.load(small.model("llama"), device_map="cpu", dtype="bf16") is not None
 
 
 def test_a_model_without_linears_in_its_blocks(tmp_path):

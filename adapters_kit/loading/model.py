@@ -99,7 +99,7 @@ def load(
     Raises:
         UnknownNameError: no such task, dtype, kind of quantization, module to skip or local path.
         ModelError: no weights, weights that do not fit the config, a model that has no head for the task, sizes that
-            bitsandbytes cannot quantize.
+            bitsandbytes cannot quantize, float16 on a CPU that cannot compute in it.
         MissingPackageError: bitsandbytes or gguf is absent, too old or broken.
     """
     if task not in TASKS:
@@ -125,6 +125,8 @@ def load(
             )
         quantize = None
     wanted_dtype = as_dtype(dtype) if dtype is not None else torch.bfloat16 if quantize else None
+    as_saved = getattr(config, "dtype", None)
+    _check_half([wanted_dtype or as_saved, as_dtype(compute_dtype) if compute_dtype else None], device_map)
     options: dict[str, Any] = {
         "dtype": wanted_dtype or "auto",
         "trust_remote_code": trust_remote_code,
@@ -168,6 +170,23 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
         return DTYPES[dtype.removeprefix("torch.")]
     raise UnknownNameError(f"Unknown dtype {str(dtype)!r}. {did_you_mean(str(dtype), DTYPES)}")
+
+
+def _check_half(dtypes: list[Any], device_map: Any) -> None:
+    """Refuse fp16 on a CPU whose torch has no such products. Tried, not assumed."""
+    if torch.float16 not in dtypes or _device_type(device_map) != "cpu":
+        return
+    try:
+        _half_product()
+    except RuntimeError as error:
+        raise ModelError(
+            f"torch {torch.__version__} cannot multiply in float16 on this CPU ({gist(error)}). Load with dtype='bf16', of "
+            "the same size, or dtype='fp32'."
+        ) from error
+
+
+def _half_product() -> torch.Tensor:
+    return torch.ones(2, 2, dtype=torch.float16) @ torch.ones(2, 2, dtype=torch.float16)
 
 
 def _tell_of_experts(skeleton, quantize: str, dtype: torch.dtype) -> None:
