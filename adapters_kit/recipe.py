@@ -378,6 +378,9 @@ def _place(path: tuple[str, ...], places: Mapping[tuple[str, ...], Place]) -> Pl
     for length in range(len(path), 0, -1):
         if path[:length] in places:
             return places[path[:length]]
+    for known, place in places.items():
+        if known[: len(path)] == path:  # a flag such as --method.name, where the file has no `method`
+            return place
     return Place("", 10**9)
 
 

@@ -137,6 +137,33 @@ def test_what_is_written_is_read_back(tmp_path_factory, model, task, options, se
     assert Recipe.read(write(path, recipe.to_yaml())) == recipe
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=6), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    key=st.sampled_from([*known_flags(), "data.columns.text", "training.epoch", "method.r", "extra", "training.a.b"]),
+    value=ANYTHING,
+)
+def test_any_value_anywhere_gives_a_recipe_or_its_problems(tmp_path_factory, key, value):
+    """As a file and as a flag: never another exception, and every problem says where it stands."""
+    fields = {**BASE, "data": {"train": "a.csv"}, "method": {"name": "lora"}, "training": {}}
+    inside = fields
+    for part in key.split(".")[:-1]:
+        inside = inside.setdefault(part, {})
+    inside[key.rpartition(".")[2]] = value
+    path = write(tmp_path_factory.mktemp("recipe") / "recipe.yaml", yaml.safe_dump(fields))
+    for source, flags in ((path, []), (write(path.with_name("b.yaml"), yaml.safe_dump(BASE)), [f"--{key}={value}"])):
+        try:
+            assert Recipe.read(source, flags).version == 1
+        except RecipeError as error:
+            assert all(problem.startswith(("line ", "--")) for problem in error.problems), error.problems
+
+
 def test_changed_checks_again():
     recipe = Recipe(**BASE)
     assert recipe.changed(**{"training.seed": 7, "method.r": 2}).training.seed == 7
