@@ -101,6 +101,7 @@ def inspect(options: argparse.Namespace) -> None:
 
     from adapters_kit import registry
     from adapters_kit.anatomy import map_model, tree
+    from adapters_kit.kernels.fuse import fuse
     from adapters_kit.loading import skeleton
     from adapters_kit.wrapping import wrap
 
@@ -118,6 +119,10 @@ def inspect(options: argparse.Namespace) -> None:
         except AdapterError as error:
             shown.add_row(name, "", "", str(error).splitlines()[0])
     console.print(shown)
+    try:
+        console.print(fuse(wrap(copy.deepcopy(bare), "lora", fuse=False)), highlight=False, soft_wrap=True)
+    except AdapterError as error:  # a model without a linear layer
+        console.print(f"no LoRA: {error}", highlight=False, soft_wrap=True)
 
 
 def plan(options: argparse.Namespace, flags: list[str]) -> None:

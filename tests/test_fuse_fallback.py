@@ -8,7 +8,8 @@ from peft import LoraConfig
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from adapters_kit.kernels.fuse import fuse, why_plain
+from adapters_kit.cli import main
+from adapters_kit.kernels.fuse import fuse, fuse_report, why_plain
 from adapters_kit.kernels.lora import LoraLinear
 from tests import tiny
 from tests.fused import live, lora
@@ -275,3 +276,33 @@ def test_a_sibling_that_is_not_covered_leaves_the_group(runs):
     batch = tiny.inputs(plain)
     torch.testing.assert_close(fused(**batch).logits, plain(**batch).logits, rtol=1e-4, atol=1e-5)
     assert runs == [2]
+
+
+def test_the_report_of_a_model_as_it_stands():
+    """`fuse_report` changes nothing, and follows what is done to the model afterwards."""
+    model = lora(tiny.build("llama"), target_modules=["q_proj", "v_proj", "o_proj"])
+    before = fuse_report(model)
+    assert not before.fused and set(before.plain.values()) == {"fuse(model) was not called"}
+    assert len(before.plain) == 6
+    made = fuse(model)
+    now = fuse_report(model)
+    assert (now.fused, now.plain, set(now.groups)) == (made.fused, {}, set(made.groups))
+    layer = model.base_model.model.model.layers[1].self_attn.o_proj
+    layer.base_layer.weight.requires_grad_()
+    assert fuse_report(model).plain == {
+        "base_model.model.model.layers.1.self_attn.o_proj": "its base weight is trained"
+    }
+    assert "plain, 1×: its base weight is trained: model.layers.*.self_attn.o_proj" in str(fuse_report(model))
+    assert not fuse_report(tiny.build("llama")).plain
+
+
+def test_inspect_names_the_layers_that_stay_plain(tmp_path, capsys):
+    for name, expected in (
+        ("llama", ["14 of 14 LoRA layers fused, 4 groups of siblings"]),
+        ("qwen3-moe", ["plain, ", "ParamWrapper is not a kind of layer that is fused", "layers.*.mlp.experts"]),
+    ):
+        tiny.build(name).config.save_pretrained(tmp_path / name)
+        assert main(["inspect", str(tmp_path / name), "--task", "causal-lm", "--methods", "lora"]) == 0
+        printed = capsys.readouterr().out
+        for text in expected:
+            assert text in printed

@@ -1,6 +1,8 @@
 """What is kept for the backward pass, in bytes; and recomputation, which keeps less without changing a number."""
 
 import copy
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,25 +13,33 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adapters_kit as ak
 from adapters_kit.kernels.fuse import fuse
 from adapters_kit.kernels.recompute import GatedActivation, recompute_cheap, recompute_nothing
+from adapters_kit.training.callbacks import Steering
 from tests import tiny
-from tests.fused import gradients, lora, relative
+from tests.fused import gradients, live, lora, relative
+
+
+class Kept:
+    """A tensor that autograd saved; alive as long as the graph that wants it."""
+
+    def __init__(self, tensor) -> None:
+        self.tensor = tensor
 
 
 def kept_bytes(model, run):
-    """Bytes of the storages that autograd keeps while `run()` builds a graph, the model's own left out."""
+    """Bytes of the storages that autograd keeps for the result of `run()`, the model's own left out."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept, alive = {}, []
+    saved = weakref.WeakSet()
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # an address may be given out again otherwise
-        return tensor
+        kept = Kept(tensor)
+        saved.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = run()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in saved}
+    del result
+    return sum(size for address, size in storages.items() if address not in own)
 
 
 class Projections(nn.Module):
@@ -160,3 +170,27 @@ def test_recomputation_is_undone_and_copied():
     assert any(isinstance(module, GatedActivation) for module in twin.modules())
     batch = tiny.inputs(model)
     assert torch.equal(model(**batch).logits, twin(**batch).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_below_the_lowest_adapted_block_is_kept(checkpointing):
+    """With the upper two blocks adapted, two blocks more or fewer below them change no byte and get no gradient."""
+    found = []
+    for blocks in (2, 4, 6):
+        torch.manual_seed(0)
+        base = tiny.build("llama", num_hidden_layers=blocks)
+        model = live(ak.wrap(base, "lora", layers_to_transform=[blocks - 2, blocks - 1], lora_dropout=0.1)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers now has the embeddings ask for gradients; ak.train takes that back when training begins.
+            options = SimpleNamespace(gradient_checkpointing=True)
+            Steering(None, None, None).on_train_begin(options, None, None, model=model)
+        batch = tiny.inputs(base, labels=True)
+        found.append(kept_bytes(model, lambda model=model, batch=batch: model(**batch).loss))
+        seen = []
+        for block in model.base_model.model.model.layers:
+            block.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y.requires_grad))
+        model(**batch).loss.backward()
+        assert seen[:blocks] == [False] * (blocks - 2) + [True] * 2  # checkpointing calls some once more
+        assert all(grad.norm() > 0 for grad in gradients(model).values())
+    assert found[0] == found[1] == found[2] > 0

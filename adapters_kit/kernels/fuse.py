@@ -5,6 +5,7 @@ adapters are peft's. At every call a layer looks at itself, and where the node d
 peft's forward.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,10 @@ class FuseReport:
     def __str__(self) -> str:
         total = len(self.fused) + len(self.plain)
         lines = [f"{len(self.fused)} of {total} LoRA layers fused, {len(self.groups)} groups of siblings"]
-        lines += [f"  plain, {count}×: {reason}" for reason, count in Counter(self.plain.values()).most_common()]
+        for reason, count in Counter(self.plain.values()).most_common():
+            where = dict.fromkeys(_shape_of(path) for path, why in self.plain.items() if why == reason)
+            shown = ", ".join(list(where)[:4]) + (f" and {len(where) - 4} more" if len(where) > 4 else "")
+            lines.append(f"  plain, {count}×: {reason}: {shown}")
         lines += [f"  siblings: {self.unshared}"] if self.unshared else []
         return "\n".join(lines)
 
@@ -153,6 +157,27 @@ def fuse(model: nn.Module, *, shared_dropout: bool = False, inputs: Mapping[str,
     return report
 
 
+def fuse_report(model: nn.Module) -> FuseReport:
+    """Which LoRA layers of `model` are fused as things stand now, and why the others are not. Changes nothing."""
+    report = FuseReport()
+    names = {id(layer): path for path, layer in _lora_layers(model)}
+    for path, layer in _lora_layers(model):
+        if type(layer) in _PLAIN_CLASSES:
+            reason = why_plain(layer)
+        elif type(layer) in _CLASSES:
+            reason = "fuse(model) was not called"
+        else:
+            reason = f"{type(layer).__name__} is not a kind of layer that is fused"
+        if reason is None:
+            report.fused.append(path)
+        else:
+            report.plain[path] = reason
+        group: Siblings | None = layer.__dict__.get(_GROUP)
+        if group is not None and group.leads(layer):
+            report.groups.append(tuple(names[id(member)] for member in group.members))
+    return report
+
+
 def unfuse(model: nn.Module) -> int:
     """Give every fused layer of `model` peft's own class back; returns how many there were."""
     count = 0
@@ -163,6 +188,11 @@ def unfuse(model: nn.Module) -> int:
             layer.__dict__.pop(_SHARED_MASK, None)
             count += 1
     return count
+
+
+def _shape_of(path: str) -> str:
+    """A path with `*` for the number of the block, as many layers share it."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix("base_model.model."))
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

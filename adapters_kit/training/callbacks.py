@@ -32,6 +32,14 @@ class Steering(TrainerCallback):
     def __init__(self, sampler: OrderedByEpoch, save_every: int | None, patience: int | None) -> None:
         self.sampler, self.save_every, self.patience = sampler, save_every, patience
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """transformers makes the embeddings ask for a gradient where activations are recomputed. Our way of recomputing
+        does not need that, and every block below the lowest adapted one would run twice, and backward, for nothing."""
+        if args.gradient_checkpointing and hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)
 
