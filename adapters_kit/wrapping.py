@@ -243,16 +243,27 @@ def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftMode
             f"{did_you_mean(str(kind).lower(), peft_methods())}"
         ) from None
     saved = load_peft_weights(str(folder), device="cpu")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    task, lent = infer_task_type(base), []
+    if config.task_type not in (None, task) and not isinstance(config, PromptLearningConfig):
+        # Trained for another task, such as a language adapter under a classifier: the head is the model's own.
+        config.task_type, lent = task, [f".{name}." for name in task_heads(base)]
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name, is_trainable=True)
             model.set_adapter(adapter_name)
+        elif lent:
+            config.inference_mode = False
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+            own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+            set_peft_model_state_dict(model, own | saved, adapter_name=adapter_name)
         else:
             model = PeftModel.from_pretrained(model, str(folder), adapter_name, is_trainable=True, config=config)
     except (RuntimeError, ValueError) as error:
         raise _misfit(folder, model, str(error)) from error
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    problems = [f"{key} is missing from the file" for key in expected.keys() - saved.keys()]
+    missing = [key for key in expected.keys() - saved.keys() if not any(name in key for name in lent)]
+    problems = [f"{key} is missing from the file" for key in missing]
     problems += [f"{key} fits no place in the model" for key in saved.keys() - expected.keys()]
     if problems:
         raise _misfit(folder, model, "; ".join(sorted(problems)[:3]))

@@ -34,9 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "mam": {"name": "mam"},
     "unipelt": {"name": "unipelt"},
 }
-# Prefixes that start from what the model computes for a text disturb it least; random ones need long training.
+# How a prefix starts matters to a language model: from words (the default), at random, or from a text of the field.
 START = "The film tells a story about people and what they do, with some good scenes and some bad ones."
-LANGUAGE = ("lora", "prefix", "lora+prefix")
+STARTS = {"prefix, random start": {"init": "random"}, "prefix, from a text": {"init_ids": START}}
+LANGUAGE = {name: METHODS[name] for name in ("lora", "prefix", "lora+prefix")}
+LANGUAGE |= {name: {"name": "prefix", **start} for name, start in STARTS.items()}
 KEPT_OF_LANGUAGE = ("base_perplexity", "perplexity", "trainable_params", "total_params", "train_seconds")
 KEPT = ("base_accuracy", "accuracy", "f1", "trainable_params", "total_params", "train_seconds", "peak_memory_bytes")
 
@@ -67,11 +69,8 @@ def run_language(method: dict[str, Any]) -> dict[str, Any]:
 
     import adapters_kit as ak
 
-    start = {"init_ids": ak.load_processor(assets.smollm2())(START)["input_ids"]}
-    if method["name"] == "prefix":
-        method = {**method, **start}
-    elif "prefix" in method["name"]:
-        method = {**method, "parts": {"prefix": start}}
+    if "init_ids" in method:
+        method = {**method, "init_ids": ak.load_processor(assets.smollm2())(method["init_ids"])["input_ids"]}
     with tempfile.TemporaryDirectory() as folder:
         recipe = ak.Recipe(
             model=str(assets.smollm2()),
@@ -131,10 +130,11 @@ def main() -> None:
     import torch
 
     part, once = ("smollm2", run_language) if options.smollm2 else ("methods", run)
-    for name in LANGUAGE if options.smollm2 else options.methods:
+    chosen = LANGUAGE if options.smollm2 else {name: METHODS[name] for name in options.methods}
+    for name in chosen:
         if name in read()[part] and not options.again:
             continue
-        row = once(METHODS[name])
+        row = once(chosen[name])
         results = read()
         results["environment"] = {
             "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """Several methods as one adapter: trained, saved, switched, disabled together; the mergeable part merges."""
 
 import copy
+import csv
 import json
 import pickle
 
@@ -252,6 +253,25 @@ def test_stacked_classifiers_use_the_upper_head():
     model(**batch).loss.backward()
     heads = {key: p.grad is not None for key, p in model.named_parameters() if "modules_to_save" in key}
     assert {key for key, moved in heads.items() if moved} == {key for key in heads if ".task." in key}
+
+
+def test_a_language_adapter_goes_under_a_classifier(tmp_path):
+    """examples/stack.py on a tiny model: two runs, two folders, one classifier of both."""
+    import small
+    import stack
+
+    for part, count in (("train", 96), ("test", 32)):
+        with open(tmp_path / f"{part}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(small.sentiment(count, seed=count))
+    folder = str(small.model("llama"))
+    trained, loaded = stack.main(folder, str(tmp_path), tmp_path / "out", limit=96, rate=2e-2)
+    assert trained == loaded > 0.6
+    adapters = tmp_path / "out" / "adapters"
+    for name, kept in (("language", "residual_adapter"), ("task", "lora_")):
+        keys = list(load_file(adapters / name / "adapter_model.safetensors"))
+        assert any(kept in key for key in keys) and all(kept in key or "score" in key for key in keys)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """peft's PREFIX_TUNING checkpoints become prefixes inside attention and go back, with equal outputs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import tiny
 import torch
 import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_prefix import fill, logits, wrapped
 
 import adapters_kit as ak
@@ -106,4 +107,20 @@ def test_adapterhub_prefixes_for_other_models_are_refused(tmp_path):
     other = transformers.BertForMaskedLM.from_pretrained(ADAPTERHUB / "bert" / "base", num_hidden_layers=1)
     with pytest.raises(ak.AdapterError, match=r"1 layers.*trained on"):
         convert_folder(ADAPTERHUB / "bert" / "prefix", other, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_adapterhub_prefixes_of_t5_are_refused_with_the_reason(flat, tmp_path):
+    """AdapterHub's T5 computes with position biases that are off by the length of the prefix."""
+    base = transformers.T5ForConditionalGeneration.from_pretrained(ADAPTERHUB / "t5" / "base")
+    bert = ADAPTERHUB / "bert" / ("prefix" if flat else "prefix-mlp")
+    saved = json.loads((bert / "adapter_config.json").read_text())
+    changes = {"model_type": "t5", "model_class": "T5ForConditionalGeneration"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | changes))
+    # 3 tokens · 2 layers · keys and values · 2 heads of 4, as AdapterHub 1.3 names them.
+    name = f"prefix_tuning.prefix_tunings.{saved['name']}.encoder_prefix.control_trans"
+    save_file({name: torch.randn(96)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ak.AdapterError, match="relative positions"):
+        convert_folder(tmp_path, base, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()

@@ -1,12 +1,13 @@
 """Prefixes and combinations under Trainer, TRL and on quantized bases."""
 
 import pytest
+import small
 import tiny
 import torch
 from datasets import Dataset
 from peft import PeftModel, prepare_model_for_kbit_training
-from test_prefix import CLOSE, fill, logits, wrapped
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from test_prefix import CLOSE, DECODERS, ON, fill, logits, wrapped
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import adapters_kit as ak
 from adapters_kit.quantization import keep_layout
@@ -46,27 +47,38 @@ def test_trainer_learns_and_the_saved_adapter_is_what_was_trained(name, checkpoi
     torch.testing.assert_close(logits(again, **batch), logits(model.eval(), **batch), **CLOSE)
 
 
-def test_trl_with_its_defaults(tmp_path):
+@pytest.mark.parametrize("name", ON)
+def test_trainer_runs_on_every_family(name, tmp_path):
+    model = ak.wrap(tiny.build(name), "prefix", num_virtual_tokens=3)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    options = {"max_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    Trainer(model=model, args=TrainingArguments(**arguments(tmp_path, **options)), train_dataset=rows(model, 4)).train()
+    for key, parameter in model.named_parameters():
+        trained = ".prefix_" in key or ("modules_to_save" in key and parameter.requires_grad)
+        assert torch.isfinite(parameter).all() and torch.equal(parameter, before[key]) != trained, key
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_trl_with_its_defaults(name, tmp_path):
     trl = pytest.importorskip("trl")
-    import small
-
-    folder = small.model("llama")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model = ak.wrap(model, "prefix", num_virtual_tokens=4)
-    from transformers import AutoTokenizer
-
+    folder = small.model(name)
+    model = ak.wrap(AutoModelForCausalLM.from_pretrained(folder), "prefix", num_virtual_tokens=4)
     data = Dataset.from_list([{"text": row["text"]} for row in small.sentiment(16)])
+    steps = 8 if name == "llama" else 2
     trainer = trl.SFTTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(folder),
-        args=trl.SFTConfig(**arguments(tmp_path, max_steps=8, learning_rate=3e-2, logging_steps=1, bf16=False)),
+        args=trl.SFTConfig(**arguments(tmp_path, max_steps=steps, learning_rate=3e-2, logging_steps=1, bf16=False)),
         train_dataset=data,
     )
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
     trainer.train()
+    assert all(torch.equal(p, before[key]) != (".prefix_" in key) for key, p in model.named_parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert len(losses) == steps and (name != "llama" or losses[-1] < losses[0])
 
 
+# Every other family over nf4 and int8 is in test_quantized_methods.py.
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 @pytest.mark.parametrize("method", ["prefix", ["lora", "pfeiffer", "prefix"]], ids=str)
 def test_quantized_bases(bits, method, tmp_path):

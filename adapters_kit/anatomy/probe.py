@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from adapters_kit.anatomy.structure import CONVOLUTIONS, base_model, walk
 from adapters_kit.errors import ModelError
@@ -26,6 +27,7 @@ def probe_inputs(model: nn.Module, tokens: int = TOKENS) -> dict[str, torch.Tens
     Returns:
         Keyword arguments of `model(...)` on the model's device: int64 ids and masks `(1, tokens)`; in the model's dtype
         `pixel_values` `(1, [frames,] channels, height, width)`, `input_features` or `input_values`.
+        Multiple choice gets one choice: ids `(1, 1, tokens)`.
 
     Raises:
         ModelError: the model reads something else (it names what).
@@ -57,6 +59,8 @@ def probe_inputs(model: nn.Module, tokens: int = TOKENS) -> dict[str, torch.Tens
     if _device(base).type == "meta":
         # A model of shapes alone cannot look whether a mask is all ones, which is what it would mean here.
         result.pop("attention_mask", None)
+    if type(base).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():  # reads (rows, choices, tokens)
+        result = {key: value[:, None] for key, value in result.items()}
     return result
 
 

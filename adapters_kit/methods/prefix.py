@@ -26,6 +26,8 @@ from adapters_kit.methods.prefix_layer import NOT_MERGEABLE, PrefixLayer
 from adapters_kit.peft_plugin import register
 from adapters_kit.registry import Method
 
+COMMON = 5000  # tokens that words to start from are drawn from
+
 
 class PrefixModel(BaseTuner):
     """Puts a `PrefixLayer` inside each attention that the config names."""
@@ -43,11 +45,13 @@ class PrefixModel(BaseTuner):
         if peft_config.shapes is not None:
             _check_shapes(peft_config, model)
             return
-        seen = prefix_probe.run(model, _start_inputs(peft_config, model))
+        ids = _start_ids(peft_config, model)
+        seen = prefix_probe.run(model, _start_inputs(peft_config, model, ids))
         chosen = _choose(peft_config, seen)
         peft_config.shapes = {path: seen[path].shape for path in chosen}
-        if peft_config.init_text or peft_config.init_ids:
-            self._start = {path: (seen[path].key, seen[path].value) for path in chosen}
+        given = peft_config.init or peft_config.init_text or peft_config.init_ids
+        if ids and (given or any(note.kind == "decoder" for note in seen.values())):
+            self._start = {path: _start(peft_config, seen[path], len(ids)) for path in chosen}
 
     @staticmethod
     def _check_target_module_exists(peft_config: PrefixConfig, key: str) -> bool:
@@ -146,8 +150,8 @@ def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: li
     return args, {**kwargs, "adapter_names": names}
 
 
-def _start_inputs(config: PrefixConfig, model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """The batch to read activations from; None if the prefix starts at random."""
+def _start_ids(config: PrefixConfig, model: nn.Module) -> list[int]:
+    """The tokens whose keys and values the prefix starts from, at most as many as it has; none for a random start."""
     ids = config.init_ids
     if config.init_text:
         from transformers import AutoTokenizer
@@ -159,7 +163,41 @@ def _start_inputs(config: PrefixConfig, model: nn.Module) -> dict[str, torch.Ten
                 "tokenizer_name_or_path='...', or init_ids=[...]."
             )
         ids = AutoTokenizer.from_pretrained(source)(config.init_text)["input_ids"]
-    return prefix_probe.text_inputs(model, ids[: config.num_virtual_tokens]) if ids else None
+    if ids is None and config.init != "random" and prefix_probe.reads_text(model):
+        ids = _words(model, config.num_virtual_tokens)
+    return list(ids or ())[: config.num_virtual_tokens]
+
+
+def _words(model: nn.Module, count: int) -> list[int]:
+    """Different ids of common tokens: vocabularies begin with those. After Lester et al. 2021, arXiv:2104.08691."""
+    text = base_model(model).config.get_text_config()
+    special = {value for key, value in text.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
+    drawn = [i for i in torch.randperm(min(text.vocab_size, COMMON)).tolist() if i not in special][:count]
+    # Models that begin every text with the same token expect to see it; attention rests on it.
+    first = getattr(text, "bos_token_id", None)
+    return [first, *drawn[1:]] if isinstance(first, int) and 0 <= first < text.vocab_size else drawn
+
+
+def _start_inputs(config: PrefixConfig, model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor] | None:
+    """The batch to read activations from, `ids` repeated to the length of the prefix; None without ids."""
+    if not ids:
+        return None
+    positions = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa and its kin keep two of their positions for padding.
+    length = min(config.num_virtual_tokens, max(positions - 2, 1) if positions else config.num_virtual_tokens)
+    return prefix_probe.text_inputs(model, (ids * length)[:length])
+
+
+def _start(config: PrefixConfig, seen: prefix_probe.Seen, different: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values (tokens, heads, width) to start from; None on a model of shapes alone."""
+    if seen.key.device.type == "meta":
+        return None
+    rows = torch.arange(config.num_virtual_tokens)
+    parts = [part.float().cpu().transpose(0, 1) for part in (seen.key, seen.value)]
+    parts = [part[rows % len(part)] for part in parts]
+    for part in parts:  # two equal tokens would get equal gradients for ever
+        part[different:] += config.init_std * torch.randn_like(part[different:])
+    return parts[0], parts[1]
 
 
 def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[str]:

@@ -2,7 +2,8 @@
 
 One network writes the keys and values of all layers: (tokens, 2 · layers, heads, width), for each layer keys, then
 values. Encoder, decoder and cross-attention have one each. Its prefix takes no positions either: nothing has to be
-turned.
+turned. T5 and its kin are left out: there AdapterHub counts the prefix when it looks up relative positions, so that
+real tokens get the bias of a distance that is off by the length of the prefix.
 """
 
 from pathlib import Path
@@ -36,7 +37,7 @@ def convert_prefix(
 
     Raises:
         ShippingError: an option without an equal.
-        ModelError: sizes that do not fit the model.
+        ModelError: sizes that do not fit the model, or relative positions, which make it inexact.
     """
     for option, value in options.items():
         if option not in _KNOWN and value not in (None, False, 0, [], {}):
@@ -44,6 +45,12 @@ def convert_prefix(
                 f"{source}: {option}={value!r} has no equal here, so the prefix would compute something else. "
                 "It was not converted."
             )
+    if any(getattr(module, "has_relative_attention_bias", False) for module in model.modules()):
+        raise ModelError(
+            f"{source}: on a {type(model).__name__}, AdapterHub's prefix also changes the relative positions of the "
+            "text (a token is as far from itself as the prefix is long). Here they stay, so outputs would differ. It "
+            "was not converted."
+        )
     tokens = options["prefix_length"]
     seen = prefix_probe.run(model)
     decodes = any(note.kind != "encoder" for note in seen.values())

@@ -87,7 +87,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             config: its options.
-            start: keys and values to start from, each (heads, at least 1 token, width); None for a random start.
+            start: keys and values to start from, each fp32 (tokens, heads, width) on the CPU; None for a random start.
         """
         heads, key_width, value_width = self.shape
         tokens, width = config.num_virtual_tokens, config.projection_hidden_size
@@ -95,13 +95,12 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             self.prefix_embedding[adapter_name] = nn.Parameter(torch.randn(tokens, width))
             self.prefix_down[adapter_name] = nn.Linear(width, width)
             self.prefix_up[adapter_name] = nn.Linear(width, heads * (key_width + value_width))
-        elif start is None:
-            for part, size in ((self.prefix_key, key_width), (self.prefix_value, value_width)):
-                part[adapter_name] = nn.Parameter(torch.randn(tokens, heads, size) * config.init_std)
+            if start is not None:
+                self._let_mlp_write(adapter_name, torch.cat(start, dim=-1).flatten(1))
         else:
-            for part, given in zip((self.prefix_key, self.prefix_value), start, strict=True):
-                rows = torch.arange(tokens) % given.shape[1]
-                part[adapter_name] = nn.Parameter(given.detach().float().transpose(0, 1)[rows].clone())
+            if start is None:
+                start = [torch.randn(tokens, heads, size) * config.init_std for size in (key_width, value_width)]
+            self.prefix_key[adapter_name], self.prefix_value[adapter_name] = map(nn.Parameter, start)
         if config.gate:
             self.prefix_gate[adapter_name] = gate = nn.Linear(self.hidden_size, 1)
             nn.init.zeros_(gate.weight)
@@ -109,6 +108,16 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             self._watch_input()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def _let_mlp_write(self, adapter_name: str, rows: torch.Tensor) -> None:
+        """Set the last layer of a fresh MLP so that it writes `rows` (tokens, heads · both widths).
+
+        The smallest such weights: exact up to as many tokens as the MLP is wide, least squares beyond.
+        """
+        embedding, down, up = (part[adapter_name] for part in (self.prefix_embedding, self.prefix_down, self.prefix_up))
+        up.bias.copy_(rows.mean(0))
+        up.weight.copy_(torch.linalg.lstsq(torch.tanh(down(embedding)), rows - up.bias, driver="gelsd").solution.T)
 
     def vectors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys (tokens, heads, key width) and values (tokens, heads, value width) of one adapter."""

@@ -155,15 +155,20 @@ def _listen_to_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
     listener.cross = any(other is not None and other is not hidden for other in others)
 
 
+def reads_text(model: nn.Module) -> bool:
+    """Whether the model's input is token ids, and not images or sound."""
+    return getattr(base_model(model), "main_input_name", None) == "input_ids"
+
+
 def text_inputs(model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
-    """A batch of one row holding `ids`, for both sides of an encoder-decoder.
+    """A batch of one row that begins with `ids`, for both sides of an encoder-decoder.
 
     Raises:
         AdapterError: the model does not read text, or an id is not in its vocabulary.
     """
     base = base_model(model)
-    reads = getattr(base, "main_input_name", None)
-    if reads != "input_ids":
+    if not reads_text(base):
+        reads = getattr(base, "main_input_name", None)
         raise AdapterError(
             f"{type(base).__name__} reads {reads!r}, not text, so a prefix cannot start from init_text or init_ids. "
             "Leave them out: it then starts from small random values."
@@ -172,6 +177,10 @@ def text_inputs(model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
     wrong = [i for i in ids if not 0 <= i < vocabulary]
     if wrong or not ids:
         raise AdapterError(f"init_ids: {wrong or 'empty'}; ids must be from 0 to {vocabulary - 1} for this model.")
-    row = torch.tensor([ids], device=next(base.parameters()).device)
-    batch = {**probe_inputs(base), "input_ids": row, "attention_mask": torch.ones_like(row)}
+    batch = probe_inputs(base)
+    end = batch["input_ids"][..., -1:]
+    row = torch.tensor(ids, device=end.device).view(*end.shape[:-1], -1)
+    if base.config.is_encoder_decoder:  # whose classifiers read the end of the text
+        row = torch.cat([row, end], dim=-1)
+    batch = {**batch, "input_ids": row, "attention_mask": torch.ones_like(row)}
     return {**batch, "decoder_input_ids": row} if "decoder_input_ids" in batch else batch
