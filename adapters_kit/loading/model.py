@@ -180,8 +180,8 @@ def _check_half(dtypes: list[Any], device_map: Any) -> None:
         _half_product()
     except RuntimeError as error:
         raise ModelError(
-            f"torch {torch.__version__} cannot multiply in float16 on this CPU ({gist(error)}). Load with dtype='bf16', of "
-            "the same size, or dtype='fp32'."
+            f"torch {torch.__version__} cannot multiply in float16 on this CPU ({gist(error)}). Load with "
+            "dtype='bf16', of the same size, or dtype='fp32'."
         ) from error
 
 
