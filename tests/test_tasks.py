@@ -18,9 +18,11 @@ from adapters_kit import tasks
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
-from adapters_kit.tasks import packing
+from adapters_kit.tasks import metrics, packing
 from adapters_kit.tasks.base import IGNORED
 from adapters_kit.tasks.question_answering import plain, word_f1
+from adapters_kit.tasks.seq2seq import text_scores
+from adapters_kit.tasks.token_classification import spans
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "recipes"
 FAST = {"training.epochs": 4.0, "training.max_steps": None, "training.batch_size": 8, "training.max_length": 48}
@@ -94,7 +96,7 @@ MODELS = {
     "text_pairs": ["bert"],
     "multi_label": ["bert"],
     "regression": ["roberta"],
-    "token_classification": ["bert:BertForTokenClassification"],
+    "token_classification": ["bert:BertForTokenClassification", "distilbert:DistilBertForTokenClassification"],
     "question_answering": ["bert:BertForQuestionAnswering"],
     "translation": ["t5", "bart"],
     "domain_adaptation": ["bert:BertForMaskedLM"],
@@ -278,3 +280,56 @@ def test_rows_that_do_not_fit_the_task(name, rows, columns, message):
     task = tasks.get(name)(Recipe(model="m", task=name, data="x"), columns)
     with pytest.raises(DataError, match=message):
         task.fit(Dataset.from_list([rows, rows]), None)
+
+
+def test_scores_of_a_classifier_by_hand():
+    """Three classes, six examples; counts written out."""
+    labels, guesses = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
+    probabilities = np.full((6, 3), 0.2)
+    probabilities[np.arange(6), guesses] = 0.6
+    found = metrics.classification(probabilities, labels)
+    # class 0: 2 right of 3 guessed and 3 true; class 1: 1 of 3 guessed, 2 true; class 2: never guessed
+    f1 = [2 / 3, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2), 0]
+    assert found["accuracy"] == found["f1_micro"] == pytest.approx(3 / 6)
+    assert found["precision"] == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
+    assert found["recall"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert found["f1"] == pytest.approx(sum(f1) / 3)
+    assert found["loss"] == pytest.approx(-(3 * np.log(0.6) + 3 * np.log(0.2)) / 6)
+    # Matthews: (c s - sum p t) / sqrt((s² - sum p²)(s² - sum t²)), c right of s, guessed p and true t of each class
+    right, p, t = 3, np.array([3, 3, 0]), np.array([3, 2, 1])
+    expected = (right * 6 - p @ t) / np.sqrt((36 - p @ p) * (36 - t @ t))
+    assert found["mcc"] == pytest.approx(expected)
+    assert metrics.confusion(guesses, labels, 3) == [[2, 1, 0], [1, 1, 0], [0, 1, 0]]
+
+
+def test_scores_of_several_labels_and_of_numbers():
+    truth = np.array([[1, 0], [1, 1], [0, 1], [0, 0]])
+    found = metrics.multi_label(np.array([[0.9, 0.1], [0.9, 0.2], [0.8, 0.7], [0.1, 0.1]]), truth)
+    assert found["accuracy"] == 0.5, "all labels of an example right"
+    assert found["f1_micro"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
+    assert found["f1"] == pytest.approx((2 * 2 / (2 * 2 + 1) + 2 / (2 + 1)) / 2)
+    found = metrics.regression(np.array([1.0, 2.0, 4.0, 3.0]), np.array([2.0, 4.0, 20.0, 8.0]))
+    assert found["spearman"] == pytest.approx(1)
+    assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 4, 3], [2, 4, 20, 8])[0, 1])
+    assert found["pearson"] < 1
+    assert (found["mae"], found["loss"]) == (6.0, (1 + 4 + 256 + 25) / 4)
+
+
+def test_scores_of_texts_and_spans():
+    same = text_scores(["the film was great fun"], ["the film was great fun"])
+    assert same["bleu"] == pytest.approx(100)
+    assert same["chrf"] == pytest.approx(100)
+    assert same["rouge1"] == same["rouge2"] == same["rougeL"] == 1
+    some = text_scores(["the film was dull"], ["the film was great"])
+    assert some["rouge1"] == some["rougeL"] == pytest.approx(3 / 4)
+    assert some["rouge2"] == pytest.approx(2 / 3)
+    assert 0 < some["chrf"] < 100
+    # One of two spans right; the other is cut short, which counts neither as found nor as right.
+    found = spans([["B-PER", "I-PER", "O", "B-LOC"]], [["B-PER", "O", "O", "B-LOC"]])
+    assert found == {"f1": 0.5, "precision": 0.5, "recall": 0.5}
+
+
+def test_perplexity_is_of_all_tokens():
+    task, rows = bound("causal-lm", [{"text": "anna lives in rome"}] * 2, {"text": "text"}, small.model("gpt2"))
+    found = task.score([(2.0, 1), (1.0, 5)], task.encode(rows))
+    assert found["perplexity"] == pytest.approx(np.exp(3.0 / 6))
