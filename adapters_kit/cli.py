@@ -120,7 +120,7 @@ def inspect(options: argparse.Namespace) -> None:
             shown.add_row(name, "", "", str(error).splitlines()[0])
     console.print(shown)
     try:
-        console.print(fuse(wrap(copy.deepcopy(bare), "lora", fuse=False)), highlight=False, soft_wrap=True)
+        console.print(str(fuse(wrap(copy.deepcopy(bare), "lora", fuse=False))), highlight=False, soft_wrap=True)
     except AdapterError as error:  # a model without a linear layer
         console.print(f"no LoRA: {error}", highlight=False, soft_wrap=True)
 

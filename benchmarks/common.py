@@ -140,14 +140,16 @@ def step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
 def interleaved(
     runs: dict[str, Callable[[], None]], rounds: int, device: str, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each run, round by round, so that what disturbs the machine disturbs all; the first round is dropped.
+    """Seconds of each run, round by round, so that what disturbs the machine disturbs all.
 
     Args:
-        seconds: no new round begins after this time.
+        runs: warmed up already.
+        rounds: at most so many.
+        seconds: no new round begins that would end after this time, but two are always made.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
-    for number in range(rounds + 1):
+    for number in range(rounds):
         names = list(runs)
         shift = number % len(names)  # nobody is always behind the same neighbour
         for name in names[shift:] + names[:shift]:
@@ -156,9 +158,9 @@ def interleaved(
             start = time.perf_counter()
             runs[name]()
             sync(device)
-            if number:
-                times[name].append(time.perf_counter() - start)
-        if number and time.perf_counter() - began > seconds:
+            times[name].append(time.perf_counter() - start)
+        spent = time.perf_counter() - began
+        if number and spent * (number + 2) / (number + 1) > seconds:
             break
     return times
 

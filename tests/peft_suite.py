@@ -3,6 +3,10 @@
     python tests/peft_suite.py                       # its custom-model and variant tests that name LoRA
     python tests/peft_suite.py -k merge -x           # further pytest arguments
 
+The plain linear layers alone (ten minutes), with what ran last recorded in benchmarks/results/peft_suite.json:
+
+    python tests/peft_suite.py -k "(lora or Lora or LoRA) and Vanilla and MLP and not adalora and not (DoRA or dora)"
+
 The test files come with peft's source archive, fetched with `pip download` for the installed version. Every LoRA model
 is fused as soon as peft has injected its adapters. Tests that need a model hub are left out.
 """

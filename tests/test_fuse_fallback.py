@@ -296,13 +296,7 @@ def test_the_report_of_a_model_as_it_stands():
     assert not fuse_report(tiny.build("llama")).plain
 
 
-def test_inspect_names_the_layers_that_stay_plain(tmp_path, capsys):
-    for name, expected in (
-        ("llama", ["14 of 14 LoRA layers fused, 4 groups of siblings"]),
-        ("qwen3-moe", ["plain, ", "ParamWrapper is not a kind of layer that is fused", "layers.*.mlp.experts"]),
-    ):
-        tiny.build(name).config.save_pretrained(tmp_path / name)
-        assert main(["inspect", str(tmp_path / name), "--task", "causal-lm", "--methods", "lora"]) == 0
-        printed = capsys.readouterr().out
-        for text in expected:
-            assert text in printed
+def test_inspect_says_what_is_fused(tmp_path, capsys):
+    tiny.build("bert").config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--methods", "lora"]) == 0
+    assert "12 of 12 LoRA layers fused, 2 groups of siblings" in capsys.readouterr().out
