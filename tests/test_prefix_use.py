@@ -206,9 +206,14 @@ def test_a_gate_listens_token_by_token(name):
         torch.testing.assert_close(closed, logits(model, **batch), **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in ON if getattr(transformers, tiny.FAMILIES[name].model)._supports_flex_attn]
-)
+# Not on a CPU: gpt-oss (sinks). T5's position bias of one row does not go through transformers' flex function here.
+NO_FLEX = ("gpt-oss", "t5", "flan-t5")
+FLEX = [
+    name for name in ON if name not in NO_FLEX and getattr(transformers, tiny.FAMILIES[name].model)._supports_flex_attn
+]
+
+
+@pytest.mark.parametrize("name", FLEX)
 def test_flex_attention_agrees(name):
     model = wrapped(name, attn="eager")
     batch = tiny.inputs(model, padding="right")
