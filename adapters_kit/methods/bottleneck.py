@@ -151,7 +151,7 @@ def _fill_in_sites(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "sites": sites, "target_modules": tuple(sites), "exclude_modules": None}
 
 
-def _preset(name: str, trains: str, paper: str, **defaults: Any) -> Method:
+def _preset(name: str, trains: str, paper: str, learning_rate: float = 1e-3, **defaults: Any) -> Method:
     return Method(
         name=name,
         config="adapters_kit.methods.bottleneck_config:BottleneckConfig",
@@ -159,7 +159,7 @@ def _preset(name: str, trains: str, paper: str, **defaults: Any) -> Method:
         paper=paper,
         mergeable=False,
         defaults=defaults,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         prepare=_fill_in_sites,
     )
 
@@ -172,12 +172,13 @@ _PFEIFFER = {
 }
 _COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
 
-HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751")
-PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", **_PFEIFFER)
+HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 2e-3)
+PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
 PARALLEL = _preset(
     "parallel",
     "an MLP beside FFN",
     "He et al. 2021, arXiv:2110.04366",
+    3e-4,
     mh_adapter=False,
     is_parallel=True,
     non_linearity="relu",

@@ -118,6 +118,7 @@ LORA = Method(
     mergeable=True,
     defaults={"r": 16},
     prepare=scaled_by_rank(2, lora_linears_and_experts),
+    learning_rate=6e-4,
 )
 
 # The scale is alpha/√r here; alpha = 16 as in the paper, so that it does not grow with the rank twice.
@@ -139,6 +140,7 @@ DORA = Method(
     mergeable=True,
     defaults={"r": 16, "use_dora": True},
     prepare=scaled_by_rank(2, lora_linears),
+    learning_rate=6e-4,
 )
 
 # PiSSA, OLoRA and LoftQ split W itself, which needs scale 1: alpha = r.
@@ -192,7 +194,7 @@ IA3 = Method(
     paper="Liu et al. 2022, arXiv:2205.05638",
     mergeable=True,
     prepare=_ia3,
-    learning_rate=3e-3,
+    learning_rate=3e-2,
 )
 
 VERA = Method(
