@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters_kit.errors import ShippingError
 from adapters_kit.artifacts.checkpoint import (
     DTYPES,
     INDEX,
@@ -20,6 +19,7 @@ from adapters_kit.artifacts.checkpoint import (
     read_header,
     read_index,
 )
+from adapters_kit.errors import ShippingError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 TABLES = st.dictionaries(
