@@ -122,7 +122,9 @@ def test_logits_that_are_asked_for_are_the_models():
     torch.testing.assert_close((lazy / 2).float().make(), expected / 2)
     torch.testing.assert_close(lazy * torch.ones(1), expected)
     torch.testing.assert_close(lazy + 1, expected + 1)
-    torch.testing.assert_close(lazy - 1, expected - 1)
+    torch.testing.assert_close(1 - lazy / 2, 1 - expected / 2)
+    torch.testing.assert_close(torch.stack([lazy, lazy + lazy]), torch.stack([expected, expected * 2]))
+    assert torch.equal(lazy > 0, expected > 0) and len(list(lazy)) == len(expected)
     lazy[..., 0].sum().backward()
     assert any(grad is not None and grad.norm() > 0 for grad in gradients(chunked).values())
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from adapters_kit.cli import main
-from adapters_kit.kernels.fuse import fuse, fuse_report, why_plain
+from adapters_kit.kernels.fuse import fuse, fuse_report, unfuse, why_plain
 from adapters_kit.kernels.lora import LoraLinear
 from tests import tiny
 from tests.fused import live, lora
@@ -166,6 +166,67 @@ def test_a_trained_base_weight(runs):
         fused.base_model.model.a.base_layer.weight.grad, plain.base_model.model.a.base_layer.weight.grad
     )
     assert runs == [1]
+
+
+def test_a_trained_base_weight_in_evaluation(runs):
+    """No gradient is wanted: the node runs. Checkpointing's first pass has none either, but belongs to training."""
+    plain, fused, _ = pair()
+    fused.base_model.model.a.base_layer.weight.requires_grad_()
+    with torch.no_grad():
+        same(plain.eval(), fused.eval())
+        assert runs == [1, 1]
+        same(plain.train(), fused.train())
+    assert runs == [1, 1, 1]
+
+
+class Reordered(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-100, 100)
+
+
+class Cast(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float().to(x.dtype))
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, self.training))
+
+
+class Detached(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.detach()) + 0 * x
+
+
+@pytest.mark.parametrize("kind", [Reordered, Scaled, Clipped, Cast, Noisy, Detached])
+@pytest.mark.parametrize("bias", [True, False])
+def test_subclasses_of_linear_are_fused_where_they_compute_the_same(runs, kind, bias):
+    torch.manual_seed(0)
+    net = Net(bias)
+    net.a = kind(6, 6, bias=bias)
+    plain = lora(net, target_modules=["a", "b"]).eval()
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    alike = kind is Reordered
+    assert report.plain == ({} if alike else {"base_model.model.a": f"its base layer is a {kind.__name__}"})
+    same(plain, fused)
+    assert runs == ([1, 1] if alike else [1])
+    unfuse(fused)
+    assert fused.base_model.model.a.base_layer.__dict__.keys() == plain.base_model.model.a.base_layer.__dict__.keys()
 
 
 def test_parametrized_base(runs):

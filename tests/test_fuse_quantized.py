@@ -1,6 +1,7 @@
 """Fused LoRA on bitsandbytes' 4 and 8 bit: against peft on the same quantized weights, and against float64."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from adapters_kit.kernels.fuse import fuse, why_plain
 from tests.fused import gradients, live, relative, with_seeded_dropout
 
 bnb = pytest.importorskip("bitsandbytes")
+SEEDS = 8
 
 
 class Mlp(nn.Module):
@@ -62,13 +64,20 @@ def exact_copy(model):
     return with_seeded_dropout(twin)
 
 
-def run(model, x, upstream, autocast=None):
-    torch.manual_seed(3)
+def run(model, x, upstream, autocast=None, seed=3):
+    torch.manual_seed(seed)
+    model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         y = model(x)
     y.backward(upstream.to(y.dtype))
     return y, x.grad, gradients(model)
+
+
+def named(results):
+    """Output, gradient of the input and gradients of the adapters, by name."""
+    output, of_input, of_adapters = results
+    return {"output": output, "input": of_input, **of_adapters}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -81,17 +90,20 @@ def test_no_further_from_float64_than_peft(kind, dtype, p):
     plain = with_seeded_dropout(plain)
     report = fuse(fused, inputs={"x": torch.zeros(1, 64, dtype=dtype)})
     assert len(report.fused) == 3 and [len(group) for group in report.groups] == [2]
-    x, upstream = torch.randn(3, 100, 64).to(dtype), torch.randn(3, 100, 64).to(dtype)
-    truth = run(exact, x.double(), upstream.double())
-    theirs, ours = run(plain, x, upstream), run(fused, x, upstream)
-    floor = 2e-6 if dtype == torch.float32 else 0.0
-    for i in (0, 1):
-        assert ours[i].dtype == theirs[i].dtype == dtype
-        assert relative(ours[i], truth[i]) <= 1.1 * relative(theirs[i], truth[i]) + floor
-    assert len(truth[2]) == 9
-    for name, grad in truth[2].items():
-        assert grad.norm() > 0
-        assert relative(ours[2][name], grad) <= 1.1 * relative(theirs[2][name], grad) + floor, name
+    theirs, ours = Counter(), Counter()  # errors summed over the seeds: one draw of 60 tokens is luck
+    for seed in range(SEEDS):
+        generator = torch.Generator().manual_seed(seed)
+        x, upstream = (torch.randn(3, 20, 64, generator=generator).to(dtype) for _ in range(2))
+        truth = named(run(exact, x.double(), upstream.double(), seed=seed))
+        assert len(truth) == 2 + 9 and all(value.norm() > 0 for value in truth.values())
+        for model, errors in ((plain, theirs), (fused, ours)):
+            found = named(run(model, x, upstream, seed=seed))
+            assert found["output"].dtype == found["input"].dtype == dtype
+            for name, value in truth.items():
+                errors[name] += relative(found[name], value) / SEEDS
+    slack = 1.1 if dtype != torch.float32 else 1.25  # in fp32 the last bit depends on the CPU's kernels
+    for name, error in theirs.items():
+        assert ours[name] <= slack * error, name
 
 
 @pytest.mark.parametrize("nested", [True, False])

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.kernels.lora import Quantized
 
 _DENSE = (nn.Linear, Conv1D)
+_LIKE_LINEAR = "_computes_as_linear"  # on a base layer: the class for which `settle` found that
 _FOUR_BIT: tuple[type, ...] = ()
 _EIGHT_BIT: tuple[type, ...] = ()
 if is_bnb_available():
@@ -31,10 +34,55 @@ def is_plain(tensor: Tensor) -> bool:
     return kind in _PLAIN or kind.__name__ in ("Params4bit", "Int8Params")
 
 
+def settle(base: nn.Module) -> None:
+    """Find out whether a model's own subclass of nn.Linear (Falcon's, ESMFold's) computes what nn.Linear does."""
+    kind = type(base)
+    if isinstance(base, nn.Linear) and kind not in (nn.Linear, *_FOUR_BIT, *_EIGHT_BIT):
+        base.__dict__[_LIKE_LINEAR] = kind if _computes_as_linear(base) else None
+
+
+def unsettle(base: nn.Module) -> None:
+    """Undo `settle`."""
+    base.__dict__.pop(_LIKE_LINEAR, None)
+
+
+def _computes_as_linear(base: nn.Module) -> bool:
+    """Tried on small random weights in float64, which shows a cast, a scale, a clipped or a random value."""
+    tensors = {name for name, _ in [*base.named_parameters(), *base.named_buffers()]}
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if not {"weight"} <= tensors <= {"weight", "bias"} or hooked or "forward" in base.__dict__:
+        return False
+    generator, was = torch.Generator().manual_seed(0), base.training
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    try:
+        # memory.py plans with tensors that have no values; a layer may draw random numbers
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]):
+            given = {"weight": draw(5, 3), **({"bias": draw(5)} if "bias" in tensors else {})}
+            upstream = draw(2, 4, 5)
+            for training in (True, False):
+                for size in (1.0, 1e4):
+                    x = (draw(2, 4, 3) * size).requires_grad_()
+                    base.training = training
+                    with torch.enable_grad():
+                        y = functional_call(base, given, (x,))
+                    expected = F.linear(x, given["weight"], given.get("bias"))
+                    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11 * size)
+                    (slope,) = torch.autograd.grad(y, x, upstream)
+                    torch.testing.assert_close(slope, upstream @ given["weight"], rtol=1e-11, atol=1e-11)
+    except Exception:  # whatever another kind of layer raises on these, or an AssertionError
+        return False
+    finally:
+        base.training = was
+    return True
+
+
 def why_plain(base: nn.Module) -> str | None:
     """Why LoRA on this base cannot be fused; None if it can."""
     kind = type(base)
-    if kind in _DENSE:
+    if kind in _DENSE or base.__dict__.get(_LIKE_LINEAR) is kind:
         weight = base._parameters.get("weight")
         if weight is None:
             return "its base weight is not a parameter of its own"
@@ -77,16 +125,16 @@ def compute_dtypes(base: nn.Module, x: Tensor) -> "tuple[torch.dtype, torch.dtyp
 def weight_and_bias(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """`(out, in)` weight, None if quantized, and bias."""
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if type(base) is nn.Linear:
-        return weight, bias
-    return (weight.t(), bias) if type(base) is Conv1D else (None, bias)
+    if type(base) in _FOUR_BIT or type(base) in _EIGHT_BIT:
+        return None, bias
+    return (weight.t() if type(base) is Conv1D else weight), bias
 
 
 def quantized(base: nn.Module) -> Quantized | None:
     """How to multiply by a quantized weight; None for a plain one."""
-    if type(base) in _DENSE:
-        return None
-    return Quantized(base, _dense_4bit(base) if type(base) in _FOUR_BIT else _dense_8bit(base))
+    if type(base) in _FOUR_BIT:
+        return Quantized(base, _dense_4bit(base))
+    return Quantized(base, _dense_8bit(base)) if type(base) in _EIGHT_BIT else None
 
 
 def _dense_4bit(base: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from adapters_kit.anatomy import base_model
 from adapters_kit.kernels.bases import is_plain
+from adapters_kit.kernels.pending import Pending
 
 # Logits held at a time, in elements: a few megabytes keep a CPU's caches warm, a GPU wants larger products.
 _CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
@@ -142,7 +143,7 @@ def linear_cross_entropy(
     return total
 
 
-class LazyLogits:
+class LazyLogits(Pending):
     """The logits of a head that was not run: its input, and what was done to its output since.
 
     Scaling, tanh and casts are noted down. Anything else makes the logits, as the head would have, and goes on.
@@ -175,12 +176,12 @@ class LazyLogits:
         return casts[-1] if casts else _compute_dtype(self.hidden)
 
     def __mul__(self, other: Any) -> Any:
-        return self._with("mul", float(other)) if isinstance(other, int | float) else self.make() * other
+        return self._with("mul", float(other)) if isinstance(other, int | float) else super().__mul__(other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return self._with("mul", 1.0 / other) if isinstance(other, int | float) else self.make() / other
+        return self._with("mul", 1.0 / other) if isinstance(other, int | float) else super().__truediv__(other)
 
     def contiguous(self) -> "LazyLogits":
         return self
@@ -202,22 +203,7 @@ class LazyLogits:
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
-        made = [item.make() if isinstance(item, LazyLogits) else item for item in args]
-        return func(*made, **{k: v.make() if isinstance(v, LazyLogits) else v for k, v in (kwargs or {}).items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.make(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.make()[index]
-
-    def __add__(self, other: Any) -> Tensor:
-        return self.make() + other
-
-    def __sub__(self, other: Any) -> Tensor:
-        return self.make() - other
+        return super().__torch_function__(func, types, args, kwargs)
 
     def __len__(self) -> int:
         return self.shape[0]

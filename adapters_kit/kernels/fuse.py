@@ -23,6 +23,7 @@ from adapters_kit.kernels.siblings import Siblings, find_groups
 
 _GROUP = "_fused_siblings"
 _SHARED_MASK = "_fused_shared_mask"
+_TRAINED = "its base weight is trained"
 
 
 @dataclass
@@ -32,7 +33,8 @@ class FuseReport:
     Attributes:
         fused: paths of the layers that compute as one node.
         plain: path -> why that layer runs peft's forward, as things stand now.
-        groups: paths of siblings that share their input and, without dropout, one down-projection.
+        groups: paths of siblings that share their input and, without dropout, one down-projection; not under
+            `torch.compile`.
         unshared: why siblings could not be looked for, or not everywhere.
     """
 
@@ -117,7 +119,8 @@ def fuse(model: nn.Module, *, shared_dropout: bool = False, inputs: Mapping[str,
     """Make the LoRA layers of `model` compute as one autograd node each, or one for a group of siblings.
 
     Same numbers, fewer bytes kept for the backward pass, less time. Calling it again is harmless, and needed after
-    adapters were added to layers that had none. Layers that cannot be fused are left as they are.
+    adapters were added to layers that had none. Layers that cannot be fused are left as they are. Under
+    `torch.compile` each layer is a node of its own: siblings share no down-projection there.
 
     Args:
         model: a `PeftModel`, or any module with peft LoRA layers inside. Changed in place.
@@ -138,6 +141,7 @@ def fuse(model: nn.Module, *, shared_dropout: bool = False, inputs: Mapping[str,
             continue
         layer.__dict__.pop(_GROUP, None)
         layer.__dict__[_SHARED_MASK] = shared_dropout
+        bases.settle(layer.base_layer)
         layers[path] = layer
         reason = why_plain(layer)
         if reason is None:
@@ -186,6 +190,7 @@ def unfuse(model: nn.Module) -> int:
             layer.__class__ = _PLAIN_CLASSES[type(layer)]
             layer.__dict__.pop(_GROUP, None)
             layer.__dict__.pop(_SHARED_MASK, None)
+            bases.unsettle(layer.base_layer)
             count += 1
     return count
 
@@ -202,7 +207,9 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def why_plain(layer: nn.Module) -> str | None:
     """Why `layer` would run peft's forward now, whatever its input; None if it is fused."""
     found = _inspect(layer)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    return _TRAINED if found[1]._parameters["weight"].requires_grad else None
 
 
 def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, nn.Module] | str":
@@ -247,8 +254,6 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
     for tensor in (weight, bias, down._parameters["weight"], up._parameters["weight"], up._parameters["bias"]):
         if tensor is not None and not bases.is_plain(tensor):
             return f"it holds a {type(tensor).__name__}, which is not a plain tensor"
-    if weight.requires_grad:
-        return "its base weight is trained"
     return name, base, down, up, dropout
 
 
@@ -258,6 +263,9 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     if isinstance(found, str):
         return found
     name, base, down, up, dropout = found
+    # Evaluation needs no gradient. In training a pass without gradients may be one of checkpointing's two, which agree.
+    if base._parameters["weight"].requires_grad and (layer.training or torch.is_grad_enabled()):
+        return _TRAINED
     if not isinstance(x, Tensor) or not bases.is_plain(x) or x.dim() < 1 or not x.is_floating_point():
         return "its input is not a plain floating tensor"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2CLS
 
 from adapters_kit.anatomy.structure import is_linear, linear_shape, unwrap
+from adapters_kit.kernels.pending import Pending
 
 _ACTIVATIONS = (
     *(kind for kind in (item[0] if isinstance(item, tuple) else item for item in ACT2CLS.values())),
@@ -67,7 +68,7 @@ class GatedProduct(torch.autograd.Function):
         return d_gate, d_up, None
 
 
-class PendingActivation:
+class PendingActivation(Pending):
     """The value of an activation that is expected to be multiplied."""
 
     def __init__(self, gate: Tensor, act: nn.Module) -> None:
@@ -80,7 +81,7 @@ class PendingActivation:
     def __mul__(self, up: Any) -> Tensor:
         alike = isinstance(up, Tensor) and up.shape == self.gate.shape and up.dtype == self.gate.dtype
         if not alike or not torch.is_grad_enabled():
-            return self.make() * up
+            return super().__mul__(up)
         product = GatedProduct.apply(self.gate, up, self.act)
         if not torch.compiler.is_compiling():
             product._made_of = (self.gate, up, self.act)  # the fused down-projection keeps these, not the product
@@ -94,27 +95,7 @@ class PendingActivation:
             pending, other = args if isinstance(args[0], PendingActivation) else args[::-1]
             if not isinstance(other, PendingActivation):
                 return pending * other
-        made = [item.make() if isinstance(item, PendingActivation) else item for item in args]
-        return func(
-            *made, **{k: v.make() if isinstance(v, PendingActivation) else v for k, v in (kwargs or {}).items()}
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.make(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.make()[index]
-
-    def __add__(self, other: Any) -> Tensor:
-        return self.make() + other
-
-    def __sub__(self, other: Any) -> Tensor:
-        return self.make() - other
-
-    def __truediv__(self, other: Any) -> Tensor:
-        return self.make() / other
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class GatedActivation(nn.Module):
