@@ -19,7 +19,7 @@ class SeededDropout(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        mask = keep_mask((x.numel(),), int(draw_seeds(1)[0]), self.p).view(x.shape)
+        mask = keep_mask((x.numel(),), int(draw_seeds(1)[0]), self.p, x.device).view(x.shape)
         self.factor = mask.to(x.dtype) / (1 - self.p)
         return x * self.factor
 
