@@ -8,14 +8,13 @@ equals that of a real forward pass in the same dtype with the same kernels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adapters_kit.anatomy import block_linears, blocks
+from adapters_kit.anatomy import block_linears, blocks, fake
 from adapters_kit.errors import UnknownNameError, did_you_mean
 
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa")
@@ -119,29 +118,6 @@ def kept_for_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Kept:
 def storage_of(tensor: torch.Tensor) -> int:
     """Tells tensors apart by the memory that they view."""
     return tensor.untyped_storage()._cdata
-
-
-@contextmanager
-def fake(model: nn.Module):
-    """Inside, the model's tensors (usually on the meta device) are fake ones on the CPU; `mode.from_tensor` makes more.
-
-    The model is not usable afterwards.
-    """
-    mode = FakeTensorMode()
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    with mode:
-        for module in model.modules():
-            for store in (module._parameters, module._buffers):
-                for name, tensor in store.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in made:
-                        new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                        if isinstance(tensor, nn.Parameter):
-                            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-                        made[id(tensor)] = (new, tensor)
-                    store[name] = made[id(tensor)][0]
-        yield mode
 
 
 def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears: Iterable[str]) -> Memory:

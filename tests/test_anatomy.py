@@ -819,3 +819,13 @@ def test_a_folded_line_stands_for_blocks_of_lists_side_by_side():
     text = render(ak.map_model(further("two lists for one layer")))
     assert "transformer.attentions.{0–1}" in text
     assert "transformer.ffns.{0–1}" in text
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_shapes_alone_tell_the_same(name):
+    """A model without weights (`inspect`, `plan`) has the same map, and stays without weights."""
+    with torch.device("meta"):
+        hollow = getattr(transformers, tiny.FAMILIES[name].model)(tiny.config(name)).eval()
+    before = {key: (id(tensor), tensor.device) for key, tensor in hollow.named_parameters()}
+    assert ak.map_model(hollow) == ak.map_model(tiny.build(name))
+    assert {key: (id(tensor), tensor.device) for key, tensor in hollow.named_parameters()} == before

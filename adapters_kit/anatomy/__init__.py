@@ -1,5 +1,6 @@
 """Where the blocks, branches, linears, experts, embeddings and head of a transformers model are, found by structure."""
 
+from adapters_kit.anatomy.faking import fake, fake_batch, shape_dtype, shapes_alone
 from adapters_kit.anatomy.layout import Block, Branch, ExpertWeight, Linear, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.render import render, tree
@@ -27,11 +28,15 @@ __all__ = [
     "blocks",
     "embeddings",
     "expert_parameters",
+    "fake",
+    "fake_batch",
     "head",
     "map_model",
     "output_embeddings",
     "probe_inputs",
     "render",
     "routers",
+    "shape_dtype",
+    "shapes_alone",
     "tree",
 ]

@@ -60,8 +60,6 @@ def _never_called(
     inputs = probe_inputs(base) if inputs is None else dict(inputs)
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs.setdefault("use_cache", False)  # a hybrid whose layers are all state-space cannot make an empty cache
-    if base.device.type == "meta":
-        inputs.pop("attention_mask", None)  # transformers asks whether it is all ones, which meta cannot tell
     try:
         for owner in modes:
             owner.training = True

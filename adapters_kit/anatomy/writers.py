@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapters_kit.anatomy.bypassed import bypassed
+from adapters_kit.anatomy.faking import fake, fake_batch, shape_dtype, shapes_alone
 from adapters_kit.anatomy.layout import Block, Branch, ExpertWeight, Kind, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.roles import key_value_heads, linears_of
@@ -47,6 +48,9 @@ def map_model(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Mode
         ModelError: the model has no such inputs, or fails on them.
     """
     base = base_model(model)
+    if shapes_alone(base):
+        with fake(base, shape_dtype(base)):
+            return map_model(base, fake_batch(inputs))
     modules = dict(walk(base))
     found = blocks(base)
     traces = [_run(base, found, probe_inputs(base) if inputs is None else inputs)]

@@ -242,12 +242,13 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
         return f"its dropout is a {type(dropout).__name__}"
     for module in (base, down, up, dropout):
         own = module.__dict__
+        # load() replaces the forward of 8-bit layers by one that only lets inputs of more dimensions in.
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
-            or "forward" in own
+            or not getattr(own.get("forward"), "same_numbers", "forward" not in own)
         ):
             return "its base layer or adapter has hooks (offloading, sharding or the user's own)"
     weight, bias = base._parameters["weight"], base._parameters["bias"]

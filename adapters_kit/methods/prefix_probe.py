@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from adapters_kit.anatomy import base_model, probe_inputs
+from adapters_kit.anatomy import base_model, fake, fake_batch, probe_inputs, shape_dtype, shapes_alone
 from adapters_kit.anatomy.structure import walk
 from adapters_kit.errors import AdapterError, ModelError
 from adapters_kit.methods.prefix_attention import _is_causal, original_config, route, view_config
@@ -78,14 +78,25 @@ def run(model: nn.Module, inputs: dict[str, Any] | None = None) -> dict[str, See
     Args:
         model: the base model; adapters in it take part. Its mode and random state are left as they were.
         inputs: a batch of one row; the smallest that fits the model by default.
+
+    Returns:
+        Path of an attention module to its note; on the meta device, notes of shapes.
     """
     check_model(model)
     base = base_model(model)
+    if shapes_alone(base):
+        with fake(base, shape_dtype(base)):
+            seen = run(base, fake_batch(inputs))
+        return {path: note._replace(key=_shape(note.key), value=_shape(note.value)) for path, note in seen.items()}
     modules = attention_modules(base)
     notes: dict[str, Seen] = {}
     with _listening(base, modules, notes), torch.no_grad(), torch.random.fork_rng(devices=[]):
         base(**(probe_inputs(base) if inputs is None else inputs))
     return notes
+
+
+def _shape(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 class _Listener:

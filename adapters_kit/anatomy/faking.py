@@ -1,0 +1,64 @@
+"""Models of shapes alone that run all the same."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from adapters_kit.anatomy.structure import expert_parameters
+
+
+def shapes_alone(model: nn.Module) -> bool:
+    """Whether parameters are on the meta device, some or all."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+@contextmanager
+def fake(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[FakeTensorMode]:
+    """Inside, the model's tensors (usually on the meta device) are fake ones on the CPU; afterwards they are its own.
+
+    Fake tensors are dispatched and never computed. transformers knows them and asks no questions about values, such as
+    whether a mask is all ones, which it does ask of tensors on the meta device.
+
+    Args:
+        dtype: that of the fake floats; None keeps each tensor's.
+    """
+    mode = FakeTensorMode()
+    made: dict[int, torch.Tensor] = {}
+    own: list[tuple[dict, str, torch.Tensor]] = []
+    try:
+        with mode:
+            for module in model.modules():
+                for store in (module._parameters, module._buffers):
+                    for name, tensor in store.items():
+                        if tensor is None:
+                            continue
+                        if id(tensor) not in made:
+                            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                            new = torch.empty(tensor.shape, dtype=kind, device="cpu")
+                            is_parameter = isinstance(tensor, nn.Parameter)
+                            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                        own.append((store, name, tensor))
+                        store[name] = made[id(tensor)]
+            yield mode
+    finally:
+        for store, name, tensor in own:
+            store[name] = tensor
+
+
+def fake_batch(batch: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A batch of the same shapes and dtypes, to be called inside `fake`; None stays None."""
+    if batch is None:
+        return None
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype, device="cpu") if torch.is_tensor(value) else value
+        for name, value in batch.items()
+    }
+
+
+def shape_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype to give `fake` where only shapes matter: fused experts have no product of shapes alone but in bf16."""
+    return torch.bfloat16 if any("expert" in path for path in expert_parameters(model)) else None
