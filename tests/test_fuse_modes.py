@@ -3,12 +3,16 @@
 import copy
 
 import pytest
+import small
 import torch
 from torch import nn
 
+import adapters_kit as ak
+from adapters_kit.kernels import fuse as fusing
 from adapters_kit.kernels import products
 from adapters_kit.kernels.fuse import fuse
 from adapters_kit.kernels.lora import LoraLinear
+from adapters_kit.recipe import Recipe
 from tests import tiny
 from tests.fused import gradients, lora, relative, with_seeded_dropout
 
@@ -220,6 +224,34 @@ def test_compiled_language_model():
     model.base_model.model.loss_function(logits, batch["labels"], vocab_size=logits.shape[-1]).backward()
     for name, grad in expected.items():
         assert relative(gradients(model)[name], grad) < 1e-4, name
+
+
+def test_every_step_of_a_training_run_goes_through_the_node(monkeypatch, tmp_path):
+    """`ak.train` as it comes: 14 layers of a llama, dropout, evaluation before and after."""
+    small.write_jsonl(tmp_path / "train.jsonl", small.sentiment(16))
+    small.write_jsonl(tmp_path / "test.jsonl", small.sentiment(8, seed=1))
+    method = {"name": "lora", "r": 4, "lora_dropout": 0.1}
+    recipe = {"model": str(small.model("llama")), "task": "text-classification", "data": str(tmp_path)}
+    recipe |= {"method": method, "training": {"epochs": 1, "batch_size": 4, "samples": 0}}
+    calls, nodes, real_forward, real_apply = [], [], fusing._Fused.forward, LoraLinear.apply
+
+    def counted_forward(self, x, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return real_forward(self, x, *args, **kwargs)
+
+    def counted_apply(*args):
+        nodes.append((torch.is_grad_enabled(), len(args[5])))
+        return real_apply(*args)
+
+    monkeypatch.setattr(fusing._Fused, "forward", counted_forward)
+    monkeypatch.setattr(LoraLinear, "apply", counted_apply)
+    run = ak.train(Recipe(**recipe), tmp_path / "run", quiet=True)
+    steps = run.metrics["steps"]
+    assert steps == 4 and calls.count(True) == 14 * steps
+    training = [count for trained, count in nodes if trained]
+    assert len(training) == 2 * 4 * steps  # a block's nodes: q, k and v; o; gate and up; down
+    assert sum(training) == calls.count(True)
+    assert sum(count for _, count in nodes) == len(calls)
 
 
 def test_the_compiled_graph_contains_the_node(monkeypatch):
