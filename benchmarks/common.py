@@ -181,6 +181,11 @@ def ratios(times: dict[str, list[float]], to: str) -> dict[str, dict[str, float]
     return found
 
 
+def read(name: str) -> dict[str, Any]:
+    """results/<name>.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def write(name: str, result: dict[str, Any]) -> Path:
     """Save as results/<name>.json."""
     RESULTS.mkdir(parents=True, exist_ok=True)

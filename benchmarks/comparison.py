@@ -1,10 +1,10 @@
 """Is an adapter as good as full fine-tuning? Every method beside it, same rows, same budget, several seeds.
 
     python benchmarks/comparison.py sentiment            # MiniLM on movies, products and tweets
-    python benchmarks/comparison.py language             # SmolLM2-135M on movie reviews: bf16, nf4 and int8 LoRA
+    python benchmarks/comparison.py combinations         # LoRA, prefix, both, MAM, UniPELT on movies
+    python benchmarks/comparison.py language             # SmolLM2-135M on reviews: LoRA on bf16, nf4, int8; prefix
     python benchmarks/comparison.py curves               # LoRA's rank and learning rate; full fine-tuning's rate
     python benchmarks/comparison.py sentiment --only movies --methods full lora --seeds 2
-    python benchmarks/comparison.py figures              # tables and plots again from the committed JSON
 
 Everything goes through `ak.compare`, so that an interrupted run goes on where it stopped. Learning rates are searched
 on movies with one seed, on rows that are neither trained on nor tested on; products and tweets take the rates that
@@ -28,7 +28,17 @@ SETS = ("movies", "products", "tweets")
 METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")
 BUDGET = {"epochs": 2, "batch_size": 16, "max_length": 64, "keep_best": False, "evals_per_epoch": 0, "samples": 0}
 TRAINED, VALIDATION = 1000, 500
-LANGUAGE_BUDGET = BUDGET | {"epochs": 1, "batch_size": 4, "max_length": 128, "packing": True, "precision": "bf16"}
+LANGUAGE_BUDGET = BUDGET | {"epochs": 1, "batch_size": 2, "max_length": 128, "packing": True, "precision": "bf16"}
+COMBINED = ("lora", "prefix", "lora+prefix", "mam", "unipelt")
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {},
+    "lora, nf4": {"quantize": "nf4"},
+    "lora, int8": {"quantize": "int8"},
+    "prefix": {"method": "prefix"},
+    "prefix, random start": {"method": {"name": "prefix", "init": "random"}},
+    "lora+prefix": {"method": ["lora", "prefix"]},
+}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -63,7 +73,7 @@ def language() -> Any:
 
 def read() -> dict[str, Any]:
     """The committed results."""
-    empty: dict[str, Any] = {"sentiment": {}, "language": None, "curves": {}}
+    empty: dict[str, Any] = {"sentiment": {}, "combinations": None, "language": None, "curves": {}}
     return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
 
 
@@ -85,10 +95,11 @@ def run_sentiment(options: argparse.Namespace) -> None:
 
     rates: dict[str, float] = read()["sentiment"].get("movies", {}).get("learning_rates", {})
     for name in options.only or SETS:
-        given = {label: rate for label, rate in rates.items() if label in options.methods}
+        methods = options.methods or METHODS
+        given = {label: rate for label, rate in rates.items() if label in methods}
         found = ak.compare(
             sentiment(name),
-            options.methods,
+            methods,
             options.seeds,
             out=WORK / name,
             rates=None if name == "movies" else given,
@@ -103,21 +114,37 @@ def run_sentiment(options: argparse.Namespace) -> None:
 
 
 def run_language(options: argparse.Namespace) -> None:
-    """bf16 full fine-tuning beside LoRA on bf16, nf4 and int8 weights; the quantized ones take bf16 LoRA's rate."""
+    """bf16 full fine-tuning, its rate searched, beside adapters at their default rates, on bf16, nf4 and int8 weights.
+
+    The lines of the prefix differ in how it starts: from words (the default), at random.
+    """
     import adapters_kit as ak
 
-    recipe = language()
+    recipe, folder = language(), WORK / "language"
     common = {"validation_size": 100, "max_minutes": options.max_minutes, "threads": options.threads}
-    first = ak.compare(
-        recipe, {"full": {"method": "full"}, "lora bf16": {}}, 1, out=WORK / "language", grid=(1 / 3, 1, 3), **common
-    )
-    rate = first.document["learning_rates"]
-    kinds = {"full": {"method": "full"}, "lora bf16": {}}
-    kinds |= {f"lora {kind}": {"quantize": kind} for kind in ("nf4", "int8")}
-    rates = {label: rate.get(label, rate["lora bf16"]) for label in kinds}
-    found = ak.compare(recipe, kinds, options.seeds, out=WORK / "language", rates=rates, **common)
-    found.document["searched"] = first.document["searched"]
+    kinds = {label: changes for label, changes in LANGUAGE.items() if label in (options.methods or LANGUAGE)}
+    searched = None
+    if "full" in kinds:
+        searched = ak.compare(recipe, {"full": kinds["full"]}, 1, out=folder, **common).document
+    rates = searched and searched["learning_rates"]
+    found = ak.compare(recipe, kinds, options.seeds, out=folder, rates=rates, grid=None, **common)
+    if searched:
+        found.document["searched"] = searched["searched"]
     keep("language", None, found.document)
+    print(found)
+
+
+def run_combinations(options: argparse.Namespace) -> None:
+    """Several methods as one adapter beside their parts, on movies, at their default rates."""
+    import adapters_kit as ak
+
+    common = {"validation_size": VALIDATION, "max_minutes": options.max_minutes, "threads": options.threads}
+    rates = read()["sentiment"]["movies"]["learning_rates"]
+    given = {label: rate for label, rate in rates.items() if label in COMBINED}
+    found = ak.compare(
+        sentiment("movies"), COMBINED, options.seeds, out=WORK / "movies", rates=given, grid=None, **common
+    )
+    keep("combinations", None, found.document)
     print(found)
 
 
@@ -191,7 +218,7 @@ def sentiment_table(results: dict[str, Any]) -> str:
             gap += " [{:+.1f}, {:+.1f}]".format(*(100 * edge for edge in row["interval"]))
         share = row["costs"]["trainable_params"] / row["costs"]["total_params"]
         cells = [row["label"], *(f"{100 * score:.1f}" for score in row["each"]), f"**{100 * row['score']:.1f}**", gap]
-        cells += [f"{share:.2%}", f"{row['costs']['adapter_bytes'] / 1e6:.2f}", f"{row['rate']:.0e}"]
+        cells += [f"{share:.2%}", f"{row['costs']['adapter_bytes'] / 1e6:.2f}", f"{row['rate']:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -211,11 +238,13 @@ def cost_table(results: dict[str, Any]) -> str:
 
 
 def language_table(results: dict[str, Any]) -> str:
-    """Perplexities, as Markdown."""
+    """Perplexities, as Markdown; the gap to full fine-tuning where that was run."""
     from adapters_kit.comparison.report import shown
 
     document = results["language"]
-    head = ["SmolLM2-135M", "perplexity", "gap to full [95 %]", "trained", "adapter MB", "peak MB", "lr"]
+    before, with_full = document["base"]["perplexity"], "full" in document["learning_rates"]
+    head = ["SmolLM2-135M", f"perplexity (before: {before:.1f})", *(["gap to full [95 %]"] if with_full else [])]
+    head += ["trained", "adapter MB", "peak MB", "lr"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in document["methods"]:
         cost = row["costs"]
@@ -223,9 +252,36 @@ def language_table(results: dict[str, Any]) -> str:
         if row["interval"]:
             gap += " [{:+.2f}, {:+.2f}]".format(*row["interval"])
         score = f"{row['score']:.2f}" + (f" ± {row['spread']:.2f}" if row["spread"] is not None else "")
-        cells = [row["label"], score, gap, f"{cost['trainable_params'] / cost['total_params']:.2%}"]
-        cells += [f"{cost['adapter_bytes'] / 1e6:.1f}", f"{cost['peak_bytes'] / 1e6:,.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{document['learning_rates'][row['label']]:.1e}"]) + " |")
+        cells = [row["label"], score, *([gap] if with_full else [])]
+        cells += [f"{cost['trainable_params'] / cost['total_params']:.2%}", f"{cost['adapter_bytes'] / 1e6:.1f}"]
+        cells += [f"{cost['peak_bytes'] / 1e6:,.0f}", f"{document['learning_rates'][row['label']]:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rates_table(results: dict[str, Any]) -> str:
+    """The search on movies: accuracy on the validation rows, one seed, rate by rate; the taken one in bold."""
+    document = results["sentiment"]["movies"]
+    lines = ["| method | accuracy at each learning rate |", "|---|---|"]
+    for label, found in document["searched"].items():
+        cells = []
+        for rate, score in sorted(found.items(), key=lambda item: float(item[0])):
+            if score is not None:
+                mark = "**" if f"{document['learning_rates'][label]:.3g}" == rate else ""
+                cells.append(f"{mark}{float(rate):.1e}: {100 * score:.1f}{mark}")
+        lines.append(f"| {label} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def combinations_table(results: dict[str, Any]) -> str:
+    """Accuracy on movies of several methods as one adapter beside their parts."""
+    document = results["combinations"]
+    lines = ["| on movies | accuracy | trained | adapter MB | lr |", "|---|---:|---:|---:|---:|"]
+    for row in document["methods"]:
+        cost, spread = row["costs"], f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
+        cells = [row["label"], f"{100 * row['score']:.1f}{spread}", f"{cost['trainable_params']:,.0f}"]
+        cells += [f"{cost['adapter_bytes'] / 1e6:.2f}", f"{document['learning_rates'][row['label']]:.1e}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -241,20 +297,14 @@ def curve_table(results: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
-def figures() -> None:
-    """Every table on the screen, every plot in the results folder, from the committed JSON alone."""
+def draw() -> None:
+    """The plots in the results folder, from the committed JSON alone."""
     from adapters_kit.comparison import plots
     from adapters_kit.training import pictures
 
     results = read()
     if results["sentiment"]:
-        print(sentiment_table(results), cost_table(results), sep="\n\n")
-        rows = over_sets(results)
-        plots.draw({"metric": "accuracy", "methods": rows}, FOLDER, "comparison_")
-    if results["language"]:
-        print("", language_table(results), sep="\n")
-    for name in results["curves"]:
-        print("", curve_table(results, name), sep="\n")
+        plots.draw({"metric": "accuracy", "methods": over_sets(results)}, FOLDER, "comparison_")
     if {"rank", "rate"} <= set(results["curves"]):
         figure, (left, right) = pictures.blank(2)
         for kind in ("lora", "full"):
@@ -276,18 +326,16 @@ def _line(place: Any, points: list[tuple[float, float, float]], label: str) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["sentiment", "language", "curves", "figures"])
+    parser.add_argument("what", choices=["sentiment", "combinations", "language", "curves"])
     parser.add_argument("--only", nargs="+", choices=SETS, help="these data sets")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, help="default: 5, language 3, curves 2")
+    parser.add_argument("--methods", nargs="+", help="only these lines")
+    parser.add_argument("--seeds", type=int, help="default: 5, combinations and language 3, curves 2")
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    options.seeds = options.seeds or {"sentiment": 5, "language": 3, "curves": 2}.get(options.what)
-    if options.what == "figures":
-        figures()
-    else:
-        {"sentiment": run_sentiment, "language": run_language, "curves": run_curves}[options.what](options)
+    options.seeds = options.seeds or {"sentiment": 5, "combinations": 3, "language": 3, "curves": 2}.get(options.what)
+    runs = {"sentiment": run_sentiment, "combinations": run_combinations, "language": run_language}
+    {**runs, "curves": run_curves}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -39,19 +39,19 @@ def test_every_command_of_the_readme_is_a_verb(capsys):
     assert used and used <= set(_parser()[1])
 
 
-def test_the_table_of_methods_is_the_measured_one():
+def test_every_table_is_the_measured_one():
+    """And each table that can be drawn has its place."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import methods
+    import figures
 
-    results = methods.read()
-    assert results["methods"] and methods.table(results) in README
-    assert results["smollm2"] and methods.language_table(results) in README
+    pages = [page.read_text(encoding="utf-8") for page in figures.PAGES]
+    assert sorted(name for page in pages for name in figures.names(page)) == sorted(figures.TABLES)
+    for page in pages:
+        assert figures.filled(page) == page
+    for name, table in figures.TABLES.items():
+        assert table().count("\n") >= 3, name
 
 
-def test_the_tables_of_memory_are_the_measured_ones():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import loading
-    import memory
-
-    assert loading.table(loading.read()) in README
-    assert memory.table(memory.read()["cases"]) in README
+def test_pictures_of_the_readme_are_committed():
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / name).stat().st_size > 5_000

@@ -172,7 +172,7 @@ _PFEIFFER = {
 }
 _COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
 
-HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 2e-3)
+HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751")
 PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
 PARALLEL = _preset(
     "parallel",
