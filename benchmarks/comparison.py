@@ -14,8 +14,9 @@ movies chose. Results: results/comparison.json and results/comparison_*.png.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -170,93 +171,86 @@ def run_curves(options: argparse.Namespace) -> None:
 def over_sets(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a method, best first: mean accuracy over the sets, and the gap to full with its interval over the seeds.
 
-    Only seeds count that all sets have, for the method and for full fine-tuning.
+    Only seeds count that all sets have, for the method and for full fine-tuning. `each` holds the sets' own means.
     """
-    from adapters_kit.comparison.summary import interval
+    from adapters_kit.comparison.summary import summarize
 
     found = [results["sentiment"][name] for name in SETS if name in results["sentiment"]]
-
-    def scores(label: str) -> dict[str, float]:
-        cells = [document["cells"].get(label, {}) for document in found]
-        seeds = set.intersection(*(set(cell) for cell in cells))
-        return {seed: fmean(cell[seed]["scores"]["accuracy"] for cell in cells) for seed in sorted(seeds)}
-
-    rows, full = [], scores("full")
-    for line in found[0]["methods"]:
-        label = line["label"]
-        own = scores(label)
-        if not own:
-            continue
-        gaps = [own[seed] - full[seed] for seed in own if seed in full] if label != "full" else []
-        per_set = [next(row for row in document["methods"] if row["label"] == label) for document in found]
-        costs = {name: fmean(row["costs"][name] for row in per_set) for name in line["costs"]}
-        rows.append(
-            {
-                "label": label,
-                "seeds": len(own),
-                "score": fmean(own.values()),
-                "spread": stdev(own.values()) if len(own) > 1 else None,
-                "each": [row["score"] for row in per_set],
-                "gap": fmean(gaps) if gaps else None,
-                "interval": interval(gaps),
-                "costs": costs,
-                "rate": found[0]["learning_rates"][label],
-                "merge": line["merge"],
+    rows = {label: [_row(document, label) for document in found] for label in found[0]["learning_rates"]}
+    finals: dict[str, dict[str, Any]] = {}
+    for label, lines in rows.items():
+        if all(lines):
+            costs = {name: fmean(line["costs"][name] for line in lines) for name in lines[0]["costs"]}
+            cells = [document["cells"][label] for document in found]
+            finals[label] = {
+                seed: {"scores": {"accuracy": fmean(cell[seed]["scores"]["accuracy"] for cell in cells)}, **costs}
+                for seed in sorted(set.intersection(*map(set, cells)))
             }
-        )
-    return sorted(rows, key=lambda row: -row["score"])
+    rates = found[0]["learning_rates"]
+    return [
+        asdict(row) | {"each": [line["score"] for line in rows[row.label]], "rate": rates[row.label]}
+        for row in summarize(finals, "accuracy", True, "full")
+    ]
+
+
+def _row(document: dict[str, Any], label: str) -> dict[str, Any] | None:
+    return next((row for row in document["methods"] if row["label"] == label), None)
+
+
+def _share(cost: dict[str, float]) -> str:
+    return f"{cost['trainable_params'] / cost['total_params']:.2%}"
+
+
+def _score(row: dict[str, Any], metric: str) -> str:
+    from adapters_kit.comparison.report import shown
+
+    return shown(row["score"], metric) + (f" ± {shown(row['spread'], metric)}" if row["spread"] is not None else "")
 
 
 def sentiment_table(results: dict[str, Any]) -> str:
     """Accuracy in points, as Markdown."""
-    sets = [name for name in SETS if name in results["sentiment"]]
-    head = ["method", *sets, "mean", "gap to full [95 %]", "trained", "adapter MB", "lr"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    from adapters_kit.comparison.report import as_markdown, gap
+
+    head = ["method", *(name for name in SETS if name in results["sentiment"]), "mean", "gap to full [95 %]"]
+    body = []
     for row in over_sets(results):
-        gap = "–" if row["gap"] is None else f"{100 * row['gap']:+.1f}"
-        if row["interval"]:
-            gap += " [{:+.1f}, {:+.1f}]".format(*(100 * edge for edge in row["interval"]))
-        share = row["costs"]["trainable_params"] / row["costs"]["total_params"]
-        cells = [row["label"], *(f"{100 * score:.1f}" for score in row["each"]), f"**{100 * row['score']:.1f}**", gap]
-        cells += [f"{share:.2%}", f"{row['costs']['adapter_bytes'] / 1e6:.2f}", f"{row['rate']:.1e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cost = row["costs"]
+        cells = [row["label"], *(f"{100 * score:.1f}" for score in row["each"]), f"**{100 * row['score']:.1f}**"]
+        cells += [gap(row, "accuracy"), _share(cost), f"{cost['adapter_bytes'] / 1e6:.2f}", f"{row['rate']:.1e}"]
+        body.append(cells)
+    return as_markdown([*head, "trained", "adapter MB", "lr"], body)
 
 
 def cost_table(results: dict[str, Any]) -> str:
     """What a run on movies costs, relative to full fine-tuning, and whether the merged model is the trained one."""
+    from adapters_kit.comparison.report import as_markdown
+
     document = results["sentiment"]["movies"]
-    full = next(row["costs"] for row in document["methods"] if row["label"] == "full")
-    head = ["method", "CPU time / full", "peak MB", "optimizer MB", "merged − trained (rounding)"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    full = _row(document, "full")["costs"]
+    body = []
     for row in document["methods"]:
         cost, merge = row["costs"], row["merge"]
         exact = f"{merge['largest']:.0e} ({merge['floor']:.0e})" if merge else "–"
         cells = [row["label"], f"{cost['cpu_seconds'] / full['cpu_seconds']:.2f}", f"{cost['peak_bytes'] / 1e6:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{cost['optimizer_bytes'] / 1e6:.1f}", exact]) + " |")
-    return "\n".join(lines)
+        body.append([*cells, f"{cost['optimizer_bytes'] / 1e6:.1f}", exact])
+    return as_markdown(["method", "CPU time / full", "peak MB", "optimizer MB", "merged − trained (rounding)"], body)
 
 
 def language_table(results: dict[str, Any]) -> str:
     """Perplexities, as Markdown; the gap to full fine-tuning where that was run."""
-    from adapters_kit.comparison.report import shown
+    from adapters_kit.comparison.report import as_markdown, gap
 
-    document = results["language"]
-    before, with_full = document["base"]["perplexity"], "full" in document["learning_rates"]
-    head = ["SmolLM2-135M", f"perplexity (before: {before:.1f})", *(["gap to full [95 %]"] if with_full else [])]
-    head += ["trained", "adapter MB", "peak MB", "lr"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    document, metric = results["language"], "perplexity"
+    with_full = "full" in document["learning_rates"]
+    head = ["SmolLM2-135M", f"perplexity (before: {document['base'][metric]:.1f})"]
+    head += ["gap to full [95 %]"] if with_full else []
+    body = []
     for row in document["methods"]:
         cost = row["costs"]
-        gap = shown(row["gap"], "perplexity", "+")
-        if row["interval"]:
-            gap += " [{:+.2f}, {:+.2f}]".format(*row["interval"])
-        score = f"{row['score']:.2f}" + (f" ± {row['spread']:.2f}" if row["spread"] is not None else "")
-        cells = [row["label"], score, *([gap] if with_full else [])]
-        cells += [f"{cost['trainable_params'] / cost['total_params']:.2%}", f"{cost['adapter_bytes'] / 1e6:.1f}"]
-        cells += [f"{cost['peak_bytes'] / 1e6:,.0f}", f"{document['learning_rates'][row['label']]:.1e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [row["label"], _score(row, metric), *([gap(row, metric)] if with_full else []), _share(cost)]
+        cells += [f"{cost['adapter_bytes'] / 1e6:.1f}", f"{cost['peak_bytes'] / 1e6:,.0f}"]
+        body.append([*cells, f"{document['learning_rates'][row['label']]:.1e}"])
+    return as_markdown([*head, "trained", "adapter MB", "peak MB", "lr"], body)
 
 
 def rates_table(results: dict[str, Any]) -> str:
@@ -275,26 +269,25 @@ def rates_table(results: dict[str, Any]) -> str:
 
 def combinations_table(results: dict[str, Any]) -> str:
     """Accuracy on movies of several methods as one adapter beside their parts."""
+    from adapters_kit.comparison.report import as_markdown
+
     document = results["combinations"]
-    lines = ["| on movies | accuracy | trained | adapter MB | lr |", "|---|---:|---:|---:|---:|"]
+    body = []
     for row in document["methods"]:
-        cost, spread = row["costs"], f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
-        cells = [row["label"], f"{100 * row['score']:.1f}{spread}", f"{cost['trainable_params']:,.0f}"]
-        cells += [f"{cost['adapter_bytes'] / 1e6:.2f}", f"{document['learning_rates'][row['label']]:.1e}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cost = row["costs"]
+        cells = [row["label"], _score(row, "accuracy"), f"{cost['trainable_params']:,.0f}"]
+        body.append([*cells, f"{cost['adapter_bytes'] / 1e6:.2f}", f"{document['learning_rates'][row['label']]:.1e}"])
+    return as_markdown(["on movies", "accuracy", "trained", "adapter MB", "lr"], body)
 
 
 def curve_table(results: dict[str, Any], name: str) -> str:
     """Accuracy on movies over LoRA's rank, or over the learning rate of LoRA and of full fine-tuning."""
+    from adapters_kit.comparison.report import as_markdown
+
     document = results["curves"][name]
-    lines = [f"| {name} | accuracy | trained |", "|---|---:|---:|"]
-    for label in document["learning_rates"]:
-        row = next((row for row in document["methods"] if row["label"] == label), None)
-        if row is not None:
-            spread = f" ± {100 * row['spread']:.1f}" if row["spread"] is not None else ""
-            lines.append(f"| {label} | {100 * row['score']:.1f}{spread} | {row['costs']['trainable_params']:,.0f} |")
-    return "\n".join(lines)
+    rows = [row for label in document["learning_rates"] if (row := _row(document, label))]
+    body = [[row["label"], _score(row, "accuracy"), f"{row['costs']['trainable_params']:,.0f}"] for row in rows]
+    return as_markdown([name, "accuracy", "trained"], body)
 
 
 def draw() -> None:

@@ -110,7 +110,7 @@ def test_again_nothing_is_trained(compared, recipe, monkeypatch):
 def test_what_a_cell_depends_on_is_in_its_key(recipe, change):
     def key(given: ak.Recipe) -> str:
         _, rows = rows_of(given, 32)
-        fields = given.model_dump(mode="json", exclude_defaults=True)
+        fields = given.model_dump(mode="json")
         return Cell(fields, "adapter", 1e-3, 0, "test", 32, True, cells.depends_on(given, rows, None)).key
 
     assert key(recipe) == key(recipe.changed()) != key(recipe.changed(**change))

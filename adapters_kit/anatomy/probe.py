@@ -56,9 +56,6 @@ def probe_inputs(model: nn.Module, tokens: int = TOKENS) -> dict[str, torch.Tens
         result["decoder_input_ids"] = _ids(base, tokens, decoder=True)
     if getattr(base.config, "add_cross_attention", False) and "encoder_hidden_states" in signature:
         result["encoder_hidden_states"] = _noise(base, 1, tokens, _text_config(base).hidden_size)
-    if _device(base).type == "meta":
-        # A model of shapes alone cannot look whether a mask is all ones, which is what it would mean here.
-        result.pop("attention_mask", None)
     if type(base).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():  # reads (rows, choices, tokens)
         result = {key: value[:, None] for key, value in result.items()}
     return result

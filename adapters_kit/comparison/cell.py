@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,13 +20,15 @@ from rich.console import Console
 from torch import nn
 
 from adapters_kit.artifacts.record import record_base
+from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
 from adapters_kit.shipping.merge import merge
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
+from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import AdapterTrainer, total_steps
-from adapters_kit.training.preparing import add_adapter, filled_in, load_base, precision, prepare
+from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare
 
 FULL, BASE = "full", "base"
 
@@ -37,8 +38,8 @@ class Cell:
     """What one training depends on.
 
     Attributes:
-        recipe: the fields of the recipe that are not at their defaults; its own seed draws the rows, so that all cells
-            see the same ones.
+        recipe: all fields of the recipe, so that a default that moves is another cell; its own seed draws the rows, so
+            that all cells see the same ones.
         kind: "adapter" trains the recipe's method, "full" every parameter, "base" nothing.
         learning_rate: peak.
         seed: of new parameters, the order of the examples and dropout.
@@ -66,31 +67,40 @@ class Cell:
 
 def depends_on(recipe: Recipe, rows: Mapping[str, Dataset], config: Any) -> dict[str, str]:
     """Digests of what a result depends on beside the recipe: rows, weights, the method's options, versions."""
-    digest = hashlib.sha256()
-    for name, part in rows.items():
-        digest.update(name.encode())
-        for row in part:
-            digest.update(repr(row).encode())
-    options = config.to_dict() if config is not None else {}
-    plain = {name: sorted(map(str, value)) if isinstance(value, set) else value for name, value in options.items()}
     return {
-        "rows": digest.hexdigest(),
-        "model": _digest_of_model(recipe.model),
-        "method": hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest(),
+        "rows": digest_of_rows(rows),
+        "model": digest_of_model(recipe.model),
+        "method": digest_of_options(config),
         **{name: version(name) for name in ("adapters-kit", "torch", "transformers", "peft")},
     }
 
 
-def _digest_of_model(name: str) -> str:
+def digest_of_rows(parts: Mapping[str, Dataset]) -> str:
+    """Of every row, in order, and of which part it is in."""
+    digest = hashlib.sha256()
+    for name, part in parts.items():
+        digest.update(name.encode())
+        for row in part:
+            digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def digest_of_options(config: Any) -> str:
+    """Of a peft config with all defaults filled in; None (nothing trained, or everything) has one too."""
+    options = config.to_dict() if config is not None else {}
+    plain = {name: sorted(map(str, value)) if isinstance(value, set) else value for name, value in options.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_model(name: str) -> str:
+    """Of the files of a local model; a hub id stands for itself."""
     path = Path(name)
     if not path.exists():
-        return name  # a hub id
+        return name
     digest = hashlib.sha256()
     kinds = {".safetensors", ".bin", ".gguf", ".json", ".model"}
     for file in [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in kinds):
-        digest.update(file.name.encode())
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
 
 
@@ -113,7 +123,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     recipe = Recipe(**cell.recipe)
     before = _resident()
     task, rows = rows_of(recipe, cell.validation_size)
-    seeded = recipe.changed(**{"training.seed": cell.seed, "training.learning_rate": cell.learning_rate or 1e-4})
+    seeded = recipe.changed(**{"training.seed": cell.seed, "training.learning_rate": cell.learning_rate})
     # Weights in 16 bits lose updates that are smaller than their last digit: full fine-tuning holds fp32 weights and
     # computes in the recipe's precision under autocast, as is usual.
     precise = {"training.precision": "fp32"} if cell.kind == FULL else {}
@@ -138,7 +148,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         trainer.train()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - busy}
         trainer.screen.close()
-        peak = _peak() - before
+        peak = peak_memory() - before
         tuned = trainer.results_of_kept() if cell.part == "validation" else task.run(trainer.model, scored, batch)
         return {
             "scores": task.score(tuned, scored),
@@ -150,7 +160,6 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             "steps": trainer.state.global_step,
             "peak_bytes": peak,
             "optimizer_bytes": _state_bytes(trainer.optimizer),
-            "precision": precision(seeded),
             "merge": _merged(model, seeded, out) if cell.merges else None,
         }
 
@@ -188,10 +197,4 @@ def _resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
     except OSError:
-        return _peak()
-
-
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adapters_kit.comparison import plots
-from adapters_kit.comparison.summary import Row
+from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
 from adapters_kit.recipe import Recipe
 from adapters_kit.training import report as run_report
-
-# Scores that are parts of one: shown in points of a hundred. Losses and perplexities are shown as they are.
-_AS_THEY_ARE = ("loss", "perplexity")
+from adapters_kit.training.runs import aligned
 
 
 def document(
@@ -51,7 +49,13 @@ def shown(value: float | None, metric: str, sign: str = "") -> str:
     """A score for people: 0.8123 of an accuracy is 81.2 points, a perplexity stays one."""
     if value is None:
         return "–"
-    return f"{value:{sign}.2f}" if metric in _AS_THEY_ARE else f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.2f}" if metric in LESS_IS_BETTER else f"{100 * value:{sign}.1f}"
+
+
+def gap(row: Mapping[str, Any], metric: str) -> str:
+    """The gap to full fine-tuning for people, with its interval where there is one."""
+    edges = [shown(edge, metric, "+") for edge in row["interval"] or ()]
+    return shown(row["gap"], metric, "+") + (f" [{', '.join(edges)}]" if edges else "")
 
 
 def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -63,14 +67,11 @@ def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in document["methods"]:
         cost, merge = row["costs"], row["merge"]
         spread = "" if row["spread"] is None else f" ± {shown(row['spread'], metric)}"
-        gap = shown(row["gap"], metric, "+")
-        if row["interval"]:
-            gap += " [" + ", ".join(shown(edge, metric, "+") for edge in row["interval"]) + "]"
         body.append(
             [
                 row["label"],
                 shown(row["score"], metric) + spread,
-                gap,
+                gap(row, metric),
                 f"{cost['trainable_params'] / cost['total_params']:.2%}",
                 f"{cost['adapter_bytes'] / 1e6:.2f}",
                 f"{document['learning_rates'][row['label']]:.1e}",
@@ -87,17 +88,14 @@ def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def text_table(document: Mapping[str, Any]) -> str:
     """The table in columns of equal width."""
     head, body = cells(document)
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [head, *body]
-    )
+    return aligned([head, *body])
 
 
-def markdown_table(document: Mapping[str, Any]) -> str:
-    """The table in Markdown."""
-    head, body = cells(document)
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, numbers to the right."""
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    lines = ["| " + " | ".join(line) + " |" for line in (head, *body)]
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def write(out: Path, document: Mapping[str, Any]) -> list[str]:
@@ -123,7 +121,7 @@ def markdown(document: Mapping[str, Any], pictures: list[str]) -> str:
         f"{training['scheduler']} schedule; {seeds} {'seeds' if seeds > 1 else 'seed'}. {better.capitalize()} {metric} "
         "is better." + (f" Before training: {shown(base[metric], metric)}." if base and metric in base else ""),
         "",
-        markdown_table(document),
+        as_markdown(*cells(document)),
         "",
         "Score: mean ± standard deviation over the seeds. Gap: to full fine-tuning with the same seed, mean and 95 % "
         "interval (Student's t, paired); it holds the spread over seeds, not that of drawing another test set. Costs "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from adapters_kit import tasks
 from adapters_kit.comparison import report
-from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, rows_of
-from adapters_kit.comparison.summary import Row, summarize
+from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
+from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
 from adapters_kit.loading import skeleton
@@ -114,14 +116,16 @@ def compare(
     if grid is not None and (not grid or min(grid) <= 0):
         raise RecipeError([f"grid={list(grid)}: give factors above 0, such as 0.33, 1, 3; or None for no search."])
     console = Console(stderr=True, quiet=quiet)
-    variants = [_variant(recipe, label, changes) for label, changes in _as_changes(recipe, methods).items()]
+    shapes = cache(skeleton)
+    variants = [_variant(recipe, label, changes, shapes) for label, changes in _as_changes(recipe, methods).items()]
     unknown = [label for label in rates or {} if label not in {v.label for v in variants}]
     if unknown:
         raise RecipeError([f"rates: there is no method {unknown[0]!r} here. {did_you_mean(unknown[0], methods)}"])
     rows = rows_of(recipe, validation_size)[1]
-    shared = {v.label: depends_on(v.recipe, rows, v.config) for v in variants}
     untrained = Variant(BASE, recipe.changed(method={"name": "lora"}, quantize=None), BASE, 0.0)
-    shared[BASE] = depends_on(untrained.recipe, rows, None)
+    everyone = depends_on(recipe, rows, None)
+    models = {recipe.model: everyone["model"]}
+    models |= {name: digest_of_model(name) for name in {v.recipe.model for v in variants} - set(models)}
     metric, higher = _metric(recipe, metric)
     console.print(f"{len(rows['train']):,} rows to train on, {len(rows['validation']):,} to choose learning rates on, "
                   f"{len(rows['test']):,} held out", highlight=False)  # fmt: skip
@@ -130,8 +134,9 @@ def compare(
 
     def cell(variant: Variant, rate: float | None, seed: int, part: str) -> Cell:
         merges = part == "test" and variant.kind == "adapter" and seed == seeds[0]
-        fields = variant.recipe.model_dump(mode="json", exclude_defaults=True)
-        return Cell(fields, variant.kind, rate, seed, part, validation_size, merges, shared[variant.label])
+        depends = everyone | {"model": models[variant.recipe.model], "method": digest_of_options(variant.config)}
+        fields = variant.recipe.model_dump(mode="json")
+        return Cell(fields, variant.kind, rate, seed, part, validation_size, merges, depends)
 
     with worker(out / "cells", threads or torch.get_num_threads()) as run:
 
@@ -217,15 +222,14 @@ def _as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _variant(recipe: Recipe, label: str, changes: dict[str, Any]) -> Variant:
+def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callable[[str, str], nn.Module]) -> Variant:
     """Checks on the model's shapes that the method suits it: refused now, not after an hour."""
     if changes.get("method") == FULL:
         rest = {name: value for name, value in changes.items() if name != "method"}
         plain = recipe.changed(**rest, method={"name": "lora"}, quantize=None)
         return Variant(label, plain, FULL, recipe.training.learning_rate or FULL_RATE)
     changed = recipe.changed(**changes)
-    bare = skeleton(changed.model, changed.task)
-    config = build_config(bare, changed.method.name, **changed.method.options)
+    config = build_config(shapes(changed.model, changed.task), changed.method.name, **changed.method.options)
     return Variant(label, changed, "adapter", learning_rate(changed), config)
 
 
@@ -233,7 +237,7 @@ def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:
     """The score to compare, and whether more is better."""
     task = tasks.get(recipe.task)
     chosen = metric or ("perplexity" if recipe.task == "causal-lm" else task.metric)
-    return chosen, chosen not in ("loss", "perplexity")
+    return chosen, chosen not in LESS_IS_BETTER
 
 
 def _search(variant: Variant, grid: Sequence[float] | None, higher: bool, metric: str, attempt: Any) -> dict:

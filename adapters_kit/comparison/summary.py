@@ -9,6 +9,8 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 LEVEL = 0.95
+# Scores of which less is better, shown as they are; every other one is a part of one, shown in points of a hundred.
+LESS_IS_BETTER = ("loss", "perplexity")
 # What a cell costs; the median over the seeds stands in the table.
 COSTS = (
     "trainable_params",

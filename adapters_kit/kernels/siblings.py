@@ -1,6 +1,6 @@
 """Projections that read one tensor (q, k and v; gate and up) are computed together when the first of them is called.
 
-Which ones they are is read off a dry run, on the meta device where that works: no memory, no arithmetic. The
+Which ones they are is read off a dry run, on fake tensors where that works: no memory, no arithmetic. The
 groups are fixed from then on, so that activation checkpointing recomputes exactly what it did. At call time they are
 only trusted as far as the very same tensor object arrives again, unchanged; otherwise a layer computes on its own.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters_kit.anatomy import base_model, probe_inputs
+from adapters_kit.anatomy import base_model, fake, probe_inputs, shape_dtype
 from adapters_kit.anatomy.structure import is_linear
 
 
@@ -73,8 +73,8 @@ def _mode(x: Tensor) -> tuple:
 def find_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tuple[list[list[str]], str | None]:
     """Paths of linears that have one parent and read one tensor, in calling order.
 
-    A twin of the model runs on the meta device. Where its code asks for a value, which a meta tensor does not have, the
-    model itself runs once on a few tokens, if all of it is in plain tensors on one device.
+    A twin of the model runs on fake tensors. Where its code asks for a value, which they do not have, the model itself
+    runs once on a few tokens, if all of it is in plain tensors on one device.
 
     Args:
         model: a transformers model, wrapped by peft or not. It is left as it was.
@@ -90,10 +90,10 @@ def find_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tu
         return [], f"{type(base).__name__} is not a transformers model; fuse(model, inputs=batch) finds its siblings"
     try:
         twin = _meta_twin(base)
-        batch = {key: value.to("meta") for key, value in probe_inputs(twin).items() if "mask" not in key}
+        with fake(twin, shape_dtype(twin)):
+            groups, failure = _dry_run(twin, probe_inputs(twin))
     except Exception as error:
         return [], f"no dry run: {_first_line(error)}"
-    groups, failure = _dry_run(twin, batch)
     if failure is not None and _can_run(base):
         groups, failure = _dry_run(base, probe_inputs(base))
     return groups, failure
@@ -148,7 +148,7 @@ def _meta_twin(base: PreTrainedModel) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        return type(base)._from_config(config, dtype=torch.bfloat16)
+        return type(base)._from_config(config, dtype=torch.float32)
 
 
 def _can_run(base: nn.Module) -> bool:

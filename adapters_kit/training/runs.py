@@ -122,5 +122,10 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *[[shown(row.get(key, "")) for key in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return aligned(cells)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
