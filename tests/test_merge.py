@@ -312,9 +312,28 @@ def test_plain_lora_needs_no_model(case, tmp_path):
         if found:
             job = plan(adapter, checkpoint, None)
             assert job.computed == found.factors.keys()
-            ways = [{name: value.clone() for name, value in way} for way in (found.changed(checkpoint), changed(job))]
-            assert ways[0].keys() == ways[1].keys()
-            assert all(torch.equal(value, ways[1][name]) for name, value in ways[0].items())
+            ours = {name: torch.cat([block.clone() for block in blocks]) for name, blocks in found.changed(checkpoint)}
+            theirs = {name: value.clone() for name, value in changed(job)}
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 300])
+@pytest.mark.parametrize("scale", [2.0, 1.7])
+def test_a_merge_in_blocks_of_rows_is_that_of_the_whole(rank, scale, tmp_path, monkeypatch):
+    """To the bit, wherever the blocks end; matrices are read, multiplied and written a few rows at a time."""
+    from adapters_kit.shipping import direct
+
+    shapes = {f"{rows}.weight": (rows, columns) for rows, columns in ((1, 64), (65, 33), (129, 96), (993, 40))}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    factors = {name: (torch.randn(rank, c), torch.randn(r, rank)) for name, (r, c) in shapes.items()}
+    monkeypatch.setattr(direct, "BLOCK", 1300)
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = direct.Direct(scale, factors).changed(checkpoint)
+        merged = {name: [block.clone() for block in blocks] for name, blocks in found}
+        assert merged.keys() == shapes.keys() and max(map(len, merged.values())) > 20
+        for name, (a, b) in factors.items():
+            assert torch.equal(torch.cat(merged[name]), checkpoint.read(name) + (b @ a) * scale), name
 
 
 def test_a_plain_merge_imports_neither_peft_nor_transformers(tmp_path):

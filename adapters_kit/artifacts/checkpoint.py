@@ -219,32 +219,32 @@ class Checkpoint:
             self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return self._open[file]
 
-    def read(self, name: str, scratch: np.ndarray | None = None) -> torch.Tensor:
-        """The tensor as stored: contiguous, on the CPU; a fresh copy, or in `scratch` (bytes, at least as many)."""
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored: contiguous, on the CPU, a fresh copy."""
         stored = self.tensors[name]
-        buffer = np.empty(stored.nbytes, dtype=np.uint8) if scratch is None else scratch[: stored.nbytes]
-        view, done = memoryview(buffer), 0
-        while done < stored.nbytes:
-            count = os.preadv(self.descriptor(stored.file), [view[done:]], stored.start + done)
-            if not count:
-                raise _refuse(stored.file, f"the file ends inside tensor {name!r}")
-            done += count
+        buffer = np.empty(stored.nbytes, dtype=np.uint8)
+        self.fill(name, memoryview(buffer))
         if not stored.nbytes:
             return torch.empty(stored.shape, dtype=stored.torch_dtype)
         return torch.from_numpy(buffer).view(stored.torch_dtype).view(stored.shape)
 
-    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most `size` bytes; each piece is gone when the next is asked for."""
+    def fill(self, name: str, target: memoryview, start: int = 0) -> None:
+        """Bytes of a tensor from its byte `start` on, as many as `target` takes."""
         stored = self.tensors[name]
-        buffer = memoryview(bytearray(min(size, stored.nbytes)))
-        position = stored.start
-        while position < stored.stop:
-            piece = buffer[: min(size, stored.stop - position)]
-            count = os.preadv(self.descriptor(stored.file), [piece], position)
+        source, position = self.descriptor(stored.file), stored.start + start
+        while target:
+            count = os.preadv(source, [target], position)
             if not count:
                 raise _refuse(stored.file, f"the file ends inside tensor {name!r}")
-            yield piece[:count]
-            position += count
+            target, position = target[count:], position + count
+
+    def chunks(self, name: str, buffer: memoryview) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of `buffer`, in which each is gone when the next is asked for."""
+        size = self.tensors[name].nbytes
+        for start in range(0, size, len(buffer)):
+            piece = buffer[: min(len(buffer), size - start)]
+            self.fill(name, piece, start)
+            yield piece
 
     def close(self) -> None:
         while self._open:

@@ -11,23 +11,28 @@ from typing import Any
 from adapters_kit.artifacts.adapter import RECORD, read_config, read_json
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, locate, locate_here
-from adapters_kit.artifacts.staging import file_sha256
+from adapters_kit.artifacts.staging import PIECE, file_sha256
 from adapters_kit.errors import ShippingError
 
 
 def hash_tensors(checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor name -> hex sha256 of its stored bytes. Reads everything once, in small pieces."""
+    """Tensor name -> hex sha256 of its stored bytes. Reads everything once, in pieces that stay in a core's cache."""
 
-    def digest(name: str) -> str:
-        value = hashlib.sha256()
-        for piece in checkpoint.chunks(name):
-            value.update(piece)
-        return value.hexdigest()
+    def digest(_: int) -> dict[str, str]:
+        buffer, found = memoryview(bytearray(PIECE)), {}
+        for name in names:  # the threads share it: each takes the next one
+            value = hashlib.sha256()
+            for piece in checkpoint.chunks(name, buffer):
+                value.update(piece)
+            found[name] = value.hexdigest()
+        return found
 
     for stored in checkpoint.tensors.values():
         checkpoint.descriptor(stored.file)  # opened here, so that the threads only read
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(checkpoint.tensors, pool.map(digest, checkpoint.tensors), strict=True))
+    names, threads = iter(list(checkpoint.tensors)), min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = {name: value for found in pool.map(digest, range(threads)) for name, value in found.items()}
+    return {name: hashes[name] for name in checkpoint.tensors}
 
 
 def base_hashes(base: Path) -> dict[str, str]:

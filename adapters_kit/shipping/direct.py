@@ -26,6 +26,8 @@ _FREE = {
 }  # fmt: skip
 _OFF = (None, False, "none", [], {}, 0)
 _FLOATS = {"F32", "BF16", "F16"}
+BLOCK = 1 << 16  # values; in float32, twice, they fit a core's second cache
+_SHORTEST = 32  # rows
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,59 @@ class Direct:
     scale: float
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-    def changed(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-        """(stored tensor, merged value in float32), in the order of the base's files.
+    def changed(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        """(stored tensor, its merged values in float32 in blocks of rows), in the order of the base's files.
 
-        Every value lies in the same memory and is gone when the next is asked for: the allocator would keep what a
-        fresh tensor for each took.
+        A block stays in a core's cache from reading to writing. All of them lie in the same memory: each is gone when
+        the next is asked for.
         """
-        stored = [checkpoint.tensors[name] for name in self.factors]
-        raw = np.empty(max(place.nbytes for place in stored), dtype=np.uint8)
-        values, updates = torch.empty(2, max(math.prod(place.shape) for place in stored))
-        for name, place in checkpoint.tensors.items():
+        blocks = {name: _row_blocks(*checkpoint.tensors[name].shape) for name in self.factors}
+        size = max((stop - start) * a.shape[1] for name, (a, _) in self.factors.items() for start, stop in blocks[name])
+        memory = _Memory(size)
+        for name in checkpoint.tensors:
             if name in self.factors:
-                a, b = (factor.float() for factor in self.factors[name])
-                count = math.prod(place.shape)
-                value, update = values[:count].view(place.shape), updates[:count].view(place.shape)
-                value.copy_(checkpoint.read(name, raw))
-                value += torch.mm(b, a, out=update).mul_(self.scale)
-                yield name, value
+                yield name, self._blocks(checkpoint, name, blocks[name], memory)
+
+    def _blocks(
+        self, checkpoint: Checkpoint, name: str, blocks: list[tuple[int, int]], memory: "_Memory"
+    ) -> Iterator[torch.Tensor]:
+        stored, (a, b) = checkpoint.tensors[name], (factor.float() for factor in self.factors[name])
+        # Multiplying by a power of two rounds nothing, so it may come before the product, where it is cheap.
+        early = math.frexp(self.scale)[0] == 0.5
+        b, width = b * self.scale if early else b, stored.shape[1] * stored.torch_dtype.itemsize
+        for start, stop in blocks:
+            raw, read, value, update = memory.views(stop - start, stored.shape[1], stored.torch_dtype)
+            checkpoint.fill(name, raw, start * width)
+            value.copy_(read)
+            torch.mm(b[start:stop], a, out=update)
+            yield value.add_(update if early else update.mul_(self.scale))
+
+
+class _Memory:
+    """What one block after the other is computed in. Views are made once for each shape: there are few."""
+
+    def __init__(self, size: int) -> None:
+        self.raw = np.empty(4 * size, dtype=np.uint8)
+        self.values, self.updates = torch.empty(2, size)
+        self.made: dict[tuple, tuple[memoryview, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def views(
+        self, rows: int, columns: int, dtype: torch.dtype
+    ) -> tuple[memoryview, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bytes to read into; the same as a tensor (rows, columns) of `dtype`; two such tensors in float32."""
+        key = rows, columns, dtype
+        if key not in self.made:
+            raw = self.raw[: rows * columns * dtype.itemsize]
+            floats = (memory[: rows * columns].view(rows, columns) for memory in (self.values, self.updates))
+            self.made[key] = memoryview(raw), torch.from_numpy(raw).view(dtype).view(rows, columns), *floats
+        return self.made[key]
+
+
+def _row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """Rows in blocks of about `BLOCK` values. None is short: the product of a few rows is summed in another order."""
+    step = max(_SHORTEST, BLOCK // max(columns, 1))
+    starts = list(range(0, max(rows - _SHORTEST, 1), step))
+    return list(zip(starts, [*starts[1:], rows], strict=True))
 
 
 def find_direct(adapter: Adapter, checkpoint: Checkpoint, config: dict[str, Any]) -> Direct | None:
