@@ -93,6 +93,22 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         made.set_defaults(run=function, takes_recipe_keys=recipe_keys)
         return made
 
+    def several(made: _Parser) -> None:
+        """The flags for several adapters."""
+        made.add_argument(
+            "--weights", nargs="+", type=float, metavar="W", help="a factor for each adapter (default: 1)"
+        )
+        made.add_argument(
+            "--method",
+            choices=["sum", "ties", "dare"],
+            default="sum",
+            help="how several adapters become one: weighted sum, TIES or DARE (default: sum)",
+        )
+        made.add_argument(
+            "--density", type=float, default=0.5, help="share of values that TIES and DARE keep (default: 0.5)"
+        )
+        made.add_argument("--seed", type=int, default=0, help="of DARE's choice (default: 0)")
+
     verb(verbs.methods)
 
     made = verb(verbs.inspect)
@@ -140,8 +156,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument("--out", type=Path, help="folder of the run folders (default: runs/ and the recipe's name)")
 
     made = verb(verbs.merge)
-    made.add_argument("adapter", help="adapter folder, such as runs/x/adapter")
+    made.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="adapter folder, such as runs/x/adapter; or several"
+    )
     made.add_argument("out", help="model folder to write")
+    several(made)
     made.add_argument("--base", help="base model (default: the one that the adapter names)")
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
     made.add_argument(
@@ -157,6 +176,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     made.add_argument(
         "--force", action="store_true", help="merge into another base than the adapter's; says what differs"
     )
+
+    made = verb(verbs.combine)
+    made.add_argument("adapters", nargs="+", metavar="ADAPTER", help="LoRA adapter folders, two or more")
+    made.add_argument("out", help="adapter folder to write")
+    several(made)
+    made.add_argument("--rank", type=int, help="of the result (default: the sum of the ranks, exact for a sum)")
+    made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
     made = verb(verbs.check)
     made.add_argument("folder", help="adapter or model folder")

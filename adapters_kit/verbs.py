@@ -184,12 +184,13 @@ def sweep(options: argparse.Namespace, flags: list[str]) -> None:
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Fold an adapter into its base model's weights, and prove that both compute the same."""
+    """Fold an adapter, or several, into the base model's weights, and prove that both compute the same."""
     from adapters_kit.shipping.merge import merge as fold
 
     report = fold(
-        options.adapter,
+        options.adapters if len(options.adapters) > 1 else options.adapters[0],
         options.out,
+        **_mixing(options),
         base=options.base,
         dtype=options.dtype,
         quantize=options.quantize,
@@ -198,6 +199,18 @@ def merge(options: argparse.Namespace) -> None:
         force=options.force,
     )
     print(report)
+
+
+def combine(options: argparse.Namespace) -> None:
+    """Write one LoRA adapter that stands for several of the same base."""
+    from adapters_kit.shipping.combine import combine as join
+
+    kinds = {"rank": options.rank, "overwrite": options.overwrite}
+    print(join(options.adapters, options.out, **_mixing(options), **kinds))
+
+
+def _mixing(options: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(options, name) for name in ("weights", "method", "density", "seed")}
 
 
 def check(options: argparse.Namespace) -> int:

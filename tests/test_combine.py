@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from shipping_tools import gap, load, save_base, train_on
 
 import adapters_kit as ak
+from adapters_kit import cli
 
 WEIGHTS = [0.7, -1.3]
 
@@ -73,12 +74,7 @@ def test_ties_is_pefts(trio, tmp_path):
     base, adapters = trio
     report = ak.combine(adapters, tmp_path / "ties", weights=WEIGHTS, method="ties", density=0.3, rank=64)
     assert max(report.errors.values()) < 1e-6  # full rank: nothing is lost
-
-    def mix(parts):
-        parts = parts if len(parts) > 1 else [*parts, (torch.zeros_like(parts[0][0]), 0.0)]
-        return ties([update for update, _ in parts], torch.tensor([weight for _, weight in parts]), 0.3)
-
-    found, wanted = updates(base, tmp_path / "ties"), expected(base, adapters, mix)
+    found, wanted = updates(base, tmp_path / "ties"), expected(base, adapters, ties_of)
     assert all(torch.allclose(found[path], wanted[path], atol=1e-5) for path in wanted)
 
 
@@ -147,6 +143,68 @@ def test_dora_and_others_merge_into_their_exact_sum(family, tmp_path):
     assert manifest["weights"] == weights and len(manifest["adapters"]) == 4
 
 
+def ties_of(parts):
+    """peft's TIES at density 0.3; it needs two updates to vote on."""
+    parts = parts if len(parts) > 1 else [*parts, (torch.zeros_like(parts[0][0]), 0.0)]
+    return ties([update for update, _ in parts], torch.tensor([weight for _, weight in parts]), 0.3)
+
+
+def moved(base, merged) -> dict[str, torch.Tensor]:
+    """path -> what was added to the weight, for weights that changed."""
+    before, after = load(base).state_dict(), load(merged).state_dict()
+    gaps = {name.removesuffix(".weight"): after[name] - value for name, value in before.items()}
+    return {path: gap for path, gap in gaps.items() if gap.any()}
+
+
+def test_ties_and_dare_straight_into_the_weights(trio, tmp_path):
+    """On the whole updates, so that nothing is lost to a rank."""
+    base, adapters = trio
+    report = ak.merge(adapters, tmp_path / "ties", weights=WEIGHTS, method="ties", density=0.3)
+    found, wanted = moved(base, tmp_path / "ties"), expected(base, adapters, ties_of)
+    assert found.keys() == wanted.keys() and "TIES at density 0.3" in str(report)
+    assert all(torch.allclose(found[path], wanted[path], atol=1e-5) for path in wanted)
+    plain = expected(base, adapters, lambda parts: sum(update * weight for update, weight in parts))
+    ak.merge(adapters, tmp_path / "all", weights=WEIGHTS, method="dare", density=1.0)
+    found = moved(base, tmp_path / "all")
+    assert all(torch.allclose(found[path], plain[path], atol=1e-5) for path in plain)
+    for seed, name in ((3, "one"), (3, "again"), (4, "other")):
+        ak.merge(adapters, tmp_path / name, weights=WEIGHTS, method="dare", density=0.5, seed=seed, verify="off")
+    files = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again", "other")}
+    assert files["one"] == files["again"] != files["other"]
+    path = "model.layers.0.self_attn.v_proj"  # of one adapter alone: dropped, or twice as large
+    kept, whole = moved(base, tmp_path / "one")[path], plain[path]
+    assert torch.allclose(torch.where(kept == 0, 2 * whole, kept), 2 * whole, atol=1e-5)
+    assert 0.3 < (kept != 0).float().mean() < 0.7
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    assert manifest["combined"] == {"method": "dare", "density": 0.5, "seed": 3}
+
+
+def test_the_command_line_takes_several_adapters(trio, tmp_path, capsys):
+    base, adapters = trio
+    words, options = [str(adapter) for adapter in adapters], ["--weights", *map(str, WEIGHTS)]
+    for name, more, kinds in (
+        ("sum", [], {}),
+        ("ties", ["--method", "ties", "--density", "0.3"], {"method": "ties", "density": 0.3}),
+    ):
+        assert cli.main(["merge", *words, str(tmp_path / name), *options, *more, "--base", str(base)]) == 0
+        assert "-1.3 ×" in capsys.readouterr().out
+        ak.merge(adapters, tmp_path / f"{name}-ours", weights=WEIGHTS, **kinds)
+        files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (name, f"{name}-ours")]
+        assert files[0] == files[1]
+    assert cli.main(["combine", *words, str(tmp_path / "one"), *options, "--rank", "5"]) == 0
+    assert "r = 5" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {5}
+    for verb, arguments, message in (
+        ("merge", [*words, str(tmp_path / "x"), "--weights", "1"], "1 weights for 2 adapters"),
+        ("merge", [words[0], str(tmp_path / "x"), "--method", "ties"], "method='ties' is for several adapters"),
+        ("merge", [*words, str(tmp_path / "x"), "--density", "0"], "density=0.0"),
+        ("combine", [words[0], str(tmp_path / "x")], "two adapters or more"),
+    ):
+        assert cli.main([verb, *arguments]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_what_has_no_sum_is_not_merged(trio, tmp_path):
     base, adapters = trio
     train_on(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path / "head")
@@ -154,7 +212,9 @@ def test_what_has_no_sum_is_not_merged(trio, tmp_path):
         (adapters, {"weights": [1.0]}, "1 weights for 2 adapters"),
         (adapters, {"quantize": "nf4"}, "leave out quantize"),
         ([adapters[0], tmp_path / "head"], {}, "a trained head"),
-        (adapters[0], {"weights": [1.0]}, "for several adapters"),
+        (adapters[0], {"weights": [1.0]}, "weights is for several adapters"),
+        (adapters, {"method": "tie"}, "Did you mean ties"),
+        (adapters, {"density": 1.5}, r"density=1\.5"),
     ):
         with pytest.raises(ak.AdapterError, match=message):
             ak.merge(folders, tmp_path / "out", base=base, **options)

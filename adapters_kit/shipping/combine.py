@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft.utils.merge_utils import dare_linear, ties
 from safetensors.torch import save_file
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from adapters_kit.artifacts.staging import staged
-from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
+from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.export import KEY, ExportReport, canonicalise
 from adapters_kit.shipping.merge import write_manifest
-
-METHODS = ("sum", "ties", "dare")
+from adapters_kit.shipping.several import Mix
 
 
 def combine(
@@ -56,10 +54,7 @@ def combine(
         UnknownNameError: no such method.
         ShippingError: fewer than two adapters, different bases or shapes, or one that is not plain LoRA.
     """
-    if method not in METHODS:
-        raise UnknownNameError(f"Unknown method {method!r}. {did_you_mean(method, METHODS)}")
-    if not 0 < density <= 1:
-        raise ShippingError(f"density={density}: a share above 0 and up to 1.")
+    mix = Mix(method, density, seed)
     read = [read_adapter(folder) for folder in adapters]
     factors = [1.0] * len(read) if weights is None else [float(weight) for weight in weights]
     _check(read, factors)
@@ -67,7 +62,7 @@ def combine(
     config = dict(forms[0][0])
     pairs = [_pairs(form[1]) for form in forms]
     target = rank or sum(form[0]["r"] for form in forms)
-    generator = torch.Generator().manual_seed(seed)
+    generator = mix.generator()
     result: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     for path in sorted({path for table in pairs for path in table}):
@@ -81,7 +76,7 @@ def combine(
             update = stacked_b.double() @ stacked_a.double()
             if method != "sum":
                 updates = [(b @ a) for ((_, a), (_, b)), _ in found]
-                update = _trim(updates, [factor for _, factor in found], method, density, generator).double()
+                update = mix(updates, [factor for _, factor in found], generator).double()
             a, b, errors[path] = _factor(update, target)
         missing = target - a.shape[0]
         result[name_a] = torch.cat([a, a.new_zeros(missing, a.shape[1])]).contiguous()
@@ -128,18 +123,6 @@ def _check(adapters: list[Adapter], factors: list[float]) -> None:
                 f"{first.folder} was trained on {first.base}, {other.folder} on {other.base}: the updates of two bases "
                 "do not add up."
             )
-
-
-def _trim(
-    updates: list[torch.Tensor], factors: list[float], method: str, density: float, generator: torch.Generator
-) -> torch.Tensor:
-    if len(updates) == 1 and method == "ties":
-        updates, factors = [updates[0], torch.zeros_like(updates[0])], [factors[0], 0.0]
-    if method == "ties":
-        return ties(updates, torch.tensor(factors), density, "total")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        return dare_linear(updates, torch.tensor(factors), density)
 
 
 def _factor(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:

@@ -31,6 +31,7 @@ from adapters_kit.shipping.writing import write
 if TYPE_CHECKING:
     from adapters_kit.shipping.plan import Job
     from adapters_kit.shipping.requantize import Survival
+    from adapters_kit.shipping.several import Mix
     from adapters_kit.shipping.verify import Comparison
 
 MANIFEST = "manifest.json"
@@ -90,6 +91,9 @@ def merge(
     out: str | os.PathLike,
     *,
     weights: Sequence[float] | None = None,
+    method: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
     base: str | os.PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
@@ -107,8 +111,13 @@ def merge(
     was trained on; `base="original"` takes the original ones and reports how far the result is from the trained model.
 
     Args:
-        adapter: a peft adapter folder; or several, for `base + Σ weight · update`, exact for every method that merges.
+        adapter: a peft adapter folder; or several, of any methods that merge, which become one update of each weight.
         weights: with several adapters, a factor for each; None takes 1 for each.
+        method: with several adapters: "sum" is `base + Σ weight · update`, exactly; "ties" (Yadav et al. 2023,
+            arXiv:2306.01708) keeps each update's largest values and settles signs by vote; "dare" (Yu et al. 2023,
+            arXiv:2311.03099) drops values at random and scales up the rest.
+        density: share of the values that "ties" and "dare" keep, above 0 and up to 1.
+        seed: of DARE's choice.
         out: the folder to write; it must not exist or be empty, unless `overwrite`.
         base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
             takes that one without the quantization of the training.
@@ -136,9 +145,13 @@ def merge(
     target = as_dtype(dtype)
     if not isinstance(adapter, str | os.PathLike):
         options = {"base": base, "dtype": target, "verify": verify, "overwrite": overwrite, "force": force}
-        return _merge_sum([open_adapter(Path(one)) for one in adapter], weights, Path(out), quantize, **options)
-    if weights is not None:
-        raise ShippingError("weights= is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
+        from adapters_kit.shipping.several import Mix
+
+        mix = Mix(method, density, seed)
+        return _merge_sum([open_adapter(Path(one)) for one in adapter], weights, mix, Path(out), quantize, **options)
+    if weights is not None or method != "sum":
+        given = "weights" if weights is not None else f"method={method!r}"
+        raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
     read = open_adapter(Path(adapter))
     original = base == "original"
     source = base_of(read, None if original else base)
@@ -200,6 +213,7 @@ def merge(
 def _merge_sum(
     adapters: list[Adapter],
     weights: Sequence[float] | None,
+    mix: Mix,
     out: Path,
     quantize: str | None,
     *,
@@ -227,7 +241,7 @@ def _merge_sum(
             hashes = base_hashes(source)
             notes = [line for one in adapters for line in _check_base(one, source, hashes, force)]
             jobs, layout = plan_sum(adapters, checkpoint, dtype)
-            written = write(layout, checkpoint, changed_sum(jobs, factors), stage)
+            written = write(layout, checkpoint, changed_sum(jobs, factors, mix), stage)
             raw = read_json(folder / "config.json")
             _write_config(raw, dict(adapters[0].record.get("config") or {}), stage, dtype)
             _copy_files(folder, adapters[0].folder, stage)
@@ -236,13 +250,15 @@ def _merge_sum(
             seconds = time.perf_counter() - begin
             report = MergeReport(out, len(tensors) - copied, copied, [], [], layout.nbytes, seconds, notes=notes)
             if verify != "off":
-                recheck(checkpoint, layout, changed_sum(jobs, factors), stage)
+                recheck(checkpoint, layout, changed_sum(jobs, factors, mix), stage)
                 report.notes.insert(0, "Verified: every tensor was computed again and is what was written.")
         shutil.rmtree(work, ignore_errors=True)
-        mix = ", ".join(f"{factor:g} × {one.folder}" for one, factor in zip(adapters, factors, strict=True))
-        report.notes.append(f"The sum of {mix}.")
+        how = {"sum": "The sum", "ties": f"TIES at density {mix.density:g}", "dare": f"DARE at density {mix.density:g}"}
+        parts = ", ".join(f"{factor:g} × {one.folder}" for one, factor in zip(adapters, factors, strict=True))
+        report.notes.append(f"{how[mix.method]} of {parts}.")
         _write_card(stage, type(jobs[0].attached.bare).__name__, adapters[0], report, source)
         about = {"adapters": [str(one.folder) for one in adapters], "weights": factors, "base": str(source)}
+        about["combined"] = asdict(mix) if mix.method != "sum" else {"method": "sum"}
         write_manifest(stage, about | {"base_tensors": hashes}, written)
     return report
 
