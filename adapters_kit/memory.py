@@ -182,7 +182,7 @@ def step_bytes(
     """The memory of one training step on `batch`.
 
     Args:
-        model: wrapped, on the meta device, in the dtype that it is to be held in; not usable afterwards.
+        model: wrapped, on the meta device, in the dtype that it is to be held in; put into training mode.
         batch: real tensors; only their shapes and dtypes matter.
         dtype: of the arithmetic; a 16-bit one runs under autocast, as training does.
     """

@@ -96,6 +96,9 @@ class TrainingSpec(BaseModel):
     """Stop after so many optimizer steps, whatever `epochs` says."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate; by default the one that suits the method."""
+    head_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of a task head, and of whatever else is trained as a full copy beside the adapter; by default
+    the method's, at most 6e-4."""
     batch_size: int = Field(16, ge=1)
     """Examples in one forward pass on one device."""
     eval_batch_size: int | None = Field(None, ge=1)
@@ -110,7 +113,7 @@ class TrainingSpec(BaseModel):
     """LoRA+: the learning rate of the B matrices over that of the A matrices (16 is usual)."""
     scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after warm-up."""
-    warmup: float = Field(0.06, ge=0, lt=1)
+    warmup: float = Field(0.1, ge=0, lt=1)
     """Part of the steps over which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
@@ -123,6 +126,9 @@ class TrainingSpec(BaseModel):
     parameters stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    recompute: Literal["cheap"] | None = None
+    """cheap: compute activation × gate and norms again in the backward pass; saves less than `gradient_checkpointing`,
+    and costs a few per cent of a step."""
     fuse: bool = True
     """Use the fused LoRA layers, where the model's layers allow."""
     chunked_loss: bool = True

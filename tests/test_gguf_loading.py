@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from quantized import paths
+from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -100,6 +101,29 @@ def test_tensor_by_tensor_is_the_same_model(name, kind, quantize, tmp_path, monk
     again = ak.load(tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
+def test_the_config_is_that_of_transformers(name, tmp_path):
+    """Read without the vocabulary, and so in a moment; transformers counts it where the file does not say its size."""
+    write(name, tmp_path / "model.gguf", "F16")
+    expected = AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf")
+    found = reading.read_config(str(tmp_path), "model.gguf")
+    assert type(found) is type(expected)
+    assert found.to_dict() == expected.to_dict()
+    assert found._name_or_path == expected._name_or_path == str(tmp_path)
+    assert found.vocab_size == tiny.VOCAB
+
+
+@pytest.mark.slow
+def test_the_tokenizer_is_that_of_transformers(real):
+    file = real("smollm2")
+    expected = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    found = ak.load_processor(file)
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert found.chat_template == expected.chat_template
 
 
 def test_what_is_read_are_the_weights(tmp_path):

@@ -95,6 +95,40 @@ def test_what_fits_and_what_to_change(recipe):
     assert ak.plan(larger).memory.activations > 4 * ak.plan(recipe).memory.activations
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_variants_are_the_bytes_of_a_real_step(recipe, precision):
+    """Each switch of the recipe by itself: what the plan says for it, and what a real model keeps when trained so."""
+    recipe = recipe.changed(**{"training.precision": precision})
+    plan = ak.plan(recipe)
+    switches = {
+        "without fused layers": {"fuse": False},
+        "without chunked loss": {"chunked_loss": False},
+        "with cheap recomputing": {"recompute": "cheap"},
+    }
+    task, splits = prepare(recipe)
+    base, _ = load_base(recipe, task)
+    features = sorted(task.encode(splits.train), key=task.length)[-4:]
+    batch = {name: tensor for name, tensor in task.collate(features).items() if name != "row"}
+    kept = {}
+    for name, changes in {"": {}, **switches}.items():
+        given = recipe.changed(**{f"training.{key}": value for key, value in changes.items()})
+        model = add_adapter(copy.deepcopy(base), given, steps=1).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            kept[name] = kept_for_backward(model, batch)
+        if name:
+            own = ak.plan(given)
+            # The chunked loss keeps a row like the hidden states for each token that counts; a plan sees no labels.
+            rows = 0 if "chunked" in name else batch["input_ids"].numel()
+            unseen = rows * base.config.hidden_size * base.dtype.itemsize
+            assert 0 <= own.memory.activations - kept[name].total <= unseen, name
+            assert own.memory.total == plan.variants[name], "the switch turned alone, or in a recipe of its own"
+            back = name.replace("without", "WITH").replace("with ", "without ").replace("WITH", "with")
+            assert own.variants[back] == plan.memory.total
+    assert kept["with cheap recomputing"].total < kept[""].total < kept["without chunked loss"].total
+    if precision == "bf16":  # in fp32, without dropout, peft's layers keep no copy that the fused ones do not
+        assert kept[""].total < kept["without fused layers"].total
+
+
 def test_quantized_weights_take_less(recipe):
     plain, quantized = ak.plan(recipe), ak.plan(recipe.changed(quantize="nf4"))
     assert quantized.memory.weights < 0.6 * plain.memory.weights
@@ -151,6 +185,7 @@ def test_within_a_tenth_of_a_real_model(real, asset):
     features = sorted(kind.encode(splits.train), key=kind.length)[-4:]
     batch = {name: tensor for name, tensor in kind.collate(features).items() if name != "row"}
     cases = {"": {}, "with gradient checkpointing": {}, "without fused layers": {"training.fuse": False}}
+    cases["with cheap recomputing"] = {"training.recompute": "cheap"}
     if task == "causal-lm":
         cases["without chunked loss"] = {"training.chunked_loss": False}
     for name, changes in cases.items():

@@ -5,6 +5,7 @@ transformers unpacks the whole file before the first weight is used: for a model
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations.gguf import read_gguf_metadata
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -24,6 +27,46 @@ from adapters_kit.anatomy import blocks, embeddings
 from adapters_kit.quantization import Trimmer
 
 AT_ONCE = 1 << 20  # weights unpacked at a time; the package's own unpacking needs twice the result
+
+
+# What a tokenizer is built from, one entry a token: nothing of it is in a model's config.
+VOCABULARY = {f"tokenizer.ggml.{name}" for name in ("tokens", "merges", "scores", "token_type")}
+
+
+def read_config(location: str, name: str) -> PreTrainedConfig:
+    """The config that transformers makes of the file called `name` in the folder `location`.
+
+    Most of what transformers spends on it goes into the vocabulary, which is in no config: seconds, and again for the
+    tokenizer. So it is shown a file that says the same without the vocabulary, and without the weights.
+
+    Raises:
+        OSError, ValueError, KeyError: as `AutoConfig.from_pretrained`.
+    """
+    metadata, tensors = read_gguf_metadata(os.path.join(location, name))
+    if f"{metadata['general.architecture']}.vocab_size" not in metadata:  # counted from the vocabulary then
+        return AutoConfig.from_pretrained(location, gguf_file=name)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_small(os.path.join(folder, name), metadata, tensors)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+    config._name_or_path = location
+    return config
+
+
+def _write_small(file: str, metadata: dict[str, Any], tensors: tuple[str, ...]) -> None:
+    """A GGUF file of the metadata, and of one number in place of each tensor: some configs depend on their names."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, metadata["general.architecture"])
+    adders = {bool: writer.add_bool, str: writer.add_string, float: writer.add_float64, list: writer.add_array}
+    for key, value in metadata.items():
+        if key != "general.architecture" and key not in VOCABULARY and value != []:
+            adders.get(type(value), writer.add_int64)(key, value)
+    for each in tensors:
+        writer.add_tensor(each, np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 class Stored(NamedTuple):

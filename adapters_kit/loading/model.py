@@ -276,6 +276,10 @@ def _set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
 def _read_config(source: Source, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     options = source.options(revision)
     try:
+        if source.gguf_file:
+            from adapters_kit.loading.gguf import read_config
+
+            return read_config(source.location, source.gguf_file)
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
         hint = "" if source.local else " If it is a local folder, check the path."

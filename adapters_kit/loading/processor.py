@@ -4,9 +4,10 @@ import os
 from typing import Any
 
 import transformers
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from adapters_kit.errors import ModelError
-from adapters_kit.loading.source import find
+from adapters_kit.loading.source import Source, find
 
 
 def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -24,8 +25,8 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     """
     source = find(name)
     options = {"trust_remote_code": trust_remote_code, **source.options(revision)}
-    auto_class = transformers.AutoTokenizer if source.gguf_file else transformers.AutoProcessor
     try:
+        auto_class = _tokenizer_class(source) if source.gguf_file else transformers.AutoProcessor
         processor = auto_class.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -37,3 +38,15 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def _tokenizer_class(source: Source) -> Any:
+    """The class of a GGUF file's tokenizer, as AutoTokenizer finds it: that unpacks the vocabulary once more for it."""
+    from adapters_kit.loading.gguf import read_config
+
+    config = read_config(source.location, source.gguf_file)
+    told_elsewhere = os.path.exists(os.path.join(source.location, "tokenizer_config.json"))
+    if told_elsewhere or getattr(config, "tokenizer_class", None):
+        return transformers.AutoTokenizer
+    found = TOKENIZER_MAPPING.get(type(config), transformers.PreTrainedTokenizerFast)
+    return found if issubclass(found, transformers.PreTrainedTokenizerFast) else transformers.AutoTokenizer

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from adapters_kit.errors import RecipeError
+from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
+from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
 from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.memory import Memory, step_bytes
 from adapters_kit.recipe import Recipe
@@ -108,23 +110,30 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
         return add_adapter(copy.deepcopy(bare), changed, steps=10_000)
 
     longest_rows = sorted(features, key=task.length)[-batch_size:]
-    groups, trainable, total = _groups(build())
+    model = build()  # one for all sizes: to find out which layers are fused takes longer than to count
+    groups, trainable, total = _groups(model)
 
-    def step(batch: dict[str, torch.Tensor], **changes: Any) -> tuple[Memory, Memory]:
+    def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Memory, Memory]:
         """As the recipe says, and with checkpointing switched the other way."""
         options = {"dtype": dtype, "optimizer": training.optimizer, "quantize": recipe.quantize}
-        ours, kept = step_bytes(build(**changes), batch, checkpointing=training.gradient_checkpointing, **options)
+        ours, kept = step_bytes(model, batch, checkpointing=training.gradient_checkpointing, **options)
         other = kept.total if training.gradient_checkpointing else kept.checkpointed
         return ours, replace(ours, activations=other)
 
     batch = _batch(task, longest_rows)
-    memory, switched = step(batch)
+    memory, switched = step(model, batch)
     longest = max(task.length(feature) for feature in longest_rows)
-    variants = {f"{'without' if training.gradient_checkpointing else 'with'} gradient checkpointing": switched.total}
-    options = {"fuse": "fused layers", **({"chunked_loss": "chunked loss"} if recipe.task == "causal-lm" else {})}
-    for name, shown in options.items():
-        now = getattr(training, name)
-        variants[f"{'without' if now else 'with'} {shown}"] = step(batch, **{name: not now})[0].total
+    variants = {_variant("gradient checkpointing", not training.gradient_checkpointing): switched.total}
+    other = build(fuse=not training.fuse)
+    variants[_variant("fused layers", not training.fuse)] = step(other, batch)[0].total
+    switches = {"recompute": ("cheap recomputing", recompute_cheap, recompute_nothing)}
+    if recipe.task == "causal-lm":
+        switches["chunked_loss"] = ("chunked loss", chunked_loss, plain_loss)
+    for name, (shown, on, off) in switches.items():
+        now = bool(getattr(training, name))
+        (off if now else on)(model)
+        variants[_variant(shown, not now)] = step(model, batch)[0].total
+        (on if now else off)(model)
     made = Plan(
         recipe=recipe,
         groups=groups,
@@ -145,7 +154,7 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     def resized(rows: int, length: int) -> int:
         if (rows, length) == (batch_size, longest):
             return memory.total
-        return step(_stretched(task, longest_rows, rows, length))[0].total
+        return step(model, _stretched(task, longest_rows, rows, length))[0].total
 
     largest = _largest(lambda rows: resized(rows, longest), (batch_size, 16 * batch_size), room)
     top = min(task.longest, 4096)
@@ -159,6 +168,10 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
         longest=_largest(lambda n: resized(batch_size, n), lengths, room, task.longest) if by_length else None,
         advice=[] if memory.total <= room else _advice(made, room),
     )
+
+
+def _variant(what: str, on: bool) -> str:
+    return f"{'with' if on else 'without'} {what}"
 
 
 _NO_LABELS = ("causal-lm", "seq2seq", "masked-lm", "question-answering")
@@ -246,14 +259,17 @@ def _example(task: Task, feature: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def _advice(plan: Plan, room: int) -> list[str]:
     training = plan.recipe.training
+    settings = {
+        "fused layers": "fuse: true",
+        "chunked loss": "chunked_loss: true",
+        "cheap recomputing": "recompute: cheap",
+        "gradient checkpointing": "gradient_checkpointing: true",
+    }
     found = []
-    if not training.gradient_checkpointing:
-        total = plan.variants["with gradient checkpointing"]
-        found.append(
-            f"training.gradient_checkpointing: true takes {size(total)}{'' if total > room else ', which fits'}"
-        )
-    if not training.fuse:
-        found.append(f"training.fuse: true takes {size(plan.variants['with fused layers'])}")
+    for what, setting in settings.items():
+        total = plan.variants.get(_variant(what, True))
+        if total is not None and total < plan.memory.total:
+            found.append(f"training.{setting} takes {size(total)}{'' if total > room else ', which fits'}")
     if plan.recipe.quantize is None:
         found.append(f"quantize: nf4 takes about {size(round(plan.memory.weights * 0.72))} off the weights")
     if training.batch_size > 1:

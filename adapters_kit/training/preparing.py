@@ -84,11 +84,12 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
         config = find_method(recipe.method.name).config_class
         if "total_step" in {field.name for field in dataclasses.fields(config)}:
             options.setdefault("total_step", steps)
-    wrapped = wrap(model, recipe.method.name, fuse=recipe.training.fuse, **options)
+    training = recipe.training
+    wrapped = wrap(model, recipe.method.name, fuse=training.fuse, recompute=training.recompute, **options)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
-    if recipe.task == "causal-lm" and recipe.training.chunked_loss:
+    if recipe.task == "causal-lm" and training.chunked_loss:
         chunked_loss(wrapped)
     return wrapped
 
