@@ -11,7 +11,7 @@ from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from adapters_kit.anatomy import head
+from adapters_kit.anatomy import base_model, head, pooler
 from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
@@ -172,13 +172,20 @@ def infer_task_type(model: nn.Module) -> TaskType | None:
 def task_heads(model: nn.Module) -> list[str]:
     """The modules that turn hidden states into the user's labels; empty for language models.
 
-    A fresh module inside the body (a pooler that the checkpoint lacks) counts too: left frozen at random, it would
-    spoil every score. `load` notes such modules in `model.fresh_modules`.
+    The backbone's pooler is one of them: pretraining leaves it near its random start, and frozen there it costs every
+    method a point and more (docs/defaults.md). So is any other fresh module inside the body, which `load` notes in
+    `model.fresh_modules`.
     """
     if not any(type(model).__name__ in _class_names(classes) for classes in _HEAD_TASKS):
         return []
     heads = head(model)
-    return heads + [name for name in getattr(model, "fresh_modules", ()) if name.partition(".")[0] not in heads]
+    pool = pooler(model)
+    weights = base_model(model).get_submodule(pool).parameters() if pool else ()
+    # A quantized one, as plain transformers makes them, cannot be trained.
+    if pool and all(weight.is_floating_point() for weight in weights):
+        heads.append(pool)
+    fresh = getattr(model, "fresh_modules", ())
+    return heads + [name for name in fresh if not any(f"{name}.".startswith(f"{found}.") for found in heads)]
 
 
 def _class_names(classes: dict[str, Any]) -> set[str]:

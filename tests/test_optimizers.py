@@ -104,6 +104,20 @@ def test_vectors_are_not_decayed():
     }
 
 
+@pytest.mark.parametrize(("rate", "given", "expected"), [(1e-4, None, 1e-4), (3e-2, None, 6e-4), (3e-2, 2e-3, 2e-3)])
+def test_a_task_head_has_a_rate_of_its_own(rate, given, expected):
+    model = ak.wrap(tiny.build("bert"), "ia3")
+    names = {id(entry): path for path, entry in model.named_parameters()}
+    groups = build_optimizer(model, "adamw", rate, head_learning_rate=given).param_groups
+    rates = {names[id(entry)]: group["lr"] for group in groups for entry in group["params"]}
+    assert set(rates) == {path for path, entry in model.named_parameters() if entry.requires_grad}
+    heads = {path for path in rates if "modules_to_save" in path}
+    assert {path.split(".modules_to_save")[0].split(".")[-1] for path in heads} == {"classifier", "pooler"}
+    assert {rates[path] for path in heads} == {expected}
+    assert {rate for path, rate in rates.items() if path not in heads} == {rate}
+    assert groups[0]["lr"] == rate  # the rate that training shows
+
+
 def test_state_bytes_by_hand():
     assert state_bytes("adamw", [10, 5000]) == 8 * 5010
     assert state_bytes("adamw-8bit", [10, 5000]) == 8 * 10 + 2 * 5000 + 2 * 4 * 20

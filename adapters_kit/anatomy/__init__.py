@@ -12,6 +12,7 @@ from adapters_kit.anatomy.structure import (
     expert_parameters,
     head,
     output_embeddings,
+    pooler,
     routers,
 )
 from adapters_kit.anatomy.writers import map_model
@@ -33,6 +34,7 @@ __all__ = [
     "head",
     "map_model",
     "output_embeddings",
+    "pooler",
     "probe_inputs",
     "render",
     "routers",

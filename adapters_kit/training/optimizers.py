@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,6 +19,8 @@ _ADAMW: dict[str, str | None] = {
     "paged-adamw-8bit": "PagedAdamW8bit",
 }
 LORA_PLUS_RATIO = 16.0
+# Full copies (a task head, embeddings) are ordinary weights, which do not stand the rates that suit IA³ or a prefix.
+HEAD_RATE = 6e-4
 
 
 def build_optimizer(
@@ -26,6 +29,7 @@ def build_optimizer(
     learning_rate: float = 2e-4,
     weight_decay: float = 0.0,
     *,
+    head_learning_rate: float | None = None,
     lora_plus_ratio: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -39,6 +43,8 @@ def build_optimizer(
             AdamW with a higher rate for B (Hayou et al. 2024, arXiv:2402.12354). "lora-fa": A stays as drawn, gradients
             of B are corrected for it (Zhang et al. 2023, arXiv:2308.03303).
         learning_rate: peak rate; for LoRA+ that of the A matrices.
+        head_learning_rate: of what is trained as a full copy beside the adapter (`modules_to_save`: a task head); by
+            default `learning_rate`, at most 6e-4. LoRA+ and LoRA-FA, which are peft's, have none of their own.
         weight_decay: decoupled, for matrices; vectors (biases, norms, scales) are not decayed.
         lora_plus_ratio: rate of B over rate of A, with any AdamW; 16 for "lora+" if not given.
 
@@ -73,9 +79,17 @@ def build_optimizer(
             loraplus_lr_embedding=learning_rate,
             **options,
         )
+    copies = {id(entry) for module in model.modules() if isinstance(module, ModulesToSaveWrapper)
+              for entry in module.parameters()}  # fmt: skip
+    rates = {False: learning_rate, True: head_learning_rate or min(learning_rate, HEAD_RATE)}
     groups = [
-        {"params": [entry for entry in trainable if entry.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [entry for entry in trainable if entry.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [entry for entry in trainable if (id(entry) in copies, entry.ndim >= 2) == (copy, matrix)],
+            "lr": rates[copy],
+            "weight_decay": weight_decay if matrix else 0.0,
+        }
+        for copy in (False, True)
+        for matrix in (True, False)
     ]
     return optimizer_class([group for group in groups if group["params"]], lr=learning_rate, **options)
 
