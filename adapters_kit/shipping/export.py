@@ -179,6 +179,8 @@ def canonicalise(
     raw = read_json(adapter.folder / CONFIG)
     raw |= {"r": target, "lora_alpha": target, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     raw |= {"init_lora_weights": True, "lora_dropout": 0.0, "inference_mode": True}
+    if isinstance(raw.get("target_modules"), str):  # a regular expression, which not every server reads
+        raw["target_modules"] = sorted(pairs)
     return raw, weights, errors
 
 
