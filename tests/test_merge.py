@@ -373,8 +373,9 @@ def test_full_verification_finds_a_single_wrong_value(tmp_path, monkeypatch):
         assert not (tmp_path / "damaged").exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "nf4"), ("llama", "fp4"), ("llama", "int8"), ("gpt2", "nf4"), ("gpt2", "int8")]
+)
 def test_requantized(family, kind, tmp_path, capsys):
     """What is loaded is the merged weights rounded, and the survival is that of the definition in float64."""
     base = save_base(family, tmp_path / "base", torch.bfloat16, max_shard_size="60KB")
@@ -391,7 +392,8 @@ def test_requantized(family, kind, tmp_path, capsys):
         if type(module).__name__ not in ("Linear4bit", "Linear8bitLt"):
             continue
         held = module.weight.data
-        if kind == "nf4":
+        if kind != "int8":
+            assert module.weight.quant_state.quant_type == kind
             held = bitsandbytes.functional.dequantize_4bit(held, module.weight.quant_state)
         else:
             held = bitsandbytes.functional.int8_vectorwise_dequant(held, module.weight.SCB)
