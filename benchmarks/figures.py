@@ -28,6 +28,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": lambda: comparison.rates_table(comparison.read()),
     "combinations": lambda: comparison.combinations_table(comparison.read()),
     "language": lambda: comparison.language_table(comparison.read()),
+    "rank": lambda: comparison.curve_table(comparison.read(), "rank"),
+    "rate": lambda: comparison.curve_table(comparison.read(), "rate"),
     "loading": lambda: loading.table(loading.read()),
     "memory": lambda: memory.table(memory.read()["cases"]),
     "step time": lambda: step_time.table(common.read("step_time")["cases"]),
