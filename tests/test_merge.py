@@ -75,10 +75,12 @@ def test_merged_computes_what_was_trained(method, tmp_path):
     trained = train_on(base, config, tmp_path / "adapter", kind=kind)
     report = ak.merge(tmp_path / "adapter", tmp_path / "merged", base=base)
     assert report.check.passed and report.check.values > 0
-    untouched = load(base, kind)
-    difference, moved = gap(trained, load(tmp_path / "merged", kind)), gap(trained, untouched)
+    untouched, merged = load(base, kind), load(tmp_path / "merged", kind)
+    difference, moved = gap(trained, merged), gap(trained, untouched)
     assert difference < 3e-5, f"{difference} where the adapter itself moves the outputs by {moved}"
     assert moved > 100 * difference
+    ours, theirs = merged.state_dict(), trained.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(theirs[name], value) for name, value in ours.items())
 
 
 FAMILIES = ["bert", "albert", "deberta-v2", "distilbert", "xlnet", "gemma3", "qwen3", "deepseek-v3", "gpt-oss", "t5",
