@@ -67,6 +67,8 @@ def test_a_run_learns_and_leaves_a_complete_folder(rows, tmp_path):
     assert Recipe.read(run.path / "recipe.yaml") == run.recipe
     assert run.recipe.labels == ["bad", "good"]
     card = (run.path / "README.md").read_text()
+    assert "The adapter kept is that of the best `accuracy` among the evaluations." in card
+    assert "12 of 12 LoRA layers fused, 2 groups of siblings" in card
     assert f"| accuracy | {metrics['base_accuracy']:.4f} | {metrics['accuracy']:.4f} |" in card
     assert json.loads((run.path / "environment.json").read_text())["torch"] == torch.__version__
     steps = [step for step, _ in losses(run)]

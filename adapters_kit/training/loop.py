@@ -21,7 +21,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering
 from adapters_kit.training.optimizers import build_optimizer
-from adapters_kit.training.preparing import precision, tell_of_no_gpu
+from adapters_kit.training.preparing import precision, processes
 from adapters_kit.training.sampling import OrderedByEpoch
 
 CHECKPOINTS = "checkpoints"
@@ -185,7 +185,8 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
-        use_cpu=tell_of_no_gpu(),
+        use_cpu=processes()["cpu"],
+        ddp_backend=processes().get("backend"),
         bf16=kind == "bf16",
         fp16=kind == "fp16",
         eval_strategy="steps" if evaluate_every else "no",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def precision(recipe: Recipe) -> str:
         return chosen
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return "bf16" if on_gpu or recipe.quantize else "fp32"
+
+
+def processes() -> dict[str, Any]:
+    """How accelerate is to join the processes of a launcher, as arguments of PartialState.
+
+    Left to find out by itself that there is no GPU, it would leave them apart. Asked for a CPU, it would not use
+    DeepSpeed, which is told what carries its messages instead.
+    """
+    if torch.cuda.is_available():
+        return {"cpu": False}
+    on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return {"cpu": False, "backend": "gloo"} if on_deepspeed else {"cpu": True}
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:

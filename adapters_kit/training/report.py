@@ -89,8 +89,14 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def card(recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    """The model card: data, recipe, scores and how to load, with the front matter that the hub reads."""
+def card(
+    recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]], layers: str = ""
+) -> str:
+    """The model card: data, recipe, scores and how to load, with the front matter that the hub reads.
+
+    Args:
+        layers: which layers computed how, as `FuseReport` says it.
+    """
     scores = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
     rows = "\n".join(f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in scores)
     auto = {
@@ -124,8 +130,8 @@ Trained with adapters_kit: {metrics["trainable_params"]:,} of
 |---|---|---|
 {rows}
 
-The adapter kept is that of the best `{metric}` among the evaluations.
-
+The adapter kept is {_kept(recipe, metric)}.
+{_computed(layers)}
 ## Load
 
 ```python
@@ -150,6 +156,16 @@ model = PeftModel.from_pretrained(base, "adapter")
 {recipe.to_yaml().rstrip()}
 ```
 """
+
+
+def _kept(recipe: Recipe, metric: str) -> str:
+    training = recipe.training
+    best = training.keep_best and training.evals_per_epoch
+    return f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
+
+
+def _computed(layers: str) -> str:
+    return f"\nHow its layers computed while it was trained:\n\n```\n{layers}\n```\n" if layers else ""
 
 
 _PIPELINE = {

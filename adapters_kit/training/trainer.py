@@ -24,7 +24,7 @@ from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import pictures, report
 from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import CHECKPOINTS, AdapterTrainer, check_trackers, total_steps
-from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare
+from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare, processes
 from adapters_kit.training.report import Run
 
 
@@ -47,9 +47,8 @@ def train(
         TrainingError: a loss that is not finite, no memory left, or a folder that holds another run.
     """
     out = Path(out)
-    # Told here that there is no GPU: left to find out by itself, accelerate would not join the processes on CPUs.
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    console = Console(stderr=True, quiet=quiet or not processes.is_main_process)
+    state = PartialState(**processes())
+    console = Console(stderr=True, quiet=quiet or not state.is_main_process)
     _check_folder(out, resume, overwrite)
     check_trackers(recipe)
     task, splits = prepare(recipe)
@@ -77,8 +76,9 @@ def train(
         f"{recipe.method.label}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
     )
     fused = fuse_report(model)
-    if fused.fused or fused.plain:
-        console.print(str(fused), highlight=False, soft_wrap=True)
+    layers = str(fused) if fused.fused or fused.plain else ""
+    if layers:
+        console.print(layers, highlight=False, soft_wrap=True)
     if PartialState().is_main_process:
         if overwrite and out.exists():
             shutil.rmtree(out)
@@ -114,7 +114,7 @@ def train(
             pictures.curves(Run(out, metrics, recipe).history(), base, task.metric, out / "curves.png")
         _write_confusion(out, task, base_results, results, test_features)
         report.write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-        card = report.card(recipe, metrics, task.metric, samples)
+        card = report.card(recipe, metrics, task.metric, samples, layers)
         report.write(out / "README.md", card)
         report.write(out / "adapter" / "README.md", card)
         report.write(out / "adapter" / "recipe.yaml", recipe.to_yaml())
