@@ -5,7 +5,6 @@ only the dropped positions are drawn, as geometric gaps, which costs far less th
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,11 +27,12 @@ def _positions(count: int, seed: int, p: float) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
     draws = int(count * p + 8 * math.sqrt(count * p) + 16)  # eight standard deviations; made up below if too few
-    found, last = [], -1
+    found, last, smallest = [], -1, 2**-25  # half of what uniform_ resolves: a zero has no logarithm
     while last < count:
-        uniform = torch.rand(draws, generator=generator)
-        gaps = uniform.neg_().log1p_().mul_(1 / math.log1p(-p)).to(torch.int32).add_(1)
-        found.append(gaps.cumsum(0, dtype=torch.int64).add_(last))
+        gaps = torch.empty(draws, dtype=torch.float32, device="cpu").uniform_(smallest, 1, generator=generator)
+        gaps = gaps.log_().mul_(1 / math.log1p(-p)).add_(1).to(torch.int64)  # geometric, at least 1
+        gaps[0] += last
+        found.append(gaps.cumsum(0))
         last = int(found[-1][-1])
     index = found[0] if len(found) == 1 else torch.cat(found)
     return index[: int(torch.searchsorted(index, count))]
@@ -66,29 +66,7 @@ def zero_dropped(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     """A copy of `x` with the dropped elements at zero. The others are *not* scaled by 1 / (1 - p)."""
     if is_mask(pattern):
         return x * pattern
-    return x.clone(memory_format=torch.contiguous_format).view(-1).index_fill_(0, pattern, 0).view(x.shape)
-
-
-def each_dropped(x: torch.Tensor, patterns: list[torch.Tensor], private: bool) -> Iterator[torch.Tensor]:
-    """`zero_dropped(x, pattern)` for one pattern after the other. They may share memory: use each before the next.
-
-    Args:
-        private: nobody else reads `x`, so that it may be written to meanwhile. At the end it is as it was.
-    """
-    scratch = x if private and x.is_contiguous() else None
-    for position, pattern in enumerate(patterns):
-        if is_mask(pattern):
-            yield x * pattern
-            continue
-        if scratch is None:
-            scratch = x.clone(memory_format=torch.contiguous_format)
-        flat = scratch.view(-1)
-        again = scratch is x or position + 1 < len(patterns)
-        before = flat.take(pattern) if again else None
-        flat.index_fill_(0, pattern, 0)
-        yield scratch
-        if again:
-            flat.index_copy_(0, pattern, before)
+    return x.clone(memory_format=torch.contiguous_format).view(-1).scatter_(0, pattern, 0.0).view(x.shape)
 
 
 def cut(pattern: torch.Tensor, start: int, stop: int, width: int) -> torch.Tensor:

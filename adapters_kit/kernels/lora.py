@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, dropped, each_dropped, is_mask, zero_dropped
+from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, dropped, is_mask, zero_dropped
 from adapters_kit.kernels.products import blocks, cast, narrow, narrow_sum, wide_dtype, widen_
 
 
@@ -159,8 +159,8 @@ def _forward_part(
     weights, biases, downs, ups, up_biases = columns
     x = cast(rows, wide)
     pieces = [
-        narrow(source, _stacked([downs[i] for i in span]))
-        for span, source in _sources(x, seeds, patterns, p, len(downs), x is not rows)
+        narrow(source, _stacked([downs[i] for i in span]), positions)
+        for span, source, positions in _sources(x, seeds, patterns, p, len(downs))
     ]
     low = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
     factor = _factor(scale, p)
@@ -253,23 +253,20 @@ def _backward_part(
                 dx = torch.mm(grad, weight) if dx is None else dx.addmm_(grad, weight)
                 del weight  # a dequantized weight is large
         start = stop
-    x = cast(rows, wide)
-    if any(need_downs):
-        for span, source in _sources(x, seeds, patterns, ctx.p, count, x is not rows):
-            live = [i for i in span if grads[i] is not None]
-            if live and any(need_downs[i] for i in live):
-                stacked = narrow_sum(_side_by_side([d_lows[i] for i in live]), source)
-                for i, piece in zip(live, stacked.split([downs[i].shape[0] for i in live]), strict=True):
-                    d_downs[i] = piece if need_downs[i] else None
-    if dx is not None:
-        for which, span in enumerate(_spans(patterns is not None or ctx.p > 0, seeds, count)):
-            live = [i for i in span if grads[i] is not None]
-            if live:
-                d_low, matrix = _side_by_side([d_lows[i] for i in live]), _stacked([downs[i] for i in live])
-                pattern = None if patterns is None else patterns[which]
-                _add_down_part(dx, d_low, matrix, factor, seeds, which, ctx.p, pattern)
-        dx = cast(dx, rows.dtype)
-    return dx, totals, d_downs, d_ups
+    for which, span in enumerate(_spans(ctx.p > 0, seeds, count)):
+        live = [i for i in span if grads[i] is not None]
+        if not live:
+            continue
+        d_low = _side_by_side([d_lows[i] for i in live])
+        if dx is not None:
+            pattern = None if patterns is None else patterns[which]
+            _add_down_part(dx, d_low, _stacked([downs[i] for i in live]), factor, seeds, which, ctx.p, pattern)
+        if any(need_downs[i] for i in live):
+            source, positions = _source(cast(rows, wide), seeds, patterns, which, ctx.p)
+            stacked = narrow_sum(d_low, source, positions)
+            for i, piece in zip(live, stacked.split([downs[i].shape[0] for i in live]), strict=True):
+                d_downs[i] = piece if need_downs[i] else None
+    return None if dx is None else cast(dx, rows.dtype), totals, d_downs, d_ups
 
 
 def _add_down_part(
@@ -292,9 +289,9 @@ def _add_down_part(
         dx.addcmul_(wide, cast(pattern, dx.dtype), value=factor)
     else:
         flat = dx.view(-1)
-        before = flat.take(pattern)
+        before = flat.index_select(0, pattern)
         widen_(dx, d_low, matrix, factor)
-        flat.index_copy_(0, pattern, before)
+        flat.put_(pattern, before)
 
 
 def _spans(dropout: bool, seeds: Tensor | None, count: int) -> list[range]:
@@ -306,7 +303,7 @@ def _patterns(rows: Tensor, seeds: Tensor | None, p: float) -> list[Tensor] | No
     """What each seed drops; None without dropout, for the compiler (no generators) and for fake seeds (no values)."""
     if p <= 0 or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
         return None
-    return [draw_pattern(rows, int(seed), p) for seed in seeds]
+    return [draw_pattern(rows, seed, p) for seed in seeds.tolist()]
 
 
 def _cut(patterns: list[Tensor] | None, part: slice, rows: Tensor) -> list[Tensor] | None:
@@ -314,17 +311,23 @@ def _cut(patterns: list[Tensor] | None, part: slice, rows: Tensor) -> list[Tenso
 
 
 def _sources(
-    x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, p: float, count: int, private: bool
-) -> Iterable[tuple[range, Tensor]]:
-    """Which projections, and `x` as they see it, without the factor 1 / (1 - p); each to be used before the next."""
-    spans = _spans(p > 0, seeds, count)
+    x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, p: float, count: int
+) -> Iterable[tuple[range, Tensor, Tensor | None]]:
+    """Which projections, and `_source` of each."""
+    for which, span in enumerate(_spans(p > 0, seeds, count)):
+        yield span, *_source(x, seeds, patterns, which, p)
+
+
+def _source(
+    x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, which: int, p: float
+) -> tuple[Tensor, Tensor | None]:
+    """What a down-projection reads, without the factor 1 / (1 - p), and positions in it that count as zero."""
     if p <= 0:
-        sources: Iterable[Tensor] = [x]
-    elif patterns is None:
-        sources = (dropped(x, seeds, which, p) for which in range(len(spans)))
-    else:
-        sources = each_dropped(x, patterns, private)
-    return zip(spans, sources, strict=True)
+        return x, None
+    if patterns is None:
+        return dropped(x, seeds, which, p), None
+    pattern = patterns[which]
+    return (x * cast(pattern, x.dtype), None) if is_mask(pattern) else (x, pattern)
 
 
 def _factor(scale: float, p: float) -> float:

@@ -50,37 +50,61 @@ def _supported(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
-def _slices(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _SLICE // max(width, 1))
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+def _slices(x: Tensor, dtype: torch.dtype, positions: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows of `x (tokens, wide)` after the other in `dtype`, with zeros at `positions`.
+
+    They share memory, so each is to be used before the next; views of `x` itself if there was nothing to change.
+    """
+    rows, width = x.shape
+    count = max(1, -(-rows * width // _SLICE))
+    step = max(1, -(-rows // count))
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    copied = positions is not None or x.dtype != dtype
+    scratch = x.new_empty(min(step, rows), width, dtype=dtype) if copied else x
+    zeros = [] if positions is None else [positions]
+    if len(parts) > 1 and zeros:
+        ends = torch.searchsorted(positions, torch.tensor([part.stop * width for part in parts[:-1]])).tolist()
+        zeros = positions.tensor_split(ends)
+    for number, part in enumerate(parts):
+        piece = scratch[: part.stop - part.start].copy_(x[part]) if copied else x[part]
+        if zeros:
+            piece.view(-1).scatter_(0, zeros[number] - part.start * width if number else zeros[number], 0.0)
+        yield part, piece
 
 
-def narrow(x: Tensor, matrix: Tensor) -> Tensor:
-    """`x (tokens, in)` times `matrix (r, in)` transposed: `(tokens, r)` in `fine_dtype(x)`."""
+def narrow(x: Tensor, matrix: Tensor, positions: Tensor | None = None) -> Tensor:
+    """`x (tokens, in)` times `matrix (r, in)` transposed: `(tokens, r)` in `fine_dtype(x)`.
+
+    Args:
+        positions: int64, sorted, in the flattened `x`: these elements count as zero. Only on a CPU.
+    """
     fine = fine_dtype(x)
-    if fine == x.dtype:
+    if fine == x.dtype and positions is None:
         return torch.mm(x, cast(matrix, x.dtype).t())
     if x.is_cuda:
         return torch.mm(x, cast(matrix, x.dtype).t(), out_dtype=fine)
-    matrix = cast(matrix, fine)
-    result = x.new_empty(x.shape[0], matrix.shape[0], dtype=fine)
-    for part in _slices(*x.shape):
-        torch.mm(x[part].to(fine), matrix.t(), out=result[part])
+    matrix = cast(matrix, fine).t()
+    result = x.new_empty(x.shape[0], matrix.shape[1], dtype=fine)
+    for part, piece in _slices(x, fine, positions):
+        torch.mm(piece, matrix, out=result[part])
     return result
 
 
-def narrow_sum(d: Tensor, x: Tensor) -> Tensor:
-    """`d (tokens, r)` transposed times `x (tokens, wide)`: `(r, wide)` in `fine_dtype(x)`. `d` is in that dtype."""
+def narrow_sum(d: Tensor, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    """`d (tokens, r)` transposed times `x (tokens, wide)`: `(r, wide)` in `fine_dtype(x)`. `d` is in that dtype.
+
+    Args:
+        positions: as in `narrow`.
+    """
     fine = fine_dtype(x)
-    if fine == x.dtype:
+    if fine == x.dtype and positions is None:
         return torch.mm(d.t(), x)
     if x.is_cuda:
         return torch.mm(d.to(x.dtype).t(), x, out_dtype=fine)
-    result = x.new_zeros(d.shape[1], x.shape[1], dtype=fine)
-    for part in _slices(*x.shape):
-        result.addmm_(d[part].t(), x[part].to(fine))
-    return result
+    result = None
+    for part, piece in _slices(x, fine, positions):
+        result = torch.mm(d[part].t(), piece) if result is None else result.addmm_(d[part].t(), piece)
+    return x.new_zeros(d.shape[1], x.shape[1], dtype=fine) if result is None else result
 
 
 def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
@@ -93,8 +117,8 @@ def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | N
         y.addmm_(cast(s, y.dtype), cast(matrix, y.dtype), alpha=factor)
         return y if bias is None else y.add_(cast(bias, y.dtype))
     matrix = cast(matrix, fine)
-    for part in _slices(*y.shape):
-        sum_ = y[part].to(fine).addmm_(s[part], matrix, alpha=factor)
+    for part, piece in _slices(y, fine, None):
+        sum_ = piece.addmm_(s[part], matrix, alpha=factor)
         y[part] = sum_ if bias is None else sum_.add_(bias)
     return y
 
