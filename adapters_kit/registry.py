@@ -62,6 +62,7 @@ class Method:
         mergeable: whether the trained update folds into the base weights; None where peft alone knows.
         defaults: options of the config that differ from peft's own defaults.
         learning_rate: a good starting rate for AdamW.
+        classifier_learning_rate: the same for tasks that generate no text, where it is another.
         prepare: `(model, options) -> options`, fills in what depends on the model (targets, widths). Called before
             anything is changed; raises an `AdapterError` for a model that the method does not suit.
     """
@@ -73,6 +74,7 @@ class Method:
     mergeable: bool | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
+    classifier_learning_rate: float | None = None
     prepare: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
 
     @property

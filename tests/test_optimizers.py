@@ -9,6 +9,7 @@ import adapters_kit as ak
 from adapters_kit.errors import AdapterError, MissingPackageError, UnknownNameError
 from adapters_kit.memory import OPTIMIZERS, fixed_bytes, state_bytes
 from adapters_kit.training.optimizers import build_optimizer
+from adapters_kit.training.preparing import learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -148,3 +149,19 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(MissingPackageError, match="optimizer adamw-8bit needs bitsandbytes: pip install"):
         build_optimizer(wrapped(), "adamw-8bit")
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "rate"),
+    [
+        ("text-classification", "prefix", 4.5e-2),
+        ("causal-lm", "prefix", 5e-3),
+        ("text-classification", "lora", 6e-4),
+        ("causal-lm", ["lora", "prefix"], 6e-4),
+        ("text-classification", ["lora", "prefix"], 6e-4),
+    ],
+)
+def test_a_method_brings_the_rate_that_suits_the_task(task, method, rate):
+    recipe = ak.Recipe(model="m", task=task, data="d.csv", method=method)
+    assert learning_rate(recipe) == rate
+    assert learning_rate(recipe.changed(**{"training.learning_rate": 1e-5})) == 1e-5

@@ -28,10 +28,9 @@ class PrefixConfig(PeftConfig):
         projection_hidden_size: width of that MLP and of its input.
         init: "words": start from the keys and values that the model itself computes for some common words of its
             vocabulary, drawn with torch's random state; "random": normal with `init_std`. By default words where the
-            model reads text with causal attention, random elsewhere. Words disturb a decoder least, while small random
-            keys draw its attention away from the first token, on which it rests: 20 of them take SmolLM2's perplexity
-            on reviews from 193 to 634, and 30 steps of training to 315; words take it to 305, and training to 97. In
-            encoders a random start learned sooner (MiniLM, 800 reviews: accuracy 0.62 against 0.53).
+            model reads text with causal attention, random elsewhere. Small random keys draw a decoder's attention away
+            from the first token, on which it rests; words disturb it less (`benchmarks/comparison.py language` has
+            both).
         init_text: start from this text instead (repeated if it is shorter than the prefix).
         init_ids: the same, as token ids.
         init_std: standard deviation of a random start, and of what keeps repeated tokens apart.

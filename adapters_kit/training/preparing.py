@@ -112,8 +112,16 @@ def learning_rate(recipe: Recipe) -> float:
     if recipe.training.learning_rate is not None:
         return recipe.training.learning_rate
     names = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
-    # Methods that train together share one rate: the lowest of theirs. A saved adapter goes on as LoRA would.
-    return min(2e-4 if Path(name).is_dir() else find_method(name).learning_rate for name in names)
+    generates = tasks.get(recipe.task).generates
+
+    def own(name: str) -> float:
+        if Path(name).is_dir():
+            return 2e-4  # a saved adapter goes on as LoRA would
+        method = find_method(name)
+        return method.learning_rate if generates else method.classifier_learning_rate or method.learning_rate
+
+    # Methods that train together share one rate: the lowest of theirs.
+    return min(map(own, names))
 
 
 def filled_in(recipe: Recipe, task: Task) -> Recipe:
