@@ -2,6 +2,8 @@
 
     python benchmarks/merging.py                      # SmolLM2 (from examples/assets.py), bf16, LoRA on all linears
     python benchmarks/merging.py --rounds 9 --out benchmarks/results/merging.json
+    pip install --no-deps --target /tmp/mergekit mergekit click immutables   # not beside peft's newest by itself
+    python benchmarks/merging.py --mergekit /tmp/mergekit
 
 Every run is a fresh process. What is counted, and where:
 - "seconds" are those of the call alone, to the last fsync; imports have a column of their own, since every process pays
@@ -12,6 +14,9 @@ Every run is a fresh process. What is counted, and where:
 - "ours" reads, merges, writes, hashes base and result (two passes of sha256 over the bytes, in threads) and writes the
   manifest. "ours, no hashes" is the same with sha256 switched off by the script: what the merging itself costs.
   "ours, verified" adds the comparison of outputs, which builds the model block by block.
+- "processor" is the time of all threads of the process, in the kernel too: what stays the same on a busy machine.
+- mergekit is called as `mergekit-yaml` calls it; it has peft merge the whole model, saves that, and writes it again.
+  axolotl is left out: it pins other versions of peft and transformers.
 """
 
 import argparse
@@ -64,13 +69,19 @@ elif way.startswith("ours"):
         import adapters_kit.shipping.verify
     if way == "ours, no hashes":
         import adapters_kit.shipping.writing as writing
-        class NoHash:
-            update = staticmethod(lambda data: None)
-            hexdigest = staticmethod(lambda: "not hashed")
-        writing.hashlib = type("hashlib", (), {"sha256": NoHash})
+        writing._Digest._update = lambda self, start, stop: writing.start_writing(self.descriptor, start, stop - start)
         module.base_hashes = lambda base: {}
     def run():
         module.merge(adapter, out, base=base, verify="sample" if way == "ours, verified" else "off")
+elif way == "mergekit":
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+    from transformers import LlamaForCausalLM
+    models = [{"model": f"{base}+{adapter}"}]
+    recipe = MergeConfiguration(merge_method="passthrough", models=models, dtype="bfloat16")
+    def run():
+        run_merge(recipe, out, MergeOptions(lora_merge_cache=out + "-cache", copy_tokenizer=False, quiet=True))
+        sync(out)
 else:
     import peft, torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -82,11 +93,12 @@ else:
 imports = time.perf_counter() - started
 Path("/proc/self/clear_refs").write_text("5")
 before, bytes_before = memory("VmRSS"), written()
-begin = time.perf_counter()
+spent, begin = time.process_time(), time.perf_counter()
 run()
 seconds = time.perf_counter() - begin
+processor = time.process_time() - spent
 print(json.dumps({"seconds": seconds, "imports": imports, "interpreter": before, "memory": memory("VmHWM") - before,
-                  "processor": time.process_time(), "written": written() - bytes_before}))
+                  "processor": processor, "written": written() - bytes_before}))
 """
 WAYS = ("copy", "ours, no hashes", "ours", "ours, verified", "peft")
 
@@ -112,11 +124,13 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     return folder / "base", folder / "adapter"
 
 
-def measure(way: str, base: Path, adapter: Path, work: Path) -> dict[str, float]:
+def measure(way: str, base: Path, adapter: Path, work: Path, mergekit: Path | None = None) -> dict[str, float]:
     out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
+    for left in (out, work / "out-cache"):
+        shutil.rmtree(left, ignore_errors=True)
     command = [sys.executable, "-c", WORKER, str(base), str(adapter), str(out), way]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": str(mergekit)} if way == "mergekit" else {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     if done.returncode:
         raise SystemExit(f"{way} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
@@ -128,16 +142,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how many times each way runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merging.json")
+    parser.add_argument("--mergekit", type=Path, help="a folder that mergekit was installed to; measures it too")
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure (a temporary one by default)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)
         base, adapter = prepare(work)
         size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-        runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        ways = (*WAYS, "mergekit") if options.mergekit else WAYS
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for index in range(options.rounds + 1):
-            for way in WAYS[index % len(WAYS) :] + WAYS[: index % len(WAYS)]:
-                result = measure(way, base, adapter, work)
+            for way in ways[index % len(ways) :] + ways[: index % len(ways)]:
+                result = measure(way, base, adapter, work, options.mergekit)
                 if index:  # the first round fills the page cache
                     runs[way].append(result)
     rows = {}
@@ -146,6 +162,7 @@ def main() -> None:
         rows[way] = {
             "seconds": statistics.median(result["seconds"] for result in results),
             "times_a_copy": statistics.median(ratios),
+            "processor": statistics.median(result["processor"] for result in results),
             "imports": statistics.median(result["imports"] for result in results),
             "interpreter_mb": statistics.median(result["interpreter"] for result in results) / 1e6,
             "peak_memory_mb": statistics.median(result["memory"] for result in results) / 1e6,
@@ -173,15 +190,19 @@ def main() -> None:
 
 def table(report: dict) -> str:
     """The results in Markdown."""
-    lines = [
-        "| | seconds | × a copy | memory above the interpreter | interpreter | its imports, s |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    columns = {
+        "seconds": lambda row: f"{row['seconds']:.2f}",
+        "× a copy": lambda row: f"{row['times_a_copy']:.2f}",
+        "processor, s": lambda row: f"{row['processor']:.2f}",
+        "memory above the interpreter": lambda row: f"{row['peak_memory_mb']:.0f} MB",
+        "interpreter": lambda row: f"{row['interpreter_mb']:.0f} MB",
+        "its imports, s": lambda row: f"{row['imports']:.1f}",
+    }
+    if any("processor" not in row for row in report["results"].values()):  # results of before it was counted
+        del columns["processor, s"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
     for way, row in report["results"].items():
-        lines.append(
-            f"| {way} | {row['seconds']:.2f} | {row['times_a_copy']:.2f} | {row['peak_memory_mb']:.0f} MB "
-            f"| {row['interpreter_mb']:.0f} MB | {row['imports']:.1f} |"
-        )
+        lines.append(f"| {way} | {' | '.join(show(row) for show in columns.values())} |")
     return "\n".join(lines)
 
 

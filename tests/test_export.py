@@ -82,6 +82,9 @@ def test_a_lower_rank_is_the_best_one_and_its_error_is_told(base, tmp_path):
         best = (s[3:].square().sum() / s.square().sum()).sqrt().item()
         assert error == pytest.approx(best, rel=1e-4)
         assert ((update - low).norm() / update.norm()).item() == pytest.approx(best, rel=1e-4)
+    ak.export(tmp_path / "adapter", tmp_path / "half", rank=3, dtype="bfloat16")
+    half = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in tensors.items())
     same = ak.export(tmp_path / "adapter", tmp_path / "large", rank=16)
     assert same.rank == 16 and not same.errors
     assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "large").eval()) < 1e-5

@@ -1,6 +1,7 @@
 """All or nothing, and nothing wrong: kills, full disks, read-only folders, damaged and foreign files."""
 
 import ctypes
+import hashlib
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ import adapters_kit as ak
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256, staged
+from adapters_kit.shipping.direct import Direct
 
 LORA = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
 
@@ -49,7 +51,10 @@ def state(folder: Path) -> dict[str, str]:
 def test_the_manifest_tells_every_file(pair):
     base, adapter, tmp = pair
     ak.merge(adapter, tmp / "merged", base=base, verify="off")
-    files = json.loads((tmp / "merged" / "manifest.json").read_text())["files"]
+    manifest = json.loads((tmp / "merged" / "manifest.json").read_text())
+    files = manifest["files"]
+    tensors = {name: value.numpy().tobytes() for name, value in load_file(base / "model.safetensors").items()}
+    assert manifest["base_tensors"] == {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
     actual = state(tmp / "merged")
     actual.pop("manifest.json")
     assert {name: entry["sha256"] for name, entry in files.items()} == actual
@@ -121,18 +126,30 @@ def test_a_living_run_is_not_swept_away(tmp_path):
     assert os.listdir(tmp_path / "out") == ["a"]
 
 
-def test_killed_while_merging(pair):
+@pytest.mark.parametrize("moment", [".merged.partial-*", ".merged.partial-*/model.safetensors"])
+def test_killed_while_merging(moment, pair):
+    """At the start, and with the weights written or half written."""
     base, adapter, tmp = pair
     code = "import sys, adapters_kit as ak; print('on', flush=True); ak.merge(*sys.argv[1:3], base=sys.argv[3])"
     arguments = [sys.executable, "-c", code, str(adapter), str(tmp / "merged"), str(base)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()
-        while process.poll() is None and not list(tmp.glob(".merged.partial-*")):
+        while process.poll() is None and not list(tmp.glob(moment)):
             time.sleep(0.01)
         process.kill()
     assert not (tmp / "merged").exists()
     ak.merge(adapter, tmp / "merged", base=base, verify="off")
     assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_a_tensor_that_nobody_computes_is_noticed(pair, monkeypatch):
+    """Its place in the file would hold zeros."""
+    base, adapter, tmp = pair
+    changed = Direct.changed
+    monkeypatch.setattr(Direct, "changed", lambda self, base: list(changed(self, base))[1:])
+    with pytest.raises(ak.AdapterError, match="does not give"):
+        ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base"]
 
 
 def test_a_full_disk_changes_nothing(pair):
