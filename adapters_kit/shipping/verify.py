@@ -4,7 +4,7 @@ The yardstick is measured, not guessed: the merged model is run once more with e
 a unit in its last place. What that does to the outputs is the rounding floor; a right merge differs by about as much.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +15,24 @@ from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
 from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from adapters_kit.artifacts.staging import trim_memory
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
 from adapters_kit.shipping.layout import Layout
 from adapters_kit.shipping.plan import Job
-from adapters_kit.shipping.skeleton import base_config, empty_model, fill, hollow, is_hollow, read_parameter, trace
+from adapters_kit.shipping.skeleton import (
+    Origin,
+    base_config,
+    empty_model,
+    fill,
+    hollow,
+    is_hollow,
+    read_parameter,
+    trace,
+)
 
 ROWS, TOKENS = 2, 16
+_TRIM = 1 << 26  # bytes of dropped weights after which memory goes back to the system
 # The largest of thousands of differences varies from draw to draw; a wrong merge is off by orders of magnitude.
 MARGIN = 8.0
 # Float32 arithmetic in another order costs about this many units in the last place, whatever the weights' dtype.
@@ -186,8 +197,10 @@ def _reference(job: Job) -> Iterator[nn.Module]:
             attached.owners[name]._buffers[name.rpartition(".")[2]] = job.read(name).to(buffer.dtype)
 
     def put(names: Iterable[str]) -> None:
-        for name in names:
-            fill(plain[name], {name.rpartition(".")[2]: job.read(name).float()})
+        for group in _shared(names, job.origins):
+            value = job.read(group[0]).float()
+            for name in group:
+                fill(plain[name], {name.rpartition(".")[2]: value})
 
     def drop(names: Iterable[str]) -> None:
         for name in names:
@@ -233,14 +246,15 @@ def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.M
         if name in origins:
             fill(model, {name: read_parameter(model, origins[name], checkpoint.read)[name].to(buffer.dtype)})
 
-    def read(name: str) -> torch.Tensor:
-        made = read_parameter(model, origins[name], checkpoint.read)
-        tensor = made[name] if name in made else made[origins[name].parameters[0]]
-        return move(tensor) if name in moved else tensor.float()
+    def read(group: list[str]) -> torch.Tensor:
+        origin = origins[group[0]]
+        made = read_parameter(model, origin, checkpoint.read)
+        tensor = made[group[0]] if group[0] in made else made[origin.parameters[0]]
+        return move(tensor) if moved & set(group) else tensor.float()
 
     def put(some: Iterable[str]) -> None:
-        for name in some:
-            fill(model, {name: read(name)})
+        for group in _shared(some, origins):
+            fill(model, dict.fromkeys(group, read(group)))
 
     def drop(some: Iterable[str]) -> None:
         for name in some:
@@ -248,6 +262,15 @@ def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.M
 
     with _by_block(model, list(blocks(model)), names, put, drop):
         yield model
+
+
+def _shared(names: Iterable[str], origins: Mapping[str, Origin]) -> list[list[str]]:
+    """Names in groups that are one parameter (a tied head and its embedding), to be in memory once."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        own = origins[name].parameters
+        groups.setdefault(name if name in own else own[0], []).append(name)
+    return list(groups.values())
 
 
 def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -286,10 +309,17 @@ def _by_block(
         for unit in groups[path][1]:
             put_unit(unit)
 
+    released = 0
+
     def leave(path: str) -> None:
+        nonlocal released
         drop(groups[path][0])
         for unit in groups[path][1]:
             drop_unit(unit)
+        released += 4 * sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+        if released > _TRIM:
+            released = 0
+            trim_memory()
 
     hooks = []
     for path in paths:
