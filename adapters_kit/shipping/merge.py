@@ -104,8 +104,8 @@ def merge(
     """Write a model folder that computes what base + adapter computes, without building either.
 
     Weights are read, merged in float32, rounded once and written a few rows at a time; what the adapter does not touch
-    is copied. Memory holds the adapter and the largest changed tensor in float32 (a plain LoRA: a few rows of it). `out`
-    appears when everything is written and verified, or not at all.
+    is copied. Memory holds the adapter and the largest changed tensor in float32 (for plain LoRA, a few rows of it).
+    `out` appears when everything is written and verified, or not at all.
 
     An adapter that `train` made on a quantized base is merged into the dequantized weights, because they are what it
     was trained on; `base="original"` takes the original ones and reports how far the result is from the trained model.
