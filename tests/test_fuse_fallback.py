@@ -45,11 +45,27 @@ def same(plain, fused, x=None, **kwargs):
     torch.testing.assert_close(fused(x, **kwargs), plain(x, **kwargs), rtol=1e-5, atol=1e-6)
 
 
-def test_variants_run_pefts_forward(runs):
-    plain, fused, report = pair(use_dora=True)
+def test_dora_with_dropout_runs_pefts_forward_in_training(runs):
+    plain, fused, report = pair(use_dora=True, lora_dropout=0.1)
     assert not report.fused and set(report.plain) == {"base_model.model.a", "base_model.model.b"}
-    assert "DoraLinearVariant" in report.plain["base_model.model.a"]
-    same(plain, fused)
+    assert "DoRA with dropout" in report.plain["base_model.model.a"]
+    x, results = torch.randn(4, 6), []
+    for model in (plain, fused):
+        torch.manual_seed(0)
+        results.append(model(x))
+    torch.testing.assert_close(*results)
+    assert not runs
+    same(plain.eval(), fused.eval())
+    assert why_plain(fused.base_model.model.a) is None and runs == [1, 1]
+
+
+def test_an_activated_lora_runs_pefts_forward(runs):
+    plain = lora(tiny.build("llama"), target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[7, 8])
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert not report.fused and set(report.plain.values()) == {"its adapter is a variant of LoRA, ALoraLinearVariant"}
+    ids = torch.tensor([[3, 4, 7, 8, 5, 6]])
+    torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert not runs
 
 

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from adapters_kit.kernels import bases
+from adapters_kit.kernels.dora import rescaled
 from adapters_kit.kernels.lora import Projection, lora_linear
 from adapters_kit.kernels.siblings import Siblings, find_groups
 
@@ -58,11 +61,15 @@ class Call(NamedTuple):
     """What one layer is about to compute.
 
     Attributes:
+        magnitude: DoRA's m `(out,)`, or None for LoRA.
+        bias: of the base layer, which DoRA adds last.
         dtype: to compute in.
         result: dtype of the output.
     """
 
     projection: Projection
+    magnitude: Tensor | None
+    bias: Tensor | None
     scale: float
     p: float
     dtype: torch.dtype
@@ -70,7 +77,7 @@ class Call(NamedTuple):
 
     def joins(self, other: "Call") -> bool:
         """Whether both can be computed in one node."""
-        return self[1:] == other[1:]
+        return self[3:] == other[3:]
 
     def same(self, other: "Call") -> bool:
         """Whether both compute the same."""
@@ -79,7 +86,8 @@ class Call(NamedTuple):
             mine.down is theirs.down
             and mine.up is theirs.up
             and mine.up_bias is theirs.up_bias
-            and mine.bias is theirs.bias
+            and self.bias is other.bias
+            and self.magnitude is other.magnitude
             and self.joins(other)
         )
 
@@ -212,8 +220,11 @@ def why_plain(layer: nn.Module) -> str | None:
     return _TRAINED if found[1]._parameters["weight"].requires_grad else None
 
 
-def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, nn.Module] | str":
-    """The one active adapter, the base layer, A, B and their dropout; or the reason why peft's forward has to run."""
+def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, nn.Module, nn.Module | None] | str":
+    """The one active adapter, the base layer, A, B, their dropout and DoRA's magnitude, if it is one.
+
+    Or the reason why peft's forward has to run.
+    """
     # At every call, so the look is quick: straight into the modules' dictionaries, past nn.Module's own __getattr__.
     if layer._disable_adapters:
         return "its adapters are switched off"
@@ -225,8 +236,9 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
     if len(active) != 1:
         return "several adapters are active" if active else "none of its adapters is active"
     name = active[0]
-    if name in layer.lora_variant:
-        return f"its adapter is a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
+    variant, magnitude = layer.lora_variant.get(name), None
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"its adapter is a variant of LoRA, {type(variant).__name__}"
     if not layer.cast_input_dtype_enabled:
         return "casting of its input is switched off"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
@@ -240,7 +252,13 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
         return "its A or B is not a plain linear layer"
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
         return f"its dropout is a {type(dropout).__name__}"
-    for module in (base, down, up, dropout):
+    if variant is not None:
+        magnitude = parts["lora_magnitude_vector"]._modules[name]
+        if type(magnitude) is not DoraLinearLayer:
+            return f"its magnitude is a {type(magnitude).__name__}"
+        if layer.training and type(dropout) is nn.Dropout:
+            return "its adapter is DoRA with dropout, which multiplies the base weight by the dropped input as well"
+    for module in (base, down, up, dropout) if magnitude is None else (base, down, up, dropout, magnitude):
         own = module.__dict__
         # load() replaces the forward of 8-bit layers by one that only lets inputs of more dimensions in.
         if (
@@ -252,10 +270,11 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
         ):
             return "its base layer or adapter has hooks (offloading, sharding or the user's own)"
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    for tensor in (weight, bias, down._parameters["weight"], up._parameters["weight"], up._parameters["bias"]):
+    tensors = (weight, bias, down._parameters["weight"], up._parameters["weight"], up._parameters["bias"])
+    for tensor in tensors if magnitude is None else (*tensors, magnitude._parameters["weight"]):
         if tensor is not None and not bases.is_plain(tensor):
             return f"it holds a {type(tensor).__name__}, which is not a plain tensor"
-    return name, base, down, up, dropout
+    return name, base, down, up, dropout, magnitude
 
 
 def _plan(layer: nn.Module, x: Any) -> "Call | str":
@@ -263,7 +282,7 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     found = _inspect(layer)
     if isinstance(found, str):
         return found
-    name, base, down, up, dropout = found
+    name, base, down, up, dropout, scaler = found
     # Evaluation needs no gradient. In training a pass without gradients may be one of checkpointing's two, which agree.
     if base._parameters["weight"].requires_grad and (layer.training or torch.is_grad_enabled()):
         return _TRAINED
@@ -277,9 +296,16 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     a, b, device = down._parameters["weight"], up._parameters["weight"], x.device
     if not base._parameters["weight"].device == a.device == b.device == device:
         return "its weights and its input are on different devices"
-    projection = Projection(*bases.weight_and_bias(base), a, b, up._parameters["bias"], bases.quantized(base))
-    p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-    return Call(projection, layer.scaling[name], p, *settled)
+    weight, bias = bases.weight_and_bias(base)
+    quantized, magnitude = bases.quantized(base), None
+    inner, p = bias, dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    if scaler is not None:
+        magnitude, p = scaler._parameters["weight"], 0.0
+        if magnitude.device != device:
+            return "its weights and its input are on different devices"
+        inner = None if quantized is None else bias  # a quantized layer's own forward adds it
+    projection = Projection(weight, inner, a, b, up._parameters["bias"], quantized)
+    return Call(projection, magnitude, bias, layer.scaling[name], p, *settled)
 
 
 def _compute(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -312,4 +338,9 @@ def _run(layer: nn.Module, x: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
     if low is x and not torch.compiler.is_compiling():
         made_of = getattr(x, "_made_of", None)  # set by recompute.py
     outputs = lora_linear(low, [call.projection for call in calls], first.scale, first.p, shared, made_of)
+    if any(call.magnitude is not None for call in calls):
+        outputs = tuple(
+            y if call.magnitude is None else rescaled(y, call.projection, call.magnitude, call.bias, call.scale)
+            for call, y in zip(calls, outputs, strict=True)
+        )
     return outputs if first.result == first.dtype else tuple(y.to(first.result) for y in outputs)
