@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# name -> (LoRA dropout, adapters in the base's dtype, fused, chunked loss, recompute, shared dropout mask)
+# name -> (LoRA dropout, adapters in the base's dtype, fused, chunked loss, recompute, shared dropout mask, DoRA)
 CONTESTANTS: dict[str, dict[str, Any]] = {
     "floor": {},
     "full": {},
@@ -35,6 +35,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "ours, shared dropout": {"p": 0.05, "fused": True, "shared": True},
     "ours, dropout, chunked": {"p": 0.05, "fused": True, "chunked": True},
     "ours, dropout, chunked, recompute": {"p": 0.05, "fused": True, "chunked": True, "recompute": True},
+    "peft, DoRA": {"p": 0.0, "dora": True},
+    "ours, DoRA": {"p": 0.0, "fused": True, "dora": True},
 }
 MODELS = ("smollm2", "minilm", "1b")
 
@@ -117,6 +119,7 @@ def contestant(
         return model.train(), real
     head = ["classifier"] if name == "minilm" else None
     config = LoraConfig(r=16, lora_dropout=options["p"], target_modules="all-linear", exclude_modules=head)
+    config.use_dora = options.get("dora", False)
     model = get_peft_model(model, config, autocast_adapter_dtype=not options.get("low"))
     with torch.no_grad():  # B is zero when fresh
         for key, parameter in model.named_parameters():

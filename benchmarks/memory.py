@@ -27,6 +27,8 @@ COUNTED = {
     "ours, dropout": "ours, dropout 0.05",
     "ours, dropout, chunked": "… and chunked loss (what `train` does)",
     "ours, dropout, chunked, recompute": '… and `wrap(..., recompute="cheap")`',
+    "peft, DoRA": "peft, DoRA",
+    "ours, DoRA": "ours, DoRA",
 }
 SHOWN = {"smollm2 bf16": "SmolLM2-135M bf16", "smollm2 fp32": "SmolLM2-135M fp32", "minilm bf16": "MiniLM bf16"}
 
@@ -54,7 +56,7 @@ def measure(name: str, dtype: str, arguments: argparse.Namespace) -> dict:
     """All contestants of one model in one dtype, one after the other."""
     found = {}
     for kind in COUNTED:
-        if name == "minilm" and "chunked" in kind:
+        if (name == "minilm" and "chunked" in kind) or (name == "1b" and "DoRA" in kind):
             continue
         layers = 4 if arguments.quick else None
         model, real = common.contestant(kind, name, common.DTYPES[dtype], arguments.device, layers)
@@ -80,7 +82,7 @@ def table(cases: dict[str, dict]) -> str:
     shown = {title: cases[case] for case, title in SHOWN.items() if case in cases}
     lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for kind, title in COUNTED.items():
-        if title is not None:
+        if title is not None and any(kind in case for case in shown.values()):
             cells = [f"{case[kind]['kept'] / 1e6:.0f}" if kind in case else "–" for case in shown.values()]
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
