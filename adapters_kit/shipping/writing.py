@@ -28,10 +28,9 @@ _BLOCK = 1 << 16  # values: what is cast, checked and written at once stays in a
 class _Digest:
     """The sha256 of a file that is written in any order: what is complete from the start on is hashed by a thread."""
 
-    def __init__(self, descriptor: int, pool: ThreadPoolExecutor) -> None:
-        self.descriptor, self.pool = descriptor, pool
+    def __init__(self, descriptor: int, pool: ThreadPoolExecutor, buffer: memoryview) -> None:
+        self.descriptor, self.pool, self.buffer = descriptor, pool, buffer
         self.value = hashlib.sha256()
-        self.buffer = memoryview(bytearray(PIECE))
         self.waiting: dict[int, int] = {}
         self.sent = self.reached = 0
         self.running: list[Future] = []
@@ -85,12 +84,12 @@ def write(
         try:
             torch.set_num_threads(max(1, threads - 1))  # OpenMP's threads spin at every barrier if hashing has a core
 
-            digests, put = {}, _Put()
+            digests, put, buffer = {}, _Put(), memoryview(bytearray(PIECE))  # one for the pool's one thread
             for name, header in layout.headers.items():
                 file = descriptors[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 size = len(header) + sum(tensor.nbytes for tensor in layout.files[name])
                 os.posix_fallocate(file, 0, size)  # a full disk is noticed now, not at the end
-                digests[name] = _Digest(file, pool)
+                digests[name] = _Digest(file, pool, buffer)
                 write_at(file, header, 0)
                 digests[name].written(0, len(header))
                 _copy_untouched(checkpoint, layout.files[name], file, digests[name].written, put)
