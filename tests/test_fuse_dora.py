@@ -199,6 +199,19 @@ def test_merging_and_switching_off_are_pefts():
     torch.testing.assert_close(fused(x), expected)
 
 
+def test_pefts_cache_of_norms_is_used_where_it_is_switched_on(nodes):
+    from peft.helpers import DoraCaching
+
+    plain, fused = build(nn.Linear, torch.float64)
+    plain.eval(), fused.eval()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with DoraCaching():
+        torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
+    assert not nodes and fused.base_model.model.gate.lora_magnitude_vector["default"]._dora_cache
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-10, atol=1e-10)
+    assert nodes == [2, 1]
+
+
 def test_less_is_kept_than_by_peft():
     kept = []
     for model in build(nn.Linear, torch.float32):

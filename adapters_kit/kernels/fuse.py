@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora import dora as peft_dora
 from peft.tuners.lora import layer as peft_lora
-from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -254,10 +254,12 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
         return f"its dropout is a {type(dropout).__name__}"
     if variant is not None:
         magnitude = parts["lora_magnitude_vector"]._modules[name]
-        if type(magnitude) is not DoraLinearLayer:
+        if type(magnitude) is not peft_dora.DoraLinearLayer:
             return f"its magnitude is a {type(magnitude).__name__}"
         if layer.training and type(dropout) is nn.Dropout:
             return "its adapter is DoRA with dropout, which multiplies the base weight by the dropped input as well"
+        if peft_dora.ENABLE_DORA_CACHING and not layer.training:
+            return "peft keeps the norms of its DoRA (DoraCaching)"
     for module in (base, down, up, dropout) if magnitude is None else (base, down, up, dropout, magnitude):
         own = module.__dict__
         # load() replaces the forward of 8-bit layers by one that only lets inputs of more dimensions in.
