@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PEFT_TYPE_TO_TUNER_MAPPING
-
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_json
 from adapters_kit.artifacts.source import locate_here
+from adapters_kit.peft_plugin import tuner_class
 from adapters_kit.shipping.export import KEY, RESIDUAL
 
 VERSIONS = {
@@ -124,7 +123,7 @@ def _transformers(adapter: Adapter, limit: int) -> Iterator[Problem]:
     config, instead = adapter.config, "load it with peft.PeftModel.from_pretrained"
     if config.is_prompt_learning or config.is_adaption_prompt:
         yield Problem("load_adapter refuses prompt learning", instead)
-    elif PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state:
+    elif getattr(tuner_class(config.peft_type), "uses_shared_state", False):
         yield Problem(f"load_adapter refuses {adapter.method}, whose layers share weights", instead)
     if getattr(config, "use_dora", False):
         yield Problem("load_adapter leaves out DoRA's magnitudes and starts them anew", instead, silent=True)
