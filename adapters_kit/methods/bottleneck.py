@@ -172,13 +172,13 @@ _PFEIFFER = {
 }
 _COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
 
-HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751")
+HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 3e-3)
 PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
 PARALLEL = _preset(
     "parallel",
     "an MLP beside FFN",
     "He et al. 2021, arXiv:2110.04366",
-    3e-4,
+    5e-4,
     mh_adapter=False,
     is_parallel=True,
     non_linearity="relu",
