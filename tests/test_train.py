@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_same_seed_same_run(rows, tmp_path):
     first, second = (train(recipe(rows, training={"epochs": 1}), tmp_path / name) for name in "ab")
     other = train(recipe(rows, training={"epochs": 1, "seed": 5}), tmp_path / "c")
     assert losses(first) == losses(second) != losses(other)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(rows, tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")  # rich takes the first for a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    given = recipe(rows, training={"max_steps": 4, "samples": 0})
+    ak.train(given, tmp_path / "run")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    note = r"ETA 0:\d\d  loss \d\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ tok/s  \d+\.\d\d GiB"
+    assert bool(re.search(rf"^step 2/4  {note}$", shown, re.MULTILINE)) != terminal
+    assert bool(re.search(rf"training .*4/4 0:00:\d\d {note}", shown)) == terminal
+    assert re.search(r"^base model: held-out accuracy 0\.\d{4}", shown, re.MULTILINE)
+    assert "step 4: held-out accuracy" in shown
 
 
 KILLED = """
