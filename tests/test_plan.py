@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import adapters_kit as ak
+from adapters_kit import cli
 from adapters_kit.errors import RecipeError
 from adapters_kit.loading import skeleton
 from adapters_kit.memory import kept_for_backward, step_bytes, storage_of
@@ -93,6 +94,16 @@ def test_what_fits_and_what_to_change(recipe):
     assert not ak.plan(recipe.changed(**{"training.batch_size": most + 1}), gpu=card).fits
     larger = recipe.changed(**{"training.batch_size": 32})
     assert ak.plan(larger).memory.activations > 4 * ak.plan(recipe).memory.activations
+
+
+def test_the_command(recipe, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert cli.main(["plan", str(tmp_path / "recipe.yaml"), "--gpu", "24GB", "--training.batch_size", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory of one step, 2 x " in shown
+    assert "fits on a card of 24.00 GiB" in shown
+    for part in ("activations", "with cheap recomputing", "without chunked loss", "of the batches is padding"):
+        assert part in shown
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
