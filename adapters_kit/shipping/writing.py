@@ -88,7 +88,8 @@ def write(
             for name, header in layout.headers.items():
                 file = descriptors[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 size = len(header) + sum(tensor.nbytes for tensor in layout.files[name])
-                os.posix_fallocate(file, 0, size)  # a full disk is noticed now, not at the end
+                # A full disk is noticed now, not at the end; where it cannot be asked for (macOS), at the write.
+                getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))(file, 0, size)
                 digests[name] = _Digest(file, pool, buffer)
                 write_at(file, header, 0)
                 digests[name].written(0, len(header))
