@@ -178,12 +178,9 @@ def task_heads(model: nn.Module) -> list[str]:
     """
     if not any(type(model).__name__ in _class_names(classes) for classes in _HEAD_TASKS):
         return []
-    heads = head(model)
-    pool = pooler(model)
-    weights = base_model(model).get_submodule(pool).parameters() if pool else ()
-    # A quantized one, as plain transformers makes them, cannot be trained.
-    if pool and all(weight.is_floating_point() for weight in weights):
-        heads.append(pool)
+    base = base_model(model)
+    # A quantized pooler, as plain transformers makes them, cannot be trained.
+    heads = head(model) + [path for path in pooler(model) if base.get_submodule(path).weight.is_floating_point()]
     fresh = getattr(model, "fresh_modules", ())
     return heads + [name for name in fresh if not any(f"{name}.".startswith(f"{found}.") for found in heads)]
 

@@ -113,7 +113,7 @@ def test_a_task_head_has_a_rate_of_its_own(rate, given, expected):
     rates = {names[id(entry)]: group["lr"] for group in groups for entry in group["params"]}
     assert set(rates) == {path for path, entry in model.named_parameters() if entry.requires_grad}
     heads = {path for path in rates if "modules_to_save" in path}
-    assert {path.split(".modules_to_save")[0].split(".")[-1] for path in heads} == {"classifier", "pooler"}
+    assert {path.split(".modules_to_save")[0].split(".")[-1] for path in heads} == {"classifier", "dense"}
     assert {rates[path] for path in heads} == {expected}
     assert {rate for path, rate in rates.items() if path not in heads} == {rate}
     assert groups[0]["lr"] == rate  # the rate that training shows

@@ -88,8 +88,8 @@ def test_the_adapter_alone_gives_the_run_s_scores_and_loads_with_peft(rows, tmp_
         )
     base = ak.evaluate(run.recipe.model, rows, task="text-classification", labels=["bad", "good"])
     assert base["examples"] == 64
-    answers = ak.predict(run.path, ["the film was great", "a dull plot"])
-    assert [answer["label"] for answer in answers] == ["good", "bad"]
+    texts = ["the film was great", "a dull plot"]
+    answers = ak.predict(run.path, texts)
 
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         run.recipe.model, num_labels=2, ignore_mismatched_sizes=True
@@ -97,8 +97,10 @@ def test_the_adapter_alone_gives_the_run_s_scores_and_loads_with_peft(rows, tmp_
     model = peft.PeftModel.from_pretrained(plain, run.adapter).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.adapter)
     with torch.no_grad():
-        logits = model(**tokenizer(["the film was great"], return_tensors="pt")).logits
-    assert logits.softmax(-1)[0, 1].item() == pytest.approx(answers[0]["score"], abs=1e-5)
+        scores = [model(**tokenizer([text], return_tensors="pt")).logits.softmax(-1)[0] for text in texts]
+    labels = ["bad", "good"]
+    assert [answer["label"] for answer in answers] == [labels[int(score.argmax())] for score in scores]
+    assert [answer["score"] for answer in answers] == pytest.approx([score.max().item() for score in scores], abs=1e-5)
 
 
 def test_same_seed_same_run(rows, tmp_path):

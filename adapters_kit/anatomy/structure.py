@@ -330,16 +330,13 @@ def head(model: nn.Module) -> list[str]:
     return []
 
 
-def pooler(model: nn.Module) -> str | None:
-    """Path of what makes one vector of the backbone's hidden states for a task head; None without weights of its own.
+def pooler(model: nn.Module) -> list[str]:
+    """Paths of the linears that make one vector of the backbone's hidden states for a task head.
 
-    BERT's, for example. Most checkpoints never trained theirs, or for next-sentence prediction only.
+    `["bert.pooler.dense"]`, for example. Most checkpoints never trained theirs, or for next-sentence prediction only.
     """
-    base = base_model(model)
-    prefix = getattr(base, "base_model_prefix", "")
-    found = getattr(getattr(base, prefix, None) if prefix else None, "pooler", None)
-    has_weights = isinstance(found, nn.Module) and any(is_linear(module) for module in found.modules())
-    return f"{prefix}.pooler" if has_weights else None
+    inside = f"{getattr(base_model(model), 'base_model_prefix', '')}.pooler."
+    return [path for path, module in walk(model) if is_linear(module) and f"{path}.".startswith(inside)]
 
 
 def embeddings(model: nn.Module) -> list[str]:
