@@ -344,10 +344,13 @@ class Trimmer:
 
     Quantizing makes several fp32 temporaries of each weight; freed, they stay in the heap between the small results and
     add up to more than the model.
+
+    Args:
+        every: bytes between two calls of malloc_trim.
     """
 
-    def __init__(self) -> None:
-        self.read = 0
+    def __init__(self, every: int = TRIM_EVERY) -> None:
+        self.read, self.every = 0, every
         try:
             self.trim = ctypes.CDLL(None).malloc_trim
         except (OSError, AttributeError, TypeError):  # macOS, Windows, musl
@@ -355,7 +358,7 @@ class Trimmer:
 
     def __call__(self, nbytes: int) -> None:
         self.read += nbytes
-        if self.read >= TRIM_EVERY:
+        if self.read >= self.every:
             self.now()
 
     def now(self) -> None:

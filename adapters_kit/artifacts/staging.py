@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapters_kit.errors import ShippingError
 
-_LIBC = ctypes.CDLL(None)
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # elsewhere none of its calls are there
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _SYNC_FILE_RANGE_WRITE = 2
 PIECE = 1 << 18  # bytes: what is read stays in a core's cache until it is hashed or written
@@ -66,16 +66,18 @@ def write_at(target: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
+def reserve(target: int, size: int) -> None:
+    """Make a file this long, so that a full disk is noticed now; where that cannot be asked for, at the write."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(target, 0, size)
+    else:
+        os.truncate(target, size)
+
+
 def start_writing(target: int, at: int, count: int) -> None:
     """Ask the kernel to begin with the disk already; without it everything waits for the `fsync` at the end."""
     if hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(target, ctypes.c_int64(at), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
-
-
-def trim_memory() -> None:
-    """Give freed memory back to the system. glibc keeps it: its aligned blocks rarely fit where one was freed."""
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
 
 
 def file_sha256(path: Path) -> str:

@@ -247,7 +247,7 @@ MAM = _preset(
         "prefix": {"num_virtual_tokens": 30},
         "parallel": {"reduction_factor": 16, "bottleneck_dim": 512, "scaling": 4.0, "init_weights": "mam_adapter"},
     },
-    # Everything beside the FFN counts four times: at 1e-3 MiniLM does not learn the reviews of benchmarks/methods.py.
+    # Everything beside the FFN counts four times: at 1e-3 MiniLM does not learn reviews.
     learning_rate=2e-4,
 )
 UNIPELT = _preset(

@@ -15,8 +15,8 @@ from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
 from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from adapters_kit.artifacts.staging import trim_memory
 from adapters_kit.errors import ShippingError
+from adapters_kit.quantization import Trimmer
 from adapters_kit.shipping.deltas import Unit, empty_unit, fill_unit, tied_names
 from adapters_kit.shipping.layout import Layout
 from adapters_kit.shipping.plan import Job
@@ -309,17 +309,13 @@ def _by_block(
         for unit in groups[path][1]:
             put_unit(unit)
 
-    released = 0
+    trimmer = Trimmer(_TRIM)
 
     def leave(path: str) -> None:
-        nonlocal released
         drop(groups[path][0])
         for unit in groups[path][1]:
             drop_unit(unit)
-        released += 4 * sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
-        if released > _TRIM:
-            released = 0
-            trim_memory()
+        trimmer(4 * sum(parameter.numel() for parameter in model.get_submodule(path).parameters()))
 
     hooks = []
     for path in paths:

@@ -14,7 +14,7 @@ import torch
 
 from adapters_kit.artifacts.adapter import is_finite, surely_fits
 from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint
-from adapters_kit.artifacts.staging import PIECE, copy_range, start_writing, write_at
+from adapters_kit.artifacts.staging import PIECE, copy_range, reserve, start_writing, write_at
 from adapters_kit.errors import ShippingError
 from adapters_kit.shipping.layout import Layout, Tensor, write_index
 
@@ -88,8 +88,7 @@ def write(
             for name, header in layout.headers.items():
                 file = descriptors[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 size = len(header) + sum(tensor.nbytes for tensor in layout.files[name])
-                # A full disk is noticed now, not at the end; where it cannot be asked for (macOS), at the write.
-                getattr(os, "posix_fallocate", lambda file, start, size: os.truncate(file, size))(file, 0, size)
+                reserve(file, size)
                 digests[name] = _Digest(file, pool, buffer)
                 write_at(file, header, 0)
                 digests[name].written(0, len(header))
