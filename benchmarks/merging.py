@@ -14,6 +14,8 @@ Every run is a fresh process. What is counted, and where:
 - "ours" reads, merges, writes, hashes base and result (two passes of sha256 over the bytes, in threads) and writes the
   manifest. "ours, no hashes" is the same with sha256 switched off by the script: what the merging itself costs.
   "ours, verified" adds the comparison of outputs, which builds the model block by block.
+- "copy, hashed" is that copy with the same two passes: one thread hashes the source while another copies and hashes the
+  copy. What a merge with these proofs could be at best.
 - "processor" is the time of all threads of the process, in the kernel too: what stays the same on a busy machine.
 - mergekit is called as `mergekit-yaml` calls it; it has peft merge the whole model, saves that, and writes it again.
   axolotl is left out: it pins other versions of peft and transformers.
@@ -55,12 +57,21 @@ def sync(folder):
         os.fsync(descriptor)
         os.close(descriptor)
 
-if way == "copy":
-    import shutil
+if way.startswith("copy"):
+    import hashlib, shutil, threading
+    def digest(path):
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, "sha256")
     def run():
         Path(out).mkdir()
         for path in Path(base).glob("*.safetensors"):
+            beside = threading.Thread(target=digest, args=(path,))
+            if way == "copy, hashed":
+                beside.start()
             shutil.copyfile(path, Path(out, path.name))
+            if way == "copy, hashed":
+                digest(Path(out, path.name))
+                beside.join()
         sync(out)
 elif way.startswith("ours"):
     import adapters_kit.shipping.merge as module
@@ -100,7 +111,7 @@ processor = time.process_time() - spent
 print(json.dumps({"seconds": seconds, "imports": imports, "interpreter": before, "memory": memory("VmHWM") - before,
                   "processor": processor, "written": written() - bytes_before}))
 """
-WAYS = ("copy", "ours, no hashes", "ours", "ours, verified", "peft")
+WAYS = ("copy", "copy, hashed", "ours, no hashes", "ours", "ours, verified", "peft")
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:

@@ -29,7 +29,8 @@ def hash_tensors(checkpoint: Checkpoint) -> dict[str, str]:
 
     for stored in checkpoint.tensors.values():
         checkpoint.descriptor(stored.file)  # opened here, so that the threads only read
-    names, threads = iter(list(checkpoint.tensors)), min(4, os.cpu_count() or 1)
+    names = iter(list(checkpoint.tensors))
+    threads = min(4, max(1, (os.cpu_count() or 1) - 1))  # one core is the caller's
     with ThreadPoolExecutor(threads) as pool:
         hashes = {name: value for found in pool.map(digest, range(threads)) for name, value in found.items()}
     return {name: hashes[name] for name in checkpoint.tensors}

@@ -26,7 +26,7 @@ _FREE = {
 }  # fmt: skip
 _OFF = (None, False, "none", [], {}, 0)
 _FLOATS = {"F32", "BF16", "F16"}
-BLOCK = 1 << 16  # values; in float32, twice, they fit a core's second cache
+BLOCK = 1 << 17  # values; in float32, twice, they fit a core's second cache
 _SHORTEST = 32  # rows
 
 
