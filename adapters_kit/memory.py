@@ -86,6 +86,7 @@ def kept_for_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Kept:
     found, alive, inside = Kept(), {}, [""]
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # a graph that held itself would never be freed, since no backward pass follows
         key = storage_of(tensor)
         if key not in own and key not in alive:
             size = tensor.untyped_storage().nbytes()

@@ -40,6 +40,7 @@ def kept_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     alive = []  # an address may be given out again otherwise
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # a graph that held itself would never be freed, since no backward pass follows
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()

@@ -1,6 +1,7 @@
 """plan(): its bytes equal those of a real step, and it knows what fits."""
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -57,6 +58,15 @@ def recipe(tmp_path) -> Recipe:
     rows = [{"prompt": row["question"], "completion": row["answer"]} for row in small.questions(64)]
     path = small.write_jsonl(tmp_path / "rows.jsonl", rows)
     return Recipe(model=str(small.model("llama")), task="causal-lm", data=str(path), training={"batch_size": 4})
+
+
+def test_counting_holds_nothing_afterwards():
+    model = tiny.build("bert")
+    seen = []
+    model.bert.pooler.activation.register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
+    kept_for_backward(model, tiny.inputs(model, labels=True))  # tanh keeps its own output
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
 
 
 def test_plan_says_what_is_trained_and_marks_the_answer(recipe):
