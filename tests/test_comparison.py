@@ -21,7 +21,7 @@ from adapters_kit import cli
 from adapters_kit.comparison import cell as cells
 from adapters_kit.comparison import summary
 from adapters_kit.comparison.cell import Cell, rows_of, run_cell
-from adapters_kit.comparison.study import GRID, _search
+from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
 
 TRAINING = {"epochs": 4, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0, "keep_best": False}
@@ -155,6 +155,12 @@ def test_labelled_variants_change_the_recipe(recipe, tmp_path):
     trained = {row.label: row.costs["trainable_params"] for row in found.rows}
     assert trained["r=1"] < trained["r=4"]
     assert all(row.gap is None and row.spread is None and row.interval is None for row in found.rows)
+
+
+def test_a_variant_of_full_fine_tuning_keeps_its_own_rate(recipe, tmp_path):
+    kinds = {"fast": {"method": "full", "training.learning_rate": 2e-3}, "full": {"method": "full"}}
+    found = ak.compare(recipe, kinds, 1, out=tmp_path, grid=None, validation_size=32, quiet=True)
+    assert found.document["learning_rates"] == {"fast": 2e-3, "full": FULL_RATE}
 
 
 def test_no_time_left_says_what_is_missing_and_goes_on(recipe, tmp_path):

@@ -227,7 +227,7 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
     if changes.get("method") == FULL:
         rest = {name: value for name, value in changes.items() if name != "method"}
         plain = recipe.changed(**rest, method={"name": "lora"}, quantize=None)
-        return Variant(label, plain, FULL, recipe.training.learning_rate or FULL_RATE)
+        return Variant(label, plain, FULL, plain.training.learning_rate or FULL_RATE)
     changed = recipe.changed(**changes)
     config = build_config(shapes(changed.model, changed.task), changed.method.name, **changed.method.options)
     return Variant(label, changed, "adapter", learning_rate(changed), config)

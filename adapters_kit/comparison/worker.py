@@ -34,7 +34,9 @@ def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, An
         folder: results are kept here as KEY.json; a cell that has one is not run again. Errors are not kept.
         threads: torch threads of each cell.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    # Progress would be drawn for every model that is loaded: here that is every cell.
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **quiet}
     command = [sys.executable, "-c", "from adapters_kit.comparison.worker import serve; serve()"]
     folder.mkdir(parents=True, exist_ok=True)
     process: subprocess.Popen | None = None
@@ -89,9 +91,7 @@ def _work(job: dict[str, Any]) -> None:
 
 def serve() -> None:
     """The worker's side: runs until stdin ends."""
-    # Fresh heads are reported, and progress drawn, for every model that is loaded; here that is every cell.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # fresh heads are reported for every model
     for line in sys.stdin:
         job = json.loads(line)
         if hasattr(os, "fork"):
