@@ -67,6 +67,7 @@ def plain(weights: nn.Module, activation, scaling):
     )
 
 
+SCALED = {"parallel": {"scaling": 4.0}}  # as the paper has it
 ACTIVATIONS = {"houlsby": F.silu, "pfeiffer": F.relu, "parallel": F.relu, "adapterplus": F.gelu}
 
 
@@ -87,7 +88,7 @@ def reference(preset: str, weights: nn.Module):
 def test_equation_in_a_post_norm_model(preset: str):
     model = tiny.build("bert").double()
     batch = tiny.inputs(model)
-    wrapped = ak.wrap(model, preset, reduction_factor=8)
+    wrapped = ak.wrap(model, preset, reduction_factor=8, **SCALED.get(preset, {}))
     randomize(wrapped, std=0.3)
     found = wrapped(**batch, output_hidden_states=True).hidden_states
     carried_by_norm = preset in ("pfeiffer", "adapterplus")
@@ -113,7 +114,7 @@ def test_equation_in_a_post_norm_model(preset: str):
 def test_equation_in_a_pre_norm_model(preset: str):
     model = tiny.build("gpt2").double()
     batch = tiny.inputs(model)
-    wrapped = ak.wrap(model, preset, reduction_factor=8)
+    wrapped = ak.wrap(model, preset, reduction_factor=8, **SCALED.get(preset, {}))
     randomize(wrapped, std=0.3)
     found = wrapped(**batch, output_hidden_states=True).hidden_states
 

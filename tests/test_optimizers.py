@@ -119,6 +119,15 @@ def test_a_task_head_has_a_rate_of_its_own(rate, given, expected):
     assert groups[0]["lr"] == rate  # the rate that training shows
 
 
+def test_keys_of_a_prefix_go_faster_than_its_values():
+    model = ak.wrap(tiny.build("llama"), "prefix")
+    names = {id(entry): path for path, entry in model.named_parameters()}
+    groups = build_optimizer(model, "adamw", 1e-3).param_groups
+    rates = {names[id(entry)].split(".")[-2]: group["lr"] for group in groups for entry in group["params"]}
+    assert rates == {"prefix_key": 4e-3, "prefix_value": 1e-3}
+    assert groups[0]["lr"] == 1e-3
+
+
 def test_state_bytes_by_hand():
     assert state_bytes("adamw", [10, 5000]) == 8 * 5010
     assert state_bytes("adamw-8bit", [10, 5000]) == 8 * 10 + 2 * 5000 + 2 * 4 * 20

@@ -174,16 +174,15 @@ _COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32
 
 HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 3e-3)
 PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
+# The paper scales it by 4: then one rate moves the second matrix four times as far as the first (docs/defaults.md).
 PARALLEL = _preset(
     "parallel",
     "an MLP beside FFN",
     "He et al. 2021, arXiv:2110.04366",
-    5e-4,
     mh_adapter=False,
     is_parallel=True,
     non_linearity="relu",
     reduction_factor=2,
-    scaling=4.0,
 )
 ADAPTERPLUS = _preset(
     "adapterplus",

@@ -1,6 +1,6 @@
 """The prefixes of one attention module: a peft tuner layer that sits inside it as the child `kv_prefix`."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -38,6 +38,9 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         "prefix_up",
         "prefix_gate",
     )
+    # Keys count through a softmax that divides them by the root of their width: at the values' rate they lag behind
+    # (docs/defaults.md). `training.build_optimizer` multiplies with it.
+    rate_factors: ClassVar = {"prefix_key": 4.0}
 
     def __init__(self, attention: nn.Module, shape: list[int]) -> None:
         super().__init__()

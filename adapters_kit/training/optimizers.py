@@ -42,7 +42,8 @@ def build_optimizer(
             "paged-…": the state moves to host memory when the GPU is full; on a CPU the same as without. "lora+":
             AdamW with a higher rate for B (Hayou et al. 2024, arXiv:2402.12354). "lora-fa": A stays as drawn, gradients
             of B are corrected for it (Zhang et al. 2023, arXiv:2308.03303).
-        learning_rate: peak rate; for LoRA+ that of the A matrices.
+        learning_rate: peak rate; for LoRA+ that of the A matrices. A layer may ask for multiples of it with
+            `rate_factors`, as the keys of a prefix do.
         head_learning_rate: of what is trained as a full copy beside the adapter (`modules_to_save`: a task head); by
             default `learning_rate`, at most 6e-4. LoRA+ and LoRA-FA, which are peft's, have none of their own.
         weight_decay: decoupled, for matrices; vectors (biases, norms, scales) are not decayed.
@@ -79,19 +80,31 @@ def build_optimizer(
             loraplus_lr_embedding=learning_rate,
             **options,
         )
-    copies = {id(entry) for module in model.modules() if isinstance(module, ModulesToSaveWrapper)
-              for entry in module.parameters()}  # fmt: skip
-    rates = {False: learning_rate, True: head_learning_rate or min(learning_rate, HEAD_RATE)}
-    groups = [
-        {
-            "params": [entry for entry in trainable if (id(entry) in copies, entry.ndim >= 2) == (copy, matrix)],
-            "lr": rates[copy],
-            "weight_decay": weight_decay if matrix else 0.0,
-        }
-        for copy in (False, True)
-        for matrix in (True, False)
-    ]
-    return optimizer_class([group for group in groups if group["params"]], lr=learning_rate, **options)
+    rates = _rates(model, learning_rate, head_learning_rate or min(learning_rate, HEAD_RATE))
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in trainable:
+        key = rates.get(id(parameter), learning_rate), parameter.ndim >= 2
+        groups.setdefault(key, []).append(parameter)
+    return optimizer_class(
+        [
+            {"params": parameters, "lr": rate, "weight_decay": weight_decay if matrix else 0.0}
+            # The method's own rate comes first: training shows the first group's.
+            for (rate, matrix), parameters in sorted(groups.items(), key=lambda group: group[0][0] != learning_rate)
+        ],
+        lr=learning_rate,
+        **options,
+    )
+
+
+def _rates(model: nn.Module, learning_rate: float, head_rate: float) -> dict[int, float]:
+    """id(parameter) -> its rate, of those that have another one than the adapter's."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            found |= {id(parameter): head_rate for parameter in module.parameters()}
+        for name, factor in getattr(module, "rate_factors", {}).items():
+            found |= {id(parameter): factor * learning_rate for parameter in getattr(module, name).parameters()}
+    return found
 
 
 def _adamw_class(name: str) -> Any:
