@@ -3,7 +3,7 @@
     python benchmarks/comparison.py sentiment            # MiniLM on movies, products and tweets
     python benchmarks/comparison.py combinations         # LoRA, prefix, both, MAM, UniPELT on movies
     python benchmarks/comparison.py language             # SmolLM2-135M on reviews: LoRA on bf16, nf4, int8; prefix
-    python benchmarks/comparison.py curves               # LoRA's rank and learning rate
+    python benchmarks/comparison.py curves               # LoRA's rank; its learning rate and full fine-tuning's
     python benchmarks/comparison.py sentiment --only movies --methods full lora --seeds 2
 
 Everything goes through `ak.compare`, so that an interrupted run goes on where it stopped. Learning rates are searched
@@ -13,6 +13,7 @@ movies chose. Results: results/comparison.json and results/comparison_*.png.
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +28,6 @@ WORK = ROOT / "runs" / "comparison"
 
 SETS = ("movies", "products", "tweets")
 METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")
-# Not searched. One seed's search takes 9e-4, at which two of five runs on movies do not learn.
-GIVEN = {"parallel": 5e-4}
 BUDGET = {"epochs": 2, "batch_size": 16, "max_length": 64, "keep_best": False, "evals_per_epoch": 0, "samples": 0}
 TRAINED, VALIDATION = 1000, 1500
 LANGUAGE_BUDGET = BUDGET | {"epochs": 1, "batch_size": 2, "max_length": 128, "packing": True, "precision": "bf16"}
@@ -43,7 +42,7 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "lora+prefix": {"method": ["lora", "prefix"]},
 }
 RANKS = (1, 4, 16, 64)
-RATES = (2e-4, 6e-4, 1e-3, 2e-3, 6e-3)
+RATES = {"lora": (2e-4, 6e-4, 1e-3, 2e-3, 6e-3), "full": (3e-5, 1e-4, 3e-4, 1e-3)}
 
 
 def sentiment(name: str) -> Any:
@@ -100,8 +99,7 @@ def run_sentiment(options: argparse.Namespace) -> None:
     rates: dict[str, float] = read()["sentiment"].get("movies", {}).get("learning_rates", {})
     for name in options.only or SETS:
         methods = options.methods or METHODS
-        known = GIVEN if name == "movies" else rates
-        given = {label: rate for label, rate in known.items() if label in methods}
+        given = {label: rate for label, rate in rates.items() if label in methods and name != "movies"}
         found = ak.compare(
             sentiment(name),
             methods,
@@ -154,14 +152,18 @@ def run_combinations(options: argparse.Namespace) -> None:
 
 
 def run_curves(options: argparse.Namespace) -> None:
-    """On movies, each rank at the searched rate, and each rate at the default rank."""
+    """On movies, each rank at the searched rate; each rate at the default rank, and each of full fine-tuning."""
     import adapters_kit as ak
 
-    rates = read()["sentiment"]["movies"]["learning_rates"]
+    rate = read()["sentiment"]["movies"]["learning_rates"]["lora"]
     common = {"validation_size": VALIDATION, "max_minutes": options.max_minutes, "threads": options.threads}
     ranks = {f"r={r}": {"method": {"name": "lora", "r": r}} for r in RANKS}
-    steps = {f"{rate:.0e}": {"training.learning_rate": rate} for rate in RATES}
-    for name, kinds, given in (("rank", ranks, dict.fromkeys(ranks, rates["lora"])), ("rate", steps, None)):
+    steps = {
+        f"{method} {rate:.0e}": {"method": method, "training.learning_rate": rate}
+        for method, rates in RATES.items()
+        for rate in rates
+    }
+    for name, kinds, given in (("rank", ranks, dict.fromkeys(ranks, rate)), ("rate", steps, None)):
         folder = WORK / "curves"
         found = ak.compare(sentiment("movies"), kinds, options.seeds, out=folder, rates=given, grid=None, **common)
         keep("curves", name, found.document)
@@ -281,13 +283,18 @@ def combinations_table(results: dict[str, Any]) -> str:
 
 
 def curve_table(results: dict[str, Any], name: str) -> str:
-    """Accuracy on movies over LoRA's rank, or over its learning rate."""
+    """Accuracy on movies over LoRA's rank, or over the learning rate."""
     from adapters_kit.comparison.report import as_markdown
 
-    document = results["curves"][name]
-    rows = [row for label in document["learning_rates"] if (row := _row(document, label))]
+    rows = sorted(results["curves"][name]["methods"], key=_point)
     body = [[row["label"], _score(row, "accuracy"), f"{row['costs']['trainable_params']:,.0f}"] for row in rows]
     return as_markdown([name, "accuracy", "trained"], body)
+
+
+def _point(row: dict[str, Any]) -> tuple[str, float]:
+    """Which curve a line belongs to, and where: "r=16", "lora 6e-04"."""
+    line, number = re.split("[= ]", row["label"])
+    return line, float(number)
 
 
 def draw() -> None:
@@ -300,13 +307,17 @@ def draw() -> None:
         plots.draw({"metric": "accuracy", "methods": over_sets(results)}, FOLDER, "comparison_")
     if {"rank", "rate"} <= set(results["curves"]):
         figure, (left, right) = pictures.blank(2)
-        for place, name in ((left, "rank"), (right, "rate")):
-            rows = results["curves"][name]["methods"]
-            points = sorted((float(row["label"].removeprefix("r=")), row["score"], row["spread"] or 0) for row in rows)
-            xs, scores, spreads = zip(*points, strict=True)
-            place.errorbar(xs, [100 * y for y in scores], yerr=[100 * e for e in spreads], marker="o", capsize=3)
-            place.set(xscale="log", xlabel=f"LoRA's {name}", ylabel="accuracy on movies (points)")
+        for place, name, what in ((left, "rank", "LoRA's rank"), (right, "rate", "learning rate")):
+            lines: dict[str, list[tuple[float, float, float]]] = {}
+            for row in sorted(results["curves"][name]["methods"], key=_point):
+                line, x = _point(row)
+                lines.setdefault(line, []).append((x, 100 * row["score"], 100 * (row["spread"] or 0)))
+            for line, points in lines.items():
+                xs, scores, spreads = zip(*points, strict=True)
+                place.errorbar(xs, scores, yerr=spreads, marker="o", capsize=3, label=line)
+            place.set(xscale="log", xlabel=what, ylabel="accuracy on movies (points)")
         left.set_xticks(RANKS, [str(rank) for rank in RANKS])
+        right.legend()
         figure.savefig(FOLDER / "comparison_curves.png", dpi=110)
 
 
@@ -315,11 +326,11 @@ def main() -> None:
     parser.add_argument("what", choices=["sentiment", "combinations", "language", "curves"])
     parser.add_argument("--only", nargs="+", choices=SETS, help="these data sets")
     parser.add_argument("--methods", nargs="+", help="only these lines")
-    parser.add_argument("--seeds", type=int, help="default: 5, combinations and language 3, curves 2")
+    parser.add_argument("--seeds", type=int, help="default: 5, the others 3")
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    options.seeds = options.seeds or {"sentiment": 5, "combinations": 3, "language": 3, "curves": 2}.get(options.what)
+    options.seeds = options.seeds or (5 if options.what == "sentiment" else 3)
     runs = {"sentiment": run_sentiment, "combinations": run_combinations, "language": run_language}
     {**runs, "curves": run_curves}[options.what](options)
 
