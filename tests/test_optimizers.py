@@ -163,7 +163,7 @@ def test_refusals(monkeypatch):
 @pytest.mark.parametrize(
     ("task", "method", "rate"),
     [
-        ("text-classification", "prefix", 4.5e-2),
+        ("text-classification", "prefix", 3e-2),
         ("causal-lm", "prefix", 5e-3),
         ("text-classification", "lora", 6e-4),
         ("causal-lm", ["lora", "prefix"], 6e-4),

@@ -295,6 +295,6 @@ PREFIX = Method(
     defaults={"num_virtual_tokens": 20},
     learning_rate=5e-3,
     # There it starts near zero, and has to grow to the size of keys and values.
-    classifier_learning_rate=4.5e-2,
+    classifier_learning_rate=3e-2,
     prepare=_prepare,
 )
