@@ -15,7 +15,7 @@ Every run is a fresh process. What is counted, and where:
   manifest. "ours, no hashes" is the same with sha256 switched off by the script: what the merging itself costs.
   "ours, verified" adds the comparison of outputs, which builds the model block by block.
 - "copy, hashed" is that copy with the same two passes: one thread hashes the source while another copies and hashes the
-  copy. What a merge with these proofs could be at best.
+  copy. Its processor time is what the proofs of a merge cost before anything is computed.
 - "processor" is the time of all threads of the process, in the kernel too: what stays the same on a busy machine.
 - mergekit is called as `mergekit-yaml` calls it; it has peft merge the whole model, saves that, and writes it again.
   axolotl is left out: it pins other versions of peft and transformers.

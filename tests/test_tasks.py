@@ -114,7 +114,7 @@ MODELS = {
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
     "bottleneck": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
-    "mix_and_match": {"training.epochs": 8.0, "training.learning_rate": 3e-4},
+    "mix_and_match": {"training.epochs": 8.0, "training.learning_rate": 1e-3},
     "prefix": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
 }
 
