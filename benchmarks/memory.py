@@ -5,8 +5,8 @@
     python benchmarks/memory.py --device cuda            # also the allocator's peak
     python benchmarks/memory.py --table                  # README's table from results/memory.json
 
-Every tensor that autograd saves is seen by `torch.autograd.graph.saved_tensors_hooks`; a storage counts once,
-parameters and buffers do not. Exact, so one run is enough. Writes results/memory.json and .png.
+Every tensor that autograd saves is counted (`adapters_kit.memory.kept_for_backward`): a storage once, parameters and
+buffers not. Exact, so one run is enough. Writes results/memory.json and .png.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import sys
 
 import common
 import torch
-from torch import nn
+
+from adapters_kit.memory import kept_for_backward
 
 # Contestant -> its row in the table; None: counted for the plot alone.
 COUNTED = {
@@ -33,26 +34,6 @@ COUNTED = {
 SHOWN = {"smollm2 bf16": "SmolLM2-135M bf16", "smollm2 fp32": "SmolLM2-135M fp32", "minilm bf16": "MiniLM bf16"}
 
 
-def kept_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Bytes of distinct storages that the graph of one loss holds, beside the model's own."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    alive = []  # an address may be given out again otherwise
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # a graph that held itself would never be freed, since no backward pass follows
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss
-    del loss
-    return sum(kept.values())
-
-
 def measure(name: str, dtype: str, arguments: argparse.Namespace) -> dict:
     """All contestants of one model in one dtype, one after the other."""
     found = {}
@@ -63,7 +44,7 @@ def measure(name: str, dtype: str, arguments: argparse.Namespace) -> dict:
         model, real = common.contestant(kind, name, common.DTYPES[dtype], arguments.device, layers)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         inputs = common.batch(base, arguments.rows, arguments.length)
-        found[kind] = {"kept": kept_bytes(model, inputs), "real_weights": real}
+        found[kind] = {"kept": kept_for_backward(model, inputs).total, "real_weights": real}
         if arguments.device == "cuda":
             common.step(model, inputs)
             torch.cuda.reset_peak_memory_stats()

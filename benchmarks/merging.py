@@ -62,16 +62,18 @@ if way.startswith("copy"):
     def digest(path):
         with open(path, "rb") as file:
             hashlib.file_digest(file, "sha256")
+    def copied(path):
+        shutil.copyfile(path, Path(out, path.name))
+    def hashed(path):
+        beside = threading.Thread(target=digest, args=(path,))
+        beside.start()
+        copied(path)
+        digest(Path(out, path.name))
+        beside.join()
     def run():
         Path(out).mkdir()
         for path in Path(base).glob("*.safetensors"):
-            beside = threading.Thread(target=digest, args=(path,))
-            if way == "copy, hashed":
-                beside.start()
-            shutil.copyfile(path, Path(out, path.name))
-            if way == "copy, hashed":
-                digest(Path(out, path.name))
-                beside.join()
+            (hashed if way == "copy, hashed" else copied)(path)
         sync(out)
 elif way.startswith("ours"):
     import adapters_kit.shipping.merge as module

@@ -187,7 +187,7 @@ def test_published_combinations(method, name, tmp_path):
     torch.testing.assert_close(logits(again, **batch), expected, **CLOSE)
     if method == "mam":
         assert config.parts["prefix"].num_virtual_tokens == 30
-        assert config.parts["parallel"].bottleneck_dim == 512
+        assert config.parts["parallel"].bottleneck_dim == 512 and config.parts["parallel"].scaling == 1
         return
     assert config.parts["prefix"].num_virtual_tokens == 10 and config.parts["lora"].r == 8
     gates = [

@@ -135,4 +135,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert (tmp_path / "large" / "base" / "model.safetensors").stat().st_size > 90e6
     run = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], check=True, capture_output=True, text=True)
     peaks = {tuple(line.split()[:2]): int(line.split()[2]) for line in run.stdout.splitlines()}
-    assert peaks["large", "direct"] < 16e6 and peaks["large", "peft"] < 60e6, peaks
+    assert peaks["large", "direct"] < 16e6 and peaks["large", "peft"] < 40e6, peaks

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
+from adapters_kit.quantization import Trimmer
 from adapters_kit.shipping import deltas
 from adapters_kit.shipping.layout import Layout, lay_out
 from adapters_kit.shipping.quantized import roundtrip
@@ -213,8 +214,10 @@ def changed(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
     attached = job.attached
     pending.update(attached.replaced)
     yield from ready(sorted(attached.replaced))
+    trimmer = Trimmer()  # of every unit several copies were made and dropped, which else stay in the heap
     for unit in attached.units:
         merged = deltas.merge_unit(unit, job.adapter, job.read)
+        trimmer(4 * sum(value.numel() for value in merged.values()))
         pending.update(merged)
         yield from ready(list(merged))
         for name in merged.keys() - job.written:
