@@ -28,7 +28,7 @@ from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import AdapterTrainer, total_steps
-from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare
+from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare, set_dropout
 
 FULL, BASE = "full", "base"
 
@@ -137,6 +137,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if cell.kind == FULL:
         torch.manual_seed(cell.seed)
         model.requires_grad_(True)
+        set_dropout(model, recipe.training.base_dropout)  # the method's own default is not for this
     else:
         model = add_adapter(model, seeded, total_steps(seeded, len(train_features))[0])
     with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_") as folder:

@@ -21,7 +21,7 @@ from adapters_kit.anatomy import base_model
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
 from adapters_kit.methods import prefix_probe
 from adapters_kit.methods.prefix_attention import CHILD
-from adapters_kit.methods.prefix_config import PrefixConfig
+from adapters_kit.methods.prefix_config import SMALL_STD, PrefixConfig
 from adapters_kit.methods.prefix_layer import NOT_MERGEABLE, PrefixLayer
 from adapters_kit.peft_plugin import register
 from adapters_kit.registry import Method
@@ -52,6 +52,8 @@ class PrefixModel(BaseTuner):
         given = peft_config.init or peft_config.init_text or peft_config.init_ids
         if ids and (given or any(note.kind == "decoder" for note in seen.values())):
             self._start = {path: _start(peft_config, seen[path], len(ids)) for path in chosen}
+        elif peft_config.init_std is None and not peft_config.prefix_projection:
+            self._start = {path: _random_start(peft_config, seen[path]) for path in chosen}
 
     @staticmethod
     def _check_target_module_exists(peft_config: PrefixConfig, key: str) -> bool:
@@ -196,8 +198,23 @@ def _start(config: PrefixConfig, seen: prefix_probe.Seen, different: int) -> tup
     parts = [part.float().cpu().transpose(0, 1) for part in (seen.key, seen.value)]
     parts = [part[rows % len(part)] for part in parts]
     for part in parts:  # two equal tokens would get equal gradients for ever
-        part[different:] += config.init_std * torch.randn_like(part[different:])
+        part[different:] += (config.init_std or SMALL_STD) * torch.randn_like(part[different:])
     return parts[0], parts[1]
+
+
+def _random_start(config: PrefixConfig, seen: prefix_probe.Seen) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys near zero and values of about half the size of the model's own; None on a model of shapes alone.
+
+    Tokens with equal values get equal gradients, in their keys too, and Adam moves them all alike.
+    """
+    if seen.key.device.type == "meta":
+        return None
+    heads, key_width, value_width, _ = seen.shape
+    size = seen.value.float().square().mean().sqrt().item()
+    return tuple(
+        torch.randn(config.num_virtual_tokens, heads, width) * spread
+        for width, spread in ((key_width, SMALL_STD), (value_width, max(SMALL_STD, size / 2)))
+    )
 
 
 def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[str]:
@@ -296,5 +313,7 @@ PREFIX = Method(
     learning_rate=5e-3,
     # There it starts near zero, and has to grow to the size of keys and values.
     classifier_learning_rate=3e-2,
+    # It learns more slowly than other methods, and what is frozen needs no regularisation (docs/defaults.md).
+    base_dropout=0.0,
     prepare=_prepare,
 )

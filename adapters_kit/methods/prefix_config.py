@@ -11,6 +11,7 @@ from adapters_kit.peft_plugin import peft_type
 
 ATTENTIONS = ("encoder", "decoder", "cross")
 INITS = ("words", "random")
+SMALL_STD = 0.02
 
 
 @dataclass
@@ -27,13 +28,15 @@ class PrefixConfig(PeftConfig):
             each attention so that layers can be sharded. `eject()` replaces it by what it writes.
         projection_hidden_size: width of that MLP and of its input.
         init: "words": start from the keys and values that the model itself computes for some common words of its
-            vocabulary, drawn with torch's random state; "random": normal with `init_std`. By default words where the
-            model reads text with causal attention, random elsewhere. Small random keys draw a decoder's attention away
+            vocabulary, drawn with torch's random state; "random": normal. By default words where the model reads text
+            with causal attention, random elsewhere. Small random keys draw a decoder's attention away
             from the first token, on which it rests; words disturb it less (`benchmarks/comparison.py language` has
             both).
         init_text: start from this text instead (repeated if it is shorter than the prefix).
         init_ids: the same, as token ids.
-        init_std: standard deviation of a random start, and of what keeps repeated tokens apart.
+        init_std: standard deviation of a random start, and of what keeps repeated tokens apart. By default 0.02, but
+            for random values half the size (root mean square) of those that the model computes itself: tokens with
+            equal values would all be trained alike.
         tokenizer_name_or_path: reads `init_text`; the base model's own by default.
         attentions: of "encoder", "decoder", "cross" (a decoder looking at its encoder); all that exist by default.
         layers_to_transform: layer numbers, counted in each stack from 0; all by default.
@@ -49,7 +52,7 @@ class PrefixConfig(PeftConfig):
     prefix_projection: bool = False
     projection_hidden_size: int = 512
     init: Literal["words", "random"] | None = None
-    init_std: float = 0.02
+    init_std: float | None = None
     init_text: str | None = None
     init_ids: list[int] | None = None
     tokenizer_name_or_path: str | None = None
@@ -68,7 +71,7 @@ class PrefixConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise AdapterError(f"{name}={value!r}: must be a whole number of at least 1, e.g. {name}=20.")
-        if not self.init_std > 0:
+        if self.init_std is not None and not self.init_std > 0:
             raise AdapterError(f"init_std={self.init_std!r}: must be above 0, e.g. init_std=0.02.")
         for name in ("layers_to_transform", "attentions"):
             value = getattr(self, name)

@@ -8,7 +8,7 @@ from torch import nn
 
 from adapters_kit.errors import AdapterError
 from adapters_kit.methods.prefix_attention import CHILD, Prefix, original_config, view_config
-from adapters_kit.methods.prefix_config import PrefixConfig
+from adapters_kit.methods.prefix_config import SMALL_STD, PrefixConfig
 
 NOT_MERGEABLE = (
     "A prefix adds keys and values to attention, which no weight of the base model can take in. "
@@ -90,7 +90,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             config: its options.
-            start: keys and values to start from, each fp32 (tokens, heads, width) on the CPU; None for a random start.
+            start: keys and values to start from, each fp32 (tokens, heads, width) on the CPU; None for small random
+                ones, or for an MLP as torch draws it.
         """
         heads, key_width, value_width = self.shape
         tokens, width = config.num_virtual_tokens, config.projection_hidden_size
@@ -102,7 +103,8 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
                 self._let_mlp_write(adapter_name, torch.cat(start, dim=-1).flatten(1))
         else:
             if start is None:
-                start = [torch.randn(tokens, heads, size) * config.init_std for size in (key_width, value_width)]
+                spread = config.init_std or SMALL_STD
+                start = [torch.randn(tokens, heads, size) * spread for size in (key_width, value_width)]
             self.prefix_key[adapter_name], self.prefix_value[adapter_name] = map(nn.Parameter, start)
         if config.gate:
             self.prefix_gate[adapter_name] = gate = nn.Linear(self.hidden_size, 1)

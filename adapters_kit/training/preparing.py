@@ -98,6 +98,7 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
         if "total_step" in {field.name for field in dataclasses.fields(config)}:
             options.setdefault("total_step", steps)
     training = recipe.training
+    set_dropout(model, base_dropout(recipe))
     wrapped = wrap(model, recipe.method.name, fuse=training.fuse, recompute=training.recompute, **options)
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -105,6 +106,27 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
     if recipe.task == "causal-lm" and training.chunked_loss:
         chunked_loss(wrapped)
     return wrapped
+
+
+def set_dropout(model: nn.Module, probability: float | None) -> None:
+    """Give every dropout of `model` this probability: `nn.Dropout` modules, and the numbers that attention modules keep
+    for the functional form. None leaves all as they are."""
+    if probability is None:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+
+
+def base_dropout(recipe: Recipe) -> float | None:
+    """The recipe's, or the one that suits the method; None for the model's own."""
+    name = recipe.method.name
+    if recipe.training.base_dropout is not None or not isinstance(name, str) or Path(name).is_dir():
+        return recipe.training.base_dropout
+    return find_method(name).base_dropout
 
 
 def learning_rate(recipe: Recipe) -> float:
@@ -132,6 +154,7 @@ def filled_in(recipe: Recipe, task: Task) -> Recipe:
             "data.columns": task.columns,
             "training.learning_rate": learning_rate(recipe),
             "training.precision": precision(recipe),
+            "training.base_dropout": base_dropout(recipe),
             "training.max_length": task.max_length,
         }
     )
