@@ -118,8 +118,8 @@ class TrainingSpec(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     base_dropout: float | None = Field(None, ge=0, lt=1)
-    """Probability of the base model's own dropout layers while training; by default the model's, and 0 for a prefix, which
-    learns slowly enough without that noise."""
+    """Probability of the base model's own dropout layers while training; by default the model's, and 0 for a prefix,
+    which learns slowly enough without that noise."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to at most this norm; 0 leaves them alone."""
     seed: int = Field(0, ge=0)

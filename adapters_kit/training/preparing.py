@@ -110,7 +110,7 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
 
 def set_dropout(model: nn.Module, probability: float | None) -> None:
     """Give every dropout of `model` this probability: `nn.Dropout` modules, and the numbers that attention modules keep
-    for the functional form. None leaves all as they are."""
+    for the functional form; what is read from the config at each step stays (Falcon). None leaves all as they are."""
     if probability is None:
         return
     for module in model.modules():
