@@ -203,11 +203,12 @@ def _start(config: PrefixConfig, seen: prefix_probe.Seen, different: int) -> tup
 
 
 def _random_start(config: PrefixConfig, seen: prefix_probe.Seen) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Keys near zero and values of about half the size of the model's own; None on a model of shapes alone.
+    """Keys near zero and values of half the size of the model's own; None for small ones: in a decoder, which random
+    values disturb, and on a model of shapes alone.
 
     Tokens with equal values get equal gradients, in their keys too, and Adam moves them all alike.
     """
-    if seen.key.device.type == "meta":
+    if seen.kind == "decoder" or seen.key.device.type == "meta":
         return None
     heads, key_width, value_width, _ = seen.shape
     size = seen.value.float().square().mean().sqrt().item()

@@ -35,8 +35,8 @@ class PrefixConfig(PeftConfig):
         init_text: start from this text instead (repeated if it is shorter than the prefix).
         init_ids: the same, as token ids.
         init_std: standard deviation of a random start, and of what keeps repeated tokens apart. By default 0.02, but
-            for random values half the size (root mean square) of those that the model computes itself: tokens with
-            equal values would all be trained alike.
+            for random values outside decoders half the size (root mean square) of those that the model computes itself:
+            tokens with equal values would all be trained alike.
         tokenizer_name_or_path: reads `init_text`; the base model's own by default.
         attentions: of "encoder", "decoder", "cross" (a decoder looking at its encoder); all that exist by default.
         layers_to_transform: layer numbers, counted in each stack from 0; all by default.
