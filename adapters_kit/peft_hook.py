@@ -13,9 +13,9 @@ from types import ModuleType
 
 # Modules which register a peft method when they are imported.
 PLUGINS = (
-    "adapters_kit.methods.bottleneck",
-    "adapters_kit.methods.prefix",
-    "adapters_kit.methods.combine_model",
+    "adapters_kit.methods.bottleneck.model",
+    "adapters_kit.methods.prefix.model",
+    "adapters_kit.methods.together.model",
 )
 
 

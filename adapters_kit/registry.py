@@ -24,7 +24,7 @@ GROUP = "adapters_kit.methods"
 
 _LORA = "adapters_kit.methods.lora"
 _PROMPT = "adapters_kit.methods.prompt"
-_BOTTLENECK = "adapters_kit.methods.bottleneck"
+_BOTTLENECK = "adapters_kit.methods.bottleneck.model"
 BUILTIN: dict[str, str] = {
     "lora": f"{_LORA}:LORA",
     "rslora": f"{_LORA}:RSLORA",
@@ -44,9 +44,9 @@ BUILTIN: dict[str, str] = {
     "compacter++": f"{_BOTTLENECK}:COMPACTER_PLUS_PLUS",
     "prompt": f"{_PROMPT}:PROMPT",
     "p-tuning": f"{_PROMPT}:P_TUNING",
-    "prefix": "adapters_kit.methods.prefix:PREFIX",
-    "mam": "adapters_kit.methods.combine:MAM",
-    "unipelt": "adapters_kit.methods.combine:UNIPELT",
+    "prefix": "adapters_kit.methods.prefix.model:PREFIX",
+    "mam": "adapters_kit.methods.together.build:MAM",
+    "unipelt": "adapters_kit.methods.together.build:UNIPELT",
 }
 
 

@@ -78,7 +78,7 @@ def train(options: argparse.Namespace, flags: list[str]) -> None:
     out = options.out or Path("runs") / (options.recipe.stem if options.recipe else Path(recipe.method.label).name)
     from accelerate import PartialState
 
-    from adapters_kit.training.trainer import train as run_training
+    from adapters_kit.training.train import train as run_training
 
     run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)
     if PartialState().is_main_process:
@@ -91,7 +91,7 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> None:
     from adapters_kit.recipe import keys_of
 
     keys = keys_of(flags)
-    from adapters_kit.training.using import evaluate as score
+    from adapters_kit.inference import evaluate as score
 
     _show_metrics(score(options.name, options.data, **keys))
 
@@ -108,8 +108,8 @@ def predict(options: argparse.Namespace, flags: list[str]) -> None:
     keys = keys_of(flags)
     if options.out and options.out.exists():
         raise DataError(f"{options.out} exists already; predictions never overwrite a file. Choose another --out.")
-    from adapters_kit.training.using import generates, stream
-    from adapters_kit.training.using import predict as answer
+    from adapters_kit.inference import generates, stream
+    from adapters_kit.inference import predict as answer
 
     if options.text and not options.out and generates(options.name, **keys):
         _print_streams(options.text, stream(options.name, options.text, **keys))
@@ -148,7 +148,7 @@ def compare(options: argparse.Namespace, flags: list[str]) -> None:
         raise DataError(f"No run folder {str(missing[0])!r}. {near}".rstrip())
     if flags:
         raise DataError(f"{flags[0]} changes a recipe; the runs in {folders[0]} are finished.")
-    from adapters_kit.training.runs import as_text, compare_runs
+    from adapters_kit.training.table import as_text, compare_runs
 
     print(as_text(compare_runs(folders)))
 
@@ -176,8 +176,8 @@ def sweep(options: argparse.Namespace, flags: list[str]) -> None:
 
     recipe = Recipe.read(options.recipe, flags)
     out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-sweep"
-    from adapters_kit.training.runs import as_text
-    from adapters_kit.training.runs import sweep as run_sweep
+    from adapters_kit.training.table import as_text
+    from adapters_kit.training.table import sweep as run_sweep
 
     print(as_text(run_sweep(recipe, out, learning_rates=options.learning_rates, ranks=options.ranks)))
     print(f"Run folders: {out}")
@@ -185,7 +185,7 @@ def sweep(options: argparse.Namespace, flags: list[str]) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Fold an adapter, or several, into the base model's weights, and prove that both compute the same."""
-    from adapters_kit.shipping.merge import merge as fold
+    from adapters_kit.merging.merge import merge as fold
 
     report = fold(
         options.adapters if len(options.adapters) > 1 else options.adapters[0],
@@ -203,7 +203,7 @@ def merge(options: argparse.Namespace) -> None:
 
 def combine(options: argparse.Namespace) -> None:
     """Write one LoRA adapter that stands for several of the same base."""
-    from adapters_kit.shipping.combine import combine as join
+    from adapters_kit.serving.combine import combine as join
 
     kinds = {"rank": options.rank, "overwrite": options.overwrite}
     print(join(options.adapters, options.out, **_mixing(options), **kinds))
@@ -215,7 +215,7 @@ def _mixing(options: argparse.Namespace) -> dict[str, object]:
 
 def check(options: argparse.Namespace) -> int:
     """Whether an adapter or a merged model loads in a server, and every reason if not."""
-    from adapters_kit.shipping.check import check as look
+    from adapters_kit.serving.check import check as look
 
     report = look(options.folder, options.target, max_lora_rank=options.max_lora_rank)
     print(report)
@@ -224,7 +224,7 @@ def check(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> None:
     """Write an adapter or a merged model in the form that a server takes."""
-    from adapters_kit.shipping.export import export as write
+    from adapters_kit.serving.export import export as write
 
     kinds = {"format": options.format, "canonical": options.canonical, "rank": options.rank, "dtype": options.dtype}
     print(write(options.source, options.out, base=options.base, overwrite=options.overwrite, **kinds))
@@ -233,7 +233,7 @@ def export(options: argparse.Namespace) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Turn an adapter saved by AdapterHub's `adapters` into a peft adapter folder."""
     from adapters_kit.loading import load
-    from adapters_kit.methods.adapterhub import convert_folder
+    from adapters_kit.methods.adapterhub.folder import convert_folder
 
     print(f"Converted to {convert_folder(options.source, load(options.base, task=options.task), options.out)}")
 

@@ -16,10 +16,11 @@ from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap
-from adapters_kit.methods import adapterhub, find_method
-from adapters_kit.methods.combine import combine, to_combined
-from adapters_kit.methods.combine_config import CombinedConfig
+from adapters_kit.methods import find_method
+from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.targets import check_targets
+from adapters_kit.methods.together.build import combine, to_combined
+from adapters_kit.methods.together.config import CombinedConfig
 from adapters_kit.peft_plugin import peft_methods
 from adapters_kit.quantization import keep_layout
 

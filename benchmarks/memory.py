@@ -5,7 +5,7 @@
     python benchmarks/memory.py --device cuda            # also the allocator's peak
     python benchmarks/memory.py --table                  # README's table from results/memory.json
 
-Every tensor that autograd saves is counted (`adapters_kit.memory.kept_for_backward`): a storage once, parameters and
+Every tensor that autograd saves is counted (`training.memory.kept_for_backward`): a storage once, parameters and
 buffers not. Exact, so one run is enough. Writes results/memory.json and .png.
 """
 
@@ -16,7 +16,7 @@ import sys
 import common
 import torch
 
-from adapters_kit.memory import kept_for_backward
+from adapters_kit.training.memory import kept_for_backward
 
 # Contestant -> its row in the table; None: counted for the plot alone.
 COUNTED = {

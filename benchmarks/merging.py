@@ -76,12 +76,12 @@ if way.startswith("copy"):
             (hashed if way == "copy, hashed" else copied)(path)
         sync(out)
 elif way.startswith("ours"):
-    import adapters_kit.shipping.merge as module
+    import adapters_kit.merging.merge as module
     if way == "ours, verified":
         import transformers.models.llama.modeling_llama
-        import adapters_kit.shipping.verify
+        import adapters_kit.merging.verify
     if way == "ours, no hashes":
-        import adapters_kit.shipping.writing as writing
+        import adapters_kit.merging.writing as writing
         writing._Digest._update = lambda self, start, stop: writing.start_writing(self.descriptor, start, stop - start)
         module.base_hashes = lambda base: {}
     def run():

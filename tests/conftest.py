@@ -1,4 +1,4 @@
-"""What all tests share: a quiet environment without hub, tests/tiny.py and examples/assets.py importable."""
+"""What all tests share: a quiet environment without hub, tests/support/tiny.py and examples/assets.py importable."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
 import pytest  # noqa: E402
 

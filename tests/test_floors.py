@@ -22,21 +22,22 @@ FLOORS = {
     "noise": 0,
     "anatomy": 1,
     "peft_plugin": 1,
-    "methods": 2,
-    "kernels": 2,
-    "quantization": 2,
+    "peft_hook": 1,
     "artifacts": 2,
-    "loading": 3,
-    "wrapping": 3,
-    "memory": 3,
-    "peft_hook": 3,
-    "tasks": 4,
-    "shipping": 4,
-    "training": 5,
-    "comparison": 6,
-    "verbs": 7,
-    "cli": 8,
-    "__main__": 9,
+    "kernels": 2,
+    "methods": 3,
+    "quantization": 3,
+    "loading": 4,
+    "wrapping": 4,
+    "tasks": 5,
+    "merging": 5,
+    "serving": 6,
+    "training": 7,
+    "inference": 8,
+    "comparison": 8,
+    "verbs": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # The ground floor is one folder, whose files may use each other. What it is for: nothing there imports these.
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy"}
@@ -122,7 +123,7 @@ def test_the_walk_sees_every_kind_of_import():
 import adapters_kit
 import torch, adapters_kit.cli as c
 from adapters_kit import errors, wrap
-from adapters_kit.training.trainer import train
+from adapters_kit.training.train import train
 from . import base
 from ..loading import load
 def late():
@@ -134,7 +135,7 @@ if TYPE_CHECKING:
     known = {"adapters_kit.errors", "adapters_kit.methods.base"}
     found = [module for _, module in sorted(imported_modules(source, "adapters_kit.methods", known.__contains__))]
     late = ["compare", "memory", "tasks.base"]
-    expected = ["cli", "errors", "training.trainer", "methods.base", "loading", *late]
+    expected = ["cli", "errors", "training.train", "methods.base", "loading", *late]
     assert sorted(found) == sorted(["adapters_kit"] * 2 + [f"adapters_kit.{name}" for name in expected])
 
 
@@ -146,7 +147,7 @@ if TYPE_CHECKING:
         ("registry", "adapters_kit.errors", True),
         ("recipe", "adapters_kit.registry", True),
         ("errors", "adapters_kit.anatomy", False),
-        ("methods", "adapters_kit.kernels", False),
+        ("kernels", "adapters_kit.methods", False),
         ("anatomy", "adapters_kit.wrapping", False),
         ("loading", "adapters_kit.wrapping", False),
         ("cli", "adapters_kit", False),

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from adapters_kit.anatomy.layout import Block, Branch, Linear, ModelMap
+from adapters_kit.anatomy.parts import Block, Branch, Linear, ModelMap
 
 ROLES = ["q", "k", "v", "qkv", "kv", "o", "gate", "up", "gate_up", "down", ""]
 

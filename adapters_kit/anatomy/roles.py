@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from adapters_kit.anatomy.layout import Branch, Linear
+from adapters_kit.anatomy.parts import Branch, Linear
 from adapters_kit.anatomy.structure import linear_shape
 from adapters_kit.anatomy.trace import Trace
 

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from adapters_kit.anatomy.layout import Tap
+from adapters_kit.anatomy.parts import Tap
 from adapters_kit.anatomy.structure import base_model, is_attention, is_linear, own_parts, walk
 
 _TENSOR = torch.Tensor

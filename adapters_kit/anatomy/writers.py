@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.anatomy.faking import fake, fake_batch, shape_dtype, shapes_alone
-from adapters_kit.anatomy.layout import Block, Branch, ExpertWeight, Kind, ModelMap, Tap
+from adapters_kit.anatomy.parts import Block, Branch, ExpertWeight, Kind, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.roles import key_value_heads, linears_of
 from adapters_kit.anatomy.structure import (

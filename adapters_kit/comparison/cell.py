@@ -21,14 +21,14 @@ from torch import nn
 
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256
+from adapters_kit.merging.merge import merge
 from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
-from adapters_kit.shipping.merge import merge
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import AdapterTrainer, total_steps
-from adapters_kit.training.preparing import add_adapter, filled_in, load_base, prepare, set_dropout
+from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare, set_dropout
 
 FULL, BASE = "full", "base"
 

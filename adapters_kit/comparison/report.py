@@ -10,8 +10,8 @@ from typing import Any
 from adapters_kit.comparison import plots
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
 from adapters_kit.recipe import Recipe
-from adapters_kit.training import report as run_report
-from adapters_kit.training.runs import aligned
+from adapters_kit.training import run as run_report
+from adapters_kit.training.table import aligned
 
 
 def document(

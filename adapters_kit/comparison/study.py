@@ -24,7 +24,7 @@ from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration
-from adapters_kit.training.preparing import base_dropout, learning_rate
+from adapters_kit.training.resolve import base_dropout, learning_rate
 from adapters_kit.wrapping import build_config
 
 METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
+from adapters_kit.loading.lazy import Source, find
 from adapters_kit.loading.reading import gist, meta_model, read, read_and_quantize, read_gguf_and_quantize
-from adapters_kit.loading.source import Source, find
 from adapters_kit.quantization import (
     KINDS,
     bnb_config,

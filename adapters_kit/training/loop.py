@@ -21,7 +21,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering
 from adapters_kit.training.optimizers import build_optimizer
-from adapters_kit.training.preparing import precision, processes
+from adapters_kit.training.resolve import precision, processes
 from adapters_kit.training.sampling import OrderedByEpoch
 
 CHECKPOINTS = "checkpoints"

@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
-from adapters_kit.memory import OPTIMIZERS
 from adapters_kit.quantization import check_bitsandbytes
+from adapters_kit.training.memory import OPTIMIZERS
 
 # Name -> class of bitsandbytes.optim; None is torch's AdamW.
 _ADAMW: dict[str, str | None] = {

@@ -16,10 +16,10 @@ from adapters_kit.errors import RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
 from adapters_kit.loading import load_processor, skeleton
-from adapters_kit.memory import Memory, step_bytes
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import IGNORED, Features, Task
-from adapters_kit.training.preparing import DTYPES, add_adapter, precision, prepare
+from adapters_kit.training.memory import Memory, step_bytes
+from adapters_kit.training.resolve import DTYPES, add_adapter, precision, prepare
 from adapters_kit.training.sampling import OrderedByEpoch
 
 GIB = 2**30

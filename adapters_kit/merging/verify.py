@@ -1,0 +1,331 @@
+"""Merged against base + adapter: both run on the same inputs, block by block, weights read when they are needed.
+
+The yardstick is measured, not guessed: the merged model is run once more with every changed weight moved by up to half
+a unit in its last place. What that does to the outputs is the rounding floor; a right merge differs by about as much.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
+from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from adapters_kit.errors import ShippingError
+from adapters_kit.merging.deltas import Unit, empty_unit, fill_unit, tied_names
+from adapters_kit.merging.job import Job
+from adapters_kit.merging.output import Layout
+from adapters_kit.merging.weightless import (
+    Origin,
+    base_config,
+    empty_model,
+    fill,
+    hollow,
+    is_hollow,
+    read_parameter,
+    trace,
+)
+from adapters_kit.quantization import Trimmer
+
+ROWS, TOKENS = 2, 16
+_TRIM = 1 << 26  # bytes of dropped weights after which memory goes back to the system
+# The largest of thousands of differences varies from draw to draw; a wrong merge is off by orders of magnitude.
+MARGIN = 8.0
+# Float32 arithmetic in another order costs about this many units in the last place, whatever the weights' dtype.
+ARITHMETIC = 8.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences between two sets of outputs, beside those that rounding alone makes.
+
+    Attributes:
+        largest, mean: absolute difference of the outputs (logits, where the model has them).
+        kl: mean Kullback–Leibler divergence of the predicted distributions, in nats; None without logits.
+        floor_largest, floor_mean, floor_kl: the same, between the merged model and itself with the changed weights
+            moved at random within half a unit in the last place.
+        dtype: of the changed weights.
+        values: number of outputs compared.
+        routed: whether the model has routers.
+    """
+
+    largest: float
+    mean: float
+    kl: float | None
+    floor_largest: float
+    floor_mean: float
+    floor_kl: float | None
+    dtype: str
+    values: int
+    routed: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Within the margin. A router may send a token elsewhere for the last bit of a weight, so that single outputs
+        of a mixture of experts jump; there the mean decides."""
+        within = self.mean <= MARGIN * self.floor_mean
+        return within and (self.routed or self.largest <= MARGIN * self.floor_largest)
+
+    def __str__(self) -> str:
+        kl = "" if self.kl is None else f", KL {self.kl:.1e} ({self.floor_kl:.1e})"
+        return (
+            f"Merged against base + adapter, {self.values} outputs: largest difference {self.largest:.1e} (rounding "
+            f"floor of {self.dtype}: {self.floor_largest:.1e}), mean {self.mean:.1e} ({self.floor_mean:.1e}){kl}: "
+            + ("same function." if self.passed else "NOT the same function.")
+        )
+
+
+Outputs = dict[str, torch.Tensor]
+
+
+def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
+    """Run base + adapter and the folder `merged` on the same inputs.
+
+    Raises:
+        ShippingError: the outputs differ by more than rounding explains, or the merged folder is incomplete.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = base_config(merged)
+        kind = type(job.attached.bare)
+        touched = job.written | job.added.keys()
+        with open_checkpoint(merged) as checkpoint:
+            with _stored(empty_model(kind, config), checkpoint, set()) as model:
+                inputs = [vary(model, index) for index in range(batches)]
+                got = [_run(model, batch) for batch in inputs]
+            with _stored(empty_model(kind, config), checkpoint, touched) as model:
+                moved = [_run(model, batch) for batch in inputs]
+            dtypes = [stored.dtype for stored in checkpoint.tensors.values()]
+        with _reference(job) as model:
+            expected = [_run(model, batch) for batch in inputs]
+    largest, mean, kl, values = _difference(expected, got)
+    floor = _difference(got, moved)
+    usual = max(set(dtypes), key=dtypes.count)
+    routed = bool(routers(job.attached.bare) or expert_parameters(job.attached.bare))
+    result = Comparison(largest, mean, kl, *floor[:3], dtype=usual, values=values, routed=routed)
+    if job.original and job.rounding:
+        with torch.no_grad(), _reference(replace(job, original=False)) as model:
+            drift = _difference([_run(model, batch) for batch in inputs], got)
+        kl = "" if drift[2] is None else f", KL {drift[2]:.1e}"
+        job.notes.append(
+            f"Warning: merged into the original weights, but the adapter was trained on {job.rounding['type']} ones. "
+            f"The result is not the trained model: outputs differ by up to {drift[0]:.1e}, mean {drift[1]:.1e}{kl}."
+        )
+    if not result.passed:
+        raise ShippingError(f"The merged model is not the trained one. {result} Nothing was written.")
+    return result
+
+
+def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, torch.Tensor]], merged: Path) -> None:
+    """Read every tensor of `merged` again: copied ones are the base's to the byte, others what `changed` computes.
+
+    Raises:
+        ShippingError: a tensor is not what was to be written.
+    """
+    with open_checkpoint(merged) as checkpoint, torch.no_grad():
+        for name, value in changed:
+            stored = checkpoint.read(name)
+            if not torch.equal(stored, value.to(stored.dtype)):
+                raise ShippingError(f"{name} was not written as it was computed. Nothing was written; check the disk.")
+        for _, tensor in layout.tensors().values():
+            if tensor.origin is not None:
+                expected = base.read(tensor.origin).to(DTYPES[tensor.dtype])
+                stored = checkpoint.read(tensor.name)
+                if not torch.equal(stored.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8)):
+                    raise ShippingError(f"{tensor.name} is not the base's. Nothing was written; check the disk.")
+
+
+def _run(model: nn.Module, batch: Outputs) -> Outputs:
+    output = model(**batch)
+    tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
+    logits = {key: value.float() for key, value in tensors.items() if "logits" in key}
+    return logits or dict(list({key: value.float() for key, value in tensors.items()}.items())[:1])
+
+
+def vary(model: nn.Module, seed: int) -> Outputs:
+    """Inputs that the model runs on: `ROWS` rows of random tokens, pixels or sound."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or TOKENS
+    tokens = min(TOKENS, longest) if longest > 0 else TOKENS  # XLNet says -1: no limit
+    smallest = probe_inputs(base, tokens)
+    pool = probe_inputs(base, 200)
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, tensor in smallest.items():
+        rows = tensor.repeat(ROWS, *[1] * (tensor.ndim - 1)).cpu()
+        if tensor.is_floating_point():
+            rows = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+        elif name.endswith("input_ids"):
+            drawn = pool[name][0, torch.randint(0, 199, rows.shape, generator=generator)]
+            rows[:, :-1] = drawn[:, :-1]  # the last one may be an end mark that a classifier looks for
+        result[name] = rows
+    return result
+
+
+def _difference(expected: list[Outputs], got: list[Outputs]) -> tuple[float, float, float | None, int]:
+    largest, total, count, divergences = 0.0, 0.0, 0, []
+    for one, other in zip(expected, got, strict=True):
+        for key in one:
+            gap = (one[key].double() - other[key].double()).abs()
+            if not torch.isfinite(gap).all():
+                raise ShippingError(f"The outputs ({key}) are not finite: the base or the adapter is broken.")
+            largest, total, count = max(largest, gap.max().item()), total + gap.sum().item(), count + gap.numel()
+            if "logits" in key:
+                p, q = one[key].double().log_softmax(-1), other[key].double().log_softmax(-1)
+                divergences.append((p.exp() * (p - q)).sum(-1).mean().item())
+    kl = sum(divergences) / len(divergences) if divergences else None
+    return largest, total / count, kl, count
+
+
+@contextmanager
+def _reference(job: Job) -> Iterator[nn.Module]:
+    """Base + adapter, not merged, in float32."""
+    attached = job.attached
+    inside = tuple(unit.path + "." for unit in attached.units)
+    plain = {
+        name: module
+        for name, module in attached.owners.items()
+        if not name.startswith(inside) and _is_empty(module, name)
+    }
+    for name, buffer in attached.bare.named_buffers():
+        if name in job.origins:
+            attached.owners[name]._buffers[name.rpartition(".")[2]] = job.read(name).to(buffer.dtype)
+
+    def put(names: Iterable[str]) -> None:
+        for group in _shared(names, job.origins):
+            value = job.read(group[0]).float()
+            for name in group:
+                fill(plain[name], {name.rpartition(".")[2]: value})
+
+    def drop(names: Iterable[str]) -> None:
+        for name in names:
+            leaf = name.rpartition(".")[2]
+            fill(plain[name], {leaf: hollow(plain[name]._parameters[leaf].shape)})
+
+    wanted = {unit.path: unit.wanted for unit in attached.units}
+
+    def put_unit(unit: Unit) -> None:
+        fill_unit(unit, job.adapter, job.read)
+
+    with _by_block(
+        attached.base,
+        list(blocks(attached.bare)),
+        plain,
+        put,
+        drop,
+        {unit.path: unit for unit in attached.units},
+        put_unit,
+        lambda unit: empty_unit(unit, wanted[unit.path]),
+    ):
+        yield attached.model
+
+
+def _is_empty(module: nn.Module, name: str) -> bool:
+    parameter = module._parameters.get(name.rpartition(".")[2])
+    return parameter is not None and is_hollow(parameter)
+
+
+@contextmanager
+def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.Module]:
+    """The model of a checkpoint in float32; parameters in `moved` are shifted within half a unit in the last place."""
+    origins, unused = trace(model, checkpoint.tensors)
+    for name, names in tied_names(model).items():
+        keeper = next((other for other in names if other in origins), None)
+        if keeper is not None:
+            origins.setdefault(name, origins[keeper])
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    missing = names - origins.keys()
+    if missing or unused:
+        raise ShippingError(f"The merged folder is incomplete or has strangers: {sorted(missing)[:3]}, {unused[:3]}.")
+    for name, buffer in list(model.named_buffers()):
+        if name in origins:
+            fill(model, {name: read_parameter(model, origins[name], checkpoint.read)[name].to(buffer.dtype)})
+
+    def read(group: list[str]) -> torch.Tensor:
+        origin = origins[group[0]]
+        made = read_parameter(model, origin, checkpoint.read)
+        tensor = made[group[0]] if group[0] in made else made[origin.parameters[0]]
+        return move(tensor) if moved & set(group) else tensor.float()
+
+    def put(some: Iterable[str]) -> None:
+        for group in _shared(some, origins):
+            fill(model, dict.fromkeys(group, read(group)))
+
+    def drop(some: Iterable[str]) -> None:
+        for name in some:
+            fill(model, {name: torch.empty_like(model.get_parameter(name), device="meta")})
+
+    with _by_block(model, list(blocks(model)), names, put, drop):
+        yield model
+
+
+def _shared(names: Iterable[str], origins: Mapping[str, Origin]) -> list[list[str]]:
+    """Names in groups that are one parameter (a tied head and its embedding), to be in memory once."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        own = origins[name].parameters
+        groups.setdefault(name if name in own else own[0], []).append(name)
+    return list(groups.values())
+
+
+def move(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, every value moved by up to half the distance to its neighbour in the tensor's dtype."""
+    spacing = max(torch.finfo(tensor.dtype).eps, ARITHMETIC * torch.finfo(torch.float32).eps)
+    value = tensor.float()
+    unit = spacing * torch.exp2(torch.frexp(value).exponent.float() - 1)
+    return value + (torch.rand_like(value) - 0.5) * unit
+
+
+@contextmanager
+def _by_block(
+    model: nn.Module,
+    paths: list[str],
+    plain: Iterable[str],
+    put: Callable[[Iterable[str]], None],
+    drop: Callable[[Iterable[str]], None],
+    units: dict[str, Unit] | None = None,
+    put_unit: Callable[[Unit], None] = lambda unit: None,
+    drop_unit: Callable[[Unit], None] = lambda unit: None,
+) -> Iterator[None]:
+    """Weights of a block lie in memory only while it runs; all others during the whole forward."""
+    units = units or {}
+
+    def home(name: str) -> str:
+        return next((path for path in paths if name.startswith(path + ".") or name == path), "")
+
+    groups: dict[str, tuple[list[str], list[Unit]]] = {path: ([], []) for path in ["", *paths]}
+    for name in plain:
+        groups[home(name)][0].append(name)
+    for path, unit in units.items():
+        groups[home(path)][1].append(unit)
+
+    def enter(path: str) -> None:
+        put(groups[path][0])
+        for unit in groups[path][1]:
+            put_unit(unit)
+
+    trimmer = Trimmer(_TRIM)
+
+    def leave(path: str) -> None:
+        drop(groups[path][0])
+        for unit in groups[path][1]:
+            drop_unit(unit)
+        trimmer(4 * sum(parameter.numel() for parameter in model.get_submodule(path).parameters()))
+
+    hooks = []
+    for path in paths:
+        module = model.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(lambda *_, path=path: enter(path)))
+        hooks.append(module.register_forward_hook(lambda *_, path=path: leave(path), always_call=True))
+    enter("")
+    try:
+        yield
+    finally:
+        leave("")
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""Adapters that AdapterHub's library trained."""

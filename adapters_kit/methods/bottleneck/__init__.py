@@ -1,0 +1,1 @@
+"""Bottleneck adapters: small feed-forward networks beside the branches of a block."""

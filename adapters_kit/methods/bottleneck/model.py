@@ -1,0 +1,212 @@
+"""Bottleneck adapters as a peft method, and the published presets.
+
+`BottleneckConfig` (bottleneck_config.py) says what is computed, `find_sites` (bottleneck_sites.py) where,
+`BottleneckLayer` (bottleneck_layer.py) does it. Here: what peft calls to add, switch, save and remove them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from adapters_kit import peft_plugin
+from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.bottleneck.config import BottleneckConfig
+from adapters_kit.methods.bottleneck.layer import (
+    NOT_MERGEABLE,
+    Bottleneck,
+    BottleneckLayer,
+    attach,
+    detach,
+    new_rule,
+    tap_residual,
+)
+from adapters_kit.methods.bottleneck.phm import PHMRule
+from adapters_kit.methods.bottleneck.sites import find_sites
+from adapters_kit.registry import Method
+
+
+class BottleneckModel(BaseTuner):
+    """What peft builds around a model for a `BottleneckConfig`."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's interface; places are found by structure
+
+    def _prepare_adapter_config(self, config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
+        return config
+
+    def _prepare_model(self, config: BottleneckConfig, model: nn.Module) -> None:
+        if config.sites is None:
+            config.sites = find_sites(model, config)
+            config.target_modules, config.exclude_modules = tuple(config.sites), None
+
+    @staticmethod
+    def _check_target_module_exists(config: BottleneckConfig, key: str) -> bool:
+        return _site_path(config, key) is not None
+
+    def _create_and_replace(
+        self,
+        config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        # Mixed models call this with themselves as `self`: everything needed comes from arguments and `self.model`.
+        model = self.model
+        path = _site_path(config, current_key)
+        site = config.sites[path]
+        layer = attach(target, site["index"], parent, model)
+        rule = None
+        if config.phm_layer and config.shared_phm_rule:
+            rule = _rule_of(model, adapter_name) or new_rule(config)
+        net = Bottleneck(site["width"], config.width_at(path), config, site["reads"], site["in_norm"], rule)
+        layer.add(adapter_name, net.to(layer.place.dtype).train(model.training))
+        if source := site["residual"]:
+            tap_residual(layer, model.get_submodule(source["path"]), source["side"], source["key"])
+        net.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Only a task head is ever replaced; peft's own version asks it for a `weight`, which containers lack."""
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".bottleneck_net.{adapter_name}.", ".bottleneck_net.", 1)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, one name a row, to every layer for the length of one forward or generate."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.model.training:
+            raise AdapterError("adapter_names works in eval mode only: call model.eval() first.")
+        unknown = sorted(set(names) - {"__base__", *self.peft_config})
+        if unknown:
+            raise UnknownNameError(
+                f"adapter_names has {unknown[0]!r}, which is no adapter of this model. "
+                f"{did_you_mean(unknown[0], ['__base__', *self.peft_config])}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = _get_encoder(self.model) if beams > 1 else None
+        inside_encoder = (
+            set() if encoder is None else set(encoder.modules())
+        )  # which sees rows before they become beams
+        layers, handles = [], []
+        try:
+            for module in self.modules():
+                own = list(names) if module in inside_encoder else repeated
+                if isinstance(module, BottleneckLayer):
+                    module.adapter_names = own
+                    layers.append(module)
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    hook = partial(_adapter_names_pre_forward_hook, adapter_names=own)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for layer in layers:
+                layer.adapter_names = None
+            for handle in handles:
+                handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        raise AdapterError(NOT_MERGEABLE)
+
+    detach_from = staticmethod(detach)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise AdapterError(NOT_MERGEABLE)
+        self.detach_from(self.model)
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _site_path(config: BottleneckConfig, key: str) -> str | None:
+    """The site that `key` stands for; in mixed models keys start with the path of the wrapper."""
+    path = key.removeprefix("base_model.model.")
+    return path if path in config.sites else None
+
+
+def _rule_of(model: nn.Module, adapter_name: str) -> PHMRule | None:
+    """The rule that the layers of this adapter made so far share."""
+    for module in model.modules():
+        if isinstance(module, BottleneckLayer) and adapter_name in module.bottleneck_net:
+            return module.bottleneck_net[adapter_name].down.rule
+    return None
+
+
+def _fill_in_sites(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    sites = options.get("sites") or find_sites(model, BottleneckConfig(**options))
+    return {**options, "sites": sites, "target_modules": tuple(sites), "exclude_modules": None}
+
+
+def _preset(name: str, trains: str, paper: str, learning_rate: float = 1e-3, **defaults: Any) -> Method:
+    return Method(
+        name=name,
+        config="adapters_kit.methods.bottleneck.config:BottleneckConfig",
+        trains=trains,
+        paper=paper,
+        mergeable=False,
+        defaults=defaults,
+        learning_rate=learning_rate,
+        prepare=_fill_in_sites,
+    )
+
+
+_PFEIFFER = {
+    "mh_adapter": False,
+    "original_ln_before": True,
+    "non_linearity": "relu",
+    "reduction_factor": 16,
+}
+_COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
+
+HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 3e-3)
+PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
+# The paper scales it by 4: then one rate moves the second matrix four times as far as the first (docs/defaults.md).
+PARALLEL = _preset(
+    "parallel",
+    "an MLP beside FFN",
+    "He et al. 2021, arXiv:2110.04366",
+    mh_adapter=False,
+    is_parallel=True,
+    non_linearity="relu",
+    reduction_factor=2,
+)
+ADAPTERPLUS = _preset(
+    "adapterplus",
+    "an MLP after FFN, scaled per channel",
+    "Steitz and Roth 2024, arXiv:2406.06820",
+    mh_adapter=False,
+    original_ln_before=True,
+    original_ln_after=False,
+    residual_before_ln=False,
+    non_linearity="gelu",
+    reduction_factor=96,
+    scaling="channel",
+)
+COMPACTER = _preset(
+    "compacter",
+    "Kronecker-factored MLPs after attention and FFN",
+    "Mahabadi et al. 2021, arXiv:2106.04647",
+    **_COMPACTER,
+)
+COMPACTER_PLUS_PLUS = _preset(
+    "compacter++",
+    "Kronecker-factored MLPs after FFN",
+    "Mahabadi et al. 2021, arXiv:2106.04647",
+    **_PFEIFFER | _COMPACTER,
+)
+
+peft_plugin.register("bottleneck", BottleneckConfig, BottleneckModel, BottleneckLayer)

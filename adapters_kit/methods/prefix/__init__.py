@@ -1,0 +1,1 @@
+"""Prefix tuning inside attention: learned keys and values."""

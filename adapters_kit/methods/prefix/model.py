@@ -1,0 +1,320 @@
+"""Prefix tuning inside attention, as a peft method: trained keys and values in every layer.
+
+model = ak.wrap(model, "prefix", num_virtual_tokens=20)
+...train...
+ak.eject(model)          # only if prefix_projection was on: drops the MLP, outputs stay
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from adapters_kit.anatomy import base_model
+from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.prefix import probe as prefix_probe
+from adapters_kit.methods.prefix.attention import CHILD
+from adapters_kit.methods.prefix.config import SMALL_STD, PrefixConfig
+from adapters_kit.methods.prefix.layer import NOT_MERGEABLE, PrefixLayer
+from adapters_kit.peft_plugin import register
+from adapters_kit.registry import Method
+
+COMMON = 5000  # tokens that words to start from are drawn from
+
+
+class PrefixModel(BaseTuner):
+    """Puts a `PrefixLayer` inside each attention that the config names."""
+
+    prefix = "prefix_"
+    tuner_layer_cls = PrefixLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's interface
+
+    def _prepare_adapter_config(self, peft_config: PrefixConfig, model_config: dict) -> PrefixConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
+        """Measure shapes, and activations to start from, before anything is changed."""
+        self._start = {}
+        if peft_config.shapes is not None:
+            _check_shapes(peft_config, model)
+            return
+        ids = _start_ids(peft_config, model)
+        seen = prefix_probe.run(model, _start_inputs(peft_config, model, ids))
+        chosen = _choose(peft_config, seen)
+        peft_config.shapes = {path: seen[path].shape for path in chosen}
+        given = peft_config.init or peft_config.init_text or peft_config.init_ids
+        if ids and (given or any(note.kind == "decoder" for note in seen.values())):
+            self._start = {path: _start(peft_config, seen[path], len(ids)) for path in chosen}
+        elif peft_config.init_std is None and not peft_config.prefix_projection:
+            self._start = {path: _random_start(peft_config, seen[path]) for path in chosen}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PrefixConfig, key: str) -> bool:
+        return _path(key) in peft_config.shapes
+
+    def _create_and_replace(
+        self,
+        peft_config: PrefixConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        # Mixed models call this with themselves as `self`: only the arguments and `self.model` can be relied on.
+        path = _path(current_key)
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            layer = PrefixLayer(target, peft_config.shapes[path])
+            layer.attach()
+            layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, self._start.pop(path, None))
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Mixed batches: `adapter_names=[...]` names the adapter of each row, "__base__" for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        with mixed_batch(self.model, names):
+            yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Only task heads are ever put back. peft's own version copies `.weight`, which a head of several layers lacks.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise AdapterError(NOT_MERGEABLE)
+
+    @staticmethod
+    def detach_from(model: nn.Module) -> None:
+        """Take every prefix off `model`."""
+        for layer in prefix_layers(model):
+            layer.detach()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        self.detach_from(self.model)
+        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+
+def _path(key: str) -> str:
+    """The attention's path in the base model; in mixed models keys start with the path of the wrapper."""
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def prefix_layers(model: nn.Module) -> list[PrefixLayer]:
+    """Every prefix layer inside `model`."""
+    return [module for module in model.modules() if isinstance(module, PrefixLayer)]
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Inside, each row of a batch uses the prefix that `names` gives it.
+
+    Raises:
+        UnknownNameError: a name that is no adapter.
+        AdapterError: the model is in training mode.
+    """
+    layers = prefix_layers(model)
+    known = {name for layer in layers for part in layer.adapter_layer_names for name in getattr(layer, part)}
+    for name in names:
+        if name not in known | {"__base__"}:
+            raise UnknownNameError(f"adapter_names: there is no adapter {name!r}. {did_you_mean(name, known)}")
+    if model.training:
+        raise AdapterError("adapter_names is for inference; call model.eval() first.")
+    hooks = []
+    try:
+        for layer in layers:
+            layer.batch_names = list(names)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hooks.append(module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True))
+        yield
+    finally:
+        for layer in layers:
+            layer.batch_names = None
+        for hook in hooks:
+            hook.remove()
+
+
+def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _start_ids(config: PrefixConfig, model: nn.Module) -> list[int]:
+    """The tokens whose keys and values the prefix starts from, at most as many as it has; none for a random start."""
+    ids = config.init_ids
+    if config.init_text:
+        from transformers import AutoTokenizer
+
+        source = config.tokenizer_name_or_path or getattr(base_model(model), "name_or_path", "")
+        if not source:
+            raise AdapterError(
+                "init_text needs a tokenizer, and the model does not say where it came from. Give "
+                "tokenizer_name_or_path='...', or init_ids=[...]."
+            )
+        ids = AutoTokenizer.from_pretrained(source)(config.init_text)["input_ids"]
+    if ids is None and config.init != "random" and prefix_probe.reads_text(model):
+        ids = _words(model, config.num_virtual_tokens)
+    return list(ids or ())[: config.num_virtual_tokens]
+
+
+def _words(model: nn.Module, count: int) -> list[int]:
+    """Different ids of common tokens: vocabularies begin with those. After Lester et al. 2021, arXiv:2104.08691."""
+    text = base_model(model).config.get_text_config()
+    special = {value for key, value in text.to_dict().items() if key.endswith("token_id") and isinstance(value, int)}
+    drawn = [i for i in torch.randperm(min(text.vocab_size, COMMON)).tolist() if i not in special][:count]
+    # Models that begin every text with the same token expect to see it; attention rests on it.
+    first = getattr(text, "bos_token_id", None)
+    return [first, *drawn[1:]] if isinstance(first, int) and 0 <= first < text.vocab_size else drawn
+
+
+def _start_inputs(config: PrefixConfig, model: nn.Module, ids: list[int]) -> dict[str, torch.Tensor] | None:
+    """The batch to read activations from, `ids` repeated to the length of the prefix; None without ids."""
+    if not ids:
+        return None
+    positions = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa and its kin keep two of their positions for padding.
+    length = min(config.num_virtual_tokens, max(positions - 2, 1) if positions else config.num_virtual_tokens)
+    return prefix_probe.text_inputs(model, (ids * length)[:length])
+
+
+def _start(config: PrefixConfig, seen: prefix_probe.Seen, different: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values (tokens, heads, width) to start from; None on a model of shapes alone."""
+    if seen.key.device.type == "meta":
+        return None
+    rows = torch.arange(config.num_virtual_tokens)
+    parts = [part.float().cpu().transpose(0, 1) for part in (seen.key, seen.value)]
+    parts = [part[rows % len(part)] for part in parts]
+    for part in parts:  # two equal tokens would get equal gradients for ever
+        part[different:] += (config.init_std or SMALL_STD) * torch.randn_like(part[different:])
+    return parts[0], parts[1]
+
+
+def _random_start(config: PrefixConfig, seen: prefix_probe.Seen) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys near zero and values of half the size of the model's own; None for small ones: in a decoder, which random
+    values disturb, and on a model of shapes alone.
+
+    Tokens with equal values get equal gradients, in their keys too, and Adam moves them all alike.
+    """
+    if seen.kind == "decoder" or seen.key.device.type == "meta":
+        return None
+    heads, key_width, value_width, _ = seen.shape
+    size = seen.value.float().square().mean().sqrt().item()
+    return tuple(
+        torch.randn(config.num_virtual_tokens, heads, width) * spread
+        for width, spread in ((key_width, SMALL_STD), (value_width, max(SMALL_STD, size / 2)))
+    )
+
+
+def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[str]:
+    """The paths that the config selects, in the model's order; an option that selects nothing is an error."""
+    kinds = {note.kind for note in seen.values()}
+    for kind in config.attentions or ():
+        if kind not in kinds:
+            raise UnknownNameError(f"attentions: this model has no {kind!r} attention. It has: {sorted(kinds)}.")
+    numbers = {int(number) for path in seen for number in re.findall(r"\.(\d+)\.", path)[:1]}
+    for layer in config.layers_to_transform or ():
+        if layer not in numbers:
+            there = f"{min(numbers)} to {max(numbers)}" if numbers else "none with a number"
+            raise UnknownNameError(f"layers_to_transform: there is no layer {layer}. There are: {there}.")
+    chosen = [path for path, note in seen.items() if _selected(config, path, note.kind)]
+    if not chosen:
+        named = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+        raise UnknownNameError(f"{named} leave no attention module to put a prefix in. There are: {', '.join(seen)}.")
+    return chosen
+
+
+def _selected(config: PrefixConfig, path: str, kind: str) -> bool:
+    if config.attentions and kind not in config.attentions:
+        return False
+    number = re.findall(r"\.(\d+)\.", path)[:1]
+    if config.layers_to_transform is not None and (not number or int(number[0]) not in config.layers_to_transform):
+        return False
+    if config.target_modules is None and config.exclude_modules is None:
+        return True
+    return bool(check_target_module_exists(_Names(config), path))
+
+
+class _Names:
+    """Only the names of a config, for peft's own matching."""
+
+    modules_to_save = layers_to_transform = target_parameters = None
+
+    def __init__(self, config: PrefixConfig) -> None:
+        self.target_modules = config.target_modules if config.target_modules is not None else ".*"
+        self.exclude_modules = config.exclude_modules
+
+
+def _check_shapes(config: PrefixConfig, model: nn.Module) -> None:
+    """A saved prefix must find its attention modules; peft itself would only warn, or load half of it."""
+    prefix_probe.check_model(model)
+    there = prefix_probe.attention_modules(model)
+    missing = [path for path in config.shapes if path not in there]
+    if missing:
+        raise AdapterError(
+            f"The prefix belongs to attention modules that this {type(base_model(model)).__name__} lacks: "
+            f"{', '.join(missing[:3])}{' …' if missing[3:] else ''}. Load the base model that it was trained on."
+        )
+
+
+def eject(model: PeftModel, adapter_name: str | None = None) -> int:
+    """Replace the MLP that writes a prefix (`prefix_projection=True`) by the keys and values that it writes.
+
+    Outputs stay equal; the adapter becomes smaller and is saved as a plain prefix. Call it after training.
+
+    Args:
+        model: a model with prefixes.
+        adapter_name: which adapter; all by default.
+
+    Returns:
+        How many attention modules lost an MLP; 0 if there was none.
+    """
+    layers = prefix_layers(model)
+    if not layers:
+        raise AdapterError("This model has no prefix; eject() drops the MLP of one with prefix_projection=True.")
+    known = list(model.peft_config)
+    if adapter_name is not None and adapter_name not in known:
+        raise UnknownNameError(f"There is no adapter {adapter_name!r}. {did_you_mean(adapter_name, known)}")
+    names = known if adapter_name is None else [adapter_name]
+    count = sum(layer.eject(name) for layer in layers for name in names)
+    for name in names:
+        config = model.peft_config[name]
+        for part in (config, *getattr(config, "parts", {}).values()):
+            if isinstance(part, PrefixConfig):
+                part.prefix_projection = False
+    return count
+
+
+def _prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    prefix_probe.check_model(model)
+    return options
+
+
+register("prefix", PrefixConfig, PrefixModel, PrefixLayer)
+
+PREFIX = Method(
+    name="prefix",
+    config="adapters_kit.methods.prefix.model:PrefixConfig",
+    trains="keys and values before every attention",
+    paper="Li & Liang 2021, arXiv:2101.00190",
+    mergeable=False,
+    defaults={"num_virtual_tokens": 20},
+    learning_rate=5e-3,
+    # There it starts near zero, and has to grow to the size of keys and values.
+    classifier_learning_rate=3e-2,
+    # It learns more slowly than other methods, and what is frozen needs no regularisation (docs/defaults.md).
+    base_dropout=0.0,
+    prepare=_prepare,
+)

@@ -1,0 +1,1 @@
+"""From a trained adapter to something that a server loads."""

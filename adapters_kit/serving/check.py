@@ -1,0 +1,91 @@
+"""check(): will a folder load in a server, and load right? Every reason if not, and the command that helps.
+
+The rules are in `rules`; each report names the version whose source they were read from.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_adapter, read_json
+from adapters_kit.artifacts.checkpoint import open_checkpoint
+from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
+from adapters_kit.serving.rules import RULES, VERSIONS, Problem, missing_base, model_problems
+
+
+@dataclass
+class CheckReport:
+    """What `check` found; true in a condition if nothing stands in the way."""
+
+    path: Path
+    target: str
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        rules = f"rules of {VERSIONS[self.target]}"
+        if self.ok:
+            return f"{self.path} loads in {self.target} ({rules})."
+        count = len(self.problems)
+        head = f"{self.path} in {self.target}: {count} problem{'s' * (count > 1)} ({rules})"
+        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+
+
+def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int = 16) -> CheckReport:
+    """Whether an adapter or a merged model loads in `target`, and computes there what it should.
+
+    Args:
+        folder: an adapter folder, or a model folder.
+        target: "peft", "transformers", "vllm", "sglang", "llama.cpp" or "ollama".
+        max_lora_rank: for vLLM, the value of its option of that name (its default is 16).
+
+    Returns:
+        A report with every reason against it. Nothing is loaded or changed.
+
+    Raises:
+        UnknownNameError: no such target.
+        ShippingError: the folder holds neither an adapter nor a model.
+    """
+    if target not in VERSIONS:
+        raise UnknownNameError(f"Unknown target {target!r}. {did_you_mean(target, VERSIONS)}")
+    path = Path(folder)
+    report = CheckReport(path, target)
+    if not (path / CONFIG).is_file():
+        if not (path / "config.json").is_file():
+            raise ShippingError(f"{path} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+        report.problems += _model_problems(path, target)
+        return report
+    try:
+        adapter = read_adapter(path)
+    except ShippingError as error:
+        report.problems.append(Problem(str(error), "take another checkpoint, or save the adapter again"))
+        return report
+    report.problems += _common(adapter)
+    report.problems += RULES[target](adapter, max_lora_rank)
+    return report
+
+
+def _model_problems(path: Path, target: str) -> Iterator[Problem]:
+    try:
+        with open_checkpoint(path):
+            pass
+    except ShippingError as error:
+        yield Problem(str(error), "merge or save the model again")
+        return
+    yield from model_problems(path, target, read_json(path / "config.json"))
+
+
+def _common(adapter: Adapter) -> Iterator[Problem]:
+    """What breaks an adapter everywhere."""
+    yield from missing_base(adapter)
+    sizes = {name: tensor.shape[0] for name, tensor in adapter.weights.items() if ".lora_A." in name}
+    zero = [n for n, t in adapter.weights.items() if (".lora_B." in n or "lora_embedding_B" in n) and not t.any()]
+    if zero and len(zero) == len(sizes):
+        yield Problem("every lora_B is zero: the adapter changes nothing", "train it, or take a later checkpoint", True)

@@ -1,1 +1,0 @@
-"""From a trained adapter to something that others load."""

@@ -1,0 +1,394 @@
+"""All or nothing, and nothing wrong: kills, full disks, read-only folders, damaged and foreign files."""
+
+import ctypes
+import hashlib
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import adapters_kit as ak
+from adapters_kit.artifacts.identity import check_base
+from adapters_kit.artifacts.record import record_base
+from adapters_kit.artifacts.staging import file_sha256, staged
+from adapters_kit.merging.plain_lora import Direct
+from tests.support.shipping import gap, load, save_base, train_on
+
+LORA = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A base and an adapter on it: (base, adapter, tmp_path)."""
+    base = save_base("llama", tmp_path / "base")
+    train_on(base, LORA, tmp_path / "adapter")
+    return base, tmp_path / "adapter", tmp_path
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors of an adapter with `change(dict)`."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(dict(tensors)), folder / "adapter_model.safetensors")
+
+
+def state(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+# --- the output ---
+
+
+def test_the_manifest_tells_every_file(pair):
+    base, adapter, tmp = pair
+    ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    manifest = json.loads((tmp / "merged" / "manifest.json").read_text())
+    files = manifest["files"]
+    tensors = {name: value.numpy().tobytes() for name, value in load_file(base / "model.safetensors").items()}
+    assert manifest["base_tensors"] == {name: hashlib.sha256(data).hexdigest() for name, data in tensors.items()}
+    actual = state(tmp / "merged")
+    actual.pop("manifest.json")
+    assert {name: entry["sha256"] for name, entry in files.items()} == actual
+    assert all(entry["bytes"] == (tmp / "merged" / name).stat().st_size for name, entry in files.items())
+
+
+def test_an_old_folder_is_kept_or_replaced_whole(pair):
+    base, adapter, tmp = pair
+    (tmp / "merged").mkdir()
+    (tmp / "merged" / "model-00007-of-00009.safetensors").write_bytes(b"stale")
+    with pytest.raises(ak.AdapterError, match="overwrite=True"):
+        ak.merge(adapter, tmp / "merged", base=base)
+    assert os.listdir(tmp / "merged") == ["model-00007-of-00009.safetensors"]
+    ak.merge(adapter, tmp / "merged", base=base, overwrite=True, verify="off")
+    assert not (tmp / "merged" / "model-00007-of-00009.safetensors").exists()
+    assert load(tmp / "merged") is not None
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_files_are_readable_by_all_that_the_umask_allows(pair):
+    base, adapter, tmp = pair
+    before = os.umask(0o022)
+    try:
+        ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    finally:
+        os.umask(before)
+    assert (tmp / "merged").stat().st_mode & 0o777 == 0o755
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in (tmp / "merged").iterdir())
+
+
+SLOW_WRITER = """
+import sys, time
+from pathlib import Path
+from adapters_kit.artifacts.staging import staged
+with staged(Path(sys.argv[1]), overwrite=True) as stage:
+    for index in range(50):
+        (stage / f"part{index}").write_bytes(b"new" * 1000)
+        print(index, flush=True)
+        time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("after", [0, 10, 49])
+def test_kill_9_leaves_the_old_folder(after, tmp_path):
+    """Really killed while it writes; at the last part it may be just before or just after the rename."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if int(line) == after:
+                break
+        process.send_signal(signal.SIGKILL)
+    names = sorted(os.listdir(out))
+    assert names == ["old"] or (after == 49 and len(names) == 50)
+    with staged(out, overwrite=True) as stage:  # the next run clears what the dead one left
+        (stage / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["new"]
+
+
+def test_a_living_run_is_not_swept_away(tmp_path):
+    with staged(tmp_path / "out") as first:
+        (first / "a").write_text("a")
+        with staged(tmp_path / "out") as second:
+            (second / "b").write_text("b")
+        assert first.exists()
+        (tmp_path / "out" / "b").unlink()  # else the first would refuse to replace it
+        (tmp_path / "out").rmdir()
+    assert os.listdir(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize("moment", [".merged.partial-*", ".merged.partial-*/model.safetensors"])
+def test_killed_while_merging(moment, pair):
+    """At the start, and with the weights written or half written."""
+    base, adapter, tmp = pair
+    code = "import sys, adapters_kit as ak; print('on', flush=True); ak.merge(*sys.argv[1:3], base=sys.argv[3])"
+    arguments = [sys.executable, "-c", code, str(adapter), str(tmp / "merged"), str(base)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()
+        while process.poll() is None and not list(tmp.glob(moment)):
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp / "merged").exists()
+    ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_a_tensor_that_nobody_computes_is_noticed(pair, monkeypatch):
+    """Its place in the file would hold zeros."""
+    base, adapter, tmp = pair
+    changed = Direct.changed
+    monkeypatch.setattr(Direct, "changed", lambda self, base: list(changed(self, base))[1:])
+    with pytest.raises(ak.AdapterError, match="does not give"):
+        ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base"]
+
+
+def test_a_full_disk_changes_nothing(pair):
+    """A real limit of the kernel on the size of files; the process notices it as it would notice a full disk."""
+    base, adapter, tmp = pair
+    ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    before = state(tmp / "merged")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ak.AdapterError, match=r"Could not write .*merged.*size limit.*Nothing was changed"):
+            ak.merge(adapter, tmp / "merged", base=base, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert state(tmp / "merged") == before
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base", "merged"]
+
+
+def mounted(folder: Path, *options: str) -> bool:
+    return subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_and_a_read_only_file_system(pair):
+    base, adapter, tmp = pair
+    small = tmp / "small"
+    small.mkdir()
+    if not mounted(small, "-t", "tmpfs", "-o", "size=200k", "tmpfs"):
+        pytest.skip("this machine does not let root mount")
+    try:
+        with pytest.raises(ak.AdapterError, match=r"the disk is full.*Nothing was changed"):
+            ak.merge(adapter, small / "merged", base=base)
+        assert os.listdir(small) == []
+        assert mounted(small, "-o", "remount,ro")
+        with pytest.raises(ak.AdapterError, match="read-only"):
+            ak.merge(adapter, small / "merged", base=base)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_kernels_own_word_that_the_disk_is_full(pair, monkeypatch):
+    """/dev/full answers every write as a full disk does; here when the space for the weights is asked for."""
+    base, adapter, tmp = pair
+
+    def full(*_):
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ak.AdapterError, match=r"the disk is full.*Nothing was changed"):
+        ak.merge(adapter, tmp / "merged", base=base)
+    assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base"]
+
+
+def test_a_folder_that_may_not_be_written_to(pair):
+    """Without root's right to ignore permissions, which a child process gives up before it starts."""
+    base, adapter, tmp = pair
+    closed = tmp / "closed"
+    closed.mkdir()
+    (closed / "mine").write_text("mine")
+    closed.chmod(0o555)
+
+    def mortal():
+        if os.geteuid() == 0:
+            drop_capability, override, read_search = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_*
+            for capability in (override, read_search):
+                assert ctypes.CDLL(None, use_errno=True).prctl(drop_capability, capability, 0, 0, 0) == 0
+
+    code = "import sys; from adapters_kit.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["merge", str(adapter), str(closed / "merged"), "--base", str(base), "--verify", "off"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], preexec_fn=mortal, capture_output=True, text=True)
+    assert result.returncode == 2 and "you may not write there" in result.stderr and "Traceback" not in result.stderr
+    assert os.listdir(closed) == ["mine"]
+
+
+# --- the wrong base ---
+
+
+def test_another_base_is_refused(pair):
+    base, adapter, tmp = pair
+    record_base(adapter, base)
+    check_base(adapter, base)
+    ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    other = tmp / "other"
+    save_base("llama", other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3  # one value, in a tensor that the adapter does not even touch
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ak.AdapterError, match=r"1 of 21 tensors have other values: model\.norm\.weight"):
+        ak.merge(adapter, tmp / "wrong", base=other)
+    with pytest.raises(ak.AdapterError, match=r"is not the base"):
+        check_base(adapter, other)
+    assert not (tmp / "wrong").exists()
+    report = ak.merge(adapter, tmp / "wrong", base=other, force=True)
+    assert any("model.norm.weight" in note for note in report.notes)
+
+
+def test_loading_checks_the_base_too(pair):
+    base, adapter, tmp = pair
+    record_base(adapter, base)
+    assert gap(ak.wrap(load(base), adapter).eval(), peft.PeftModel.from_pretrained(load(base), adapter).eval()) < 1e-6
+    other = save_base("llama", tmp / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    model = load(other)
+    before = set(dict(model.named_modules()))
+    with pytest.raises(ak.AdapterError, match=r"is not the base.*model\.norm\.weight.*force=True"):
+        ak.wrap(model, adapter)
+    assert set(dict(model.named_modules())) == before and all(p.requires_grad for p in model.parameters())
+    wrapped = ak.wrap(load(other), "lora", target_modules=["k_proj"])
+    with pytest.raises(ak.AdapterError, match="is not the base"):
+        ak.wrap(wrapped, adapter, adapter_name="second")
+    ak.wrap(model, adapter, force=True)
+    unknown = load(base)
+    unknown.config._name_or_path = "somewhere/else"  # nothing to compare with
+    ak.wrap(unknown, adapter)
+
+
+def test_hashes_are_taken_again_when_a_file_changes(pair):
+    base, adapter, _ = pair
+    record_base(adapter, base)
+    check_base(adapter, base)
+    with open(base / "model.safetensors", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\x01" * 8)
+    with pytest.raises(ak.AdapterError, match="is not the base"):
+        check_base(adapter, base)
+
+
+def test_a_zeroed_payload_is_noticed(pair):
+    base, adapter, tmp = pair
+    record_base(adapter, base)
+    size = (base / "model.safetensors").stat().st_size
+    with open(base / "model.safetensors", "r+b") as file:
+        file.seek(size - 4096)
+        file.write(bytes(4096))
+    with pytest.raises(ak.AdapterError, match="have other values"):
+        ak.merge(adapter, tmp / "merged", base=base)
+
+
+def test_another_sharding_is_the_same_base(pair):
+    base, adapter, tmp = pair
+    record_base(adapter, base)
+    save_base("llama", tmp / "shards", max_shard_size="60KB")
+    assert len(list((tmp / "shards").glob("*.safetensors"))) > 1
+    trained = peft.PeftModel.from_pretrained(load(base), adapter).eval()
+    ak.merge(adapter, tmp / "merged", base=tmp / "shards")
+    assert gap(trained, load(tmp / "merged")) < 1e-5
+
+
+def test_no_base(pair):
+    _, adapter, tmp = pair
+    with pytest.raises(ak.AdapterError, match=r"does not exist|neither a folder"):
+        ak.merge(adapter, tmp / "merged", base=str(tmp / "nowhere"))
+
+
+# --- the wrong adapter ---
+
+
+def first(tensors: dict, part: str) -> str:
+    return next(name for name in tensors if part in name)
+
+
+GATE = "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"
+WRONG = {
+    "missing": (lambda t: {k: v for k, v in t.items() if "layers.1" not in k}, "adapter tensors are missing"),
+    "foreign": (
+        lambda t: t | {"base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight": torch.ones(8, 64)},
+        "match",
+    ),
+    "shape": (lambda t: t | {first(t, "lora_B"): torch.ones(3, 3)}, "size mismatch"),
+    "nan": (lambda t: t | {first(t, "lora_B"): torch.full((64, 8), torch.nan)}, "NaN or infinite"),
+    "infinite": (lambda t: t | {first(t, "lora_A"): torch.full((8, 64), torch.inf)}, "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_adapter_is_refused(case, pair):
+    base, adapter, tmp = pair
+    change, message = WRONG[case]
+    rewrite(adapter, change)
+    with pytest.raises(ak.AdapterError, match=message):
+        ak.merge(adapter, tmp / "merged", base=base)
+    assert not (tmp / "merged").exists()
+
+
+def test_values_that_do_not_fit_float16_are_refused(pair):
+    base, adapter, tmp = pair
+    rewrite(adapter, lambda t: {name: tensor * 1e5 for name, tensor in t.items()})
+    with pytest.raises(ak.AdapterError, match=r"do not fit.*bfloat16"):
+        ak.merge(adapter, tmp / "merged", base=base, dtype="float16")
+
+
+def test_truncated_weights_are_refused(pair):
+    base, adapter, tmp = pair
+    for file in (adapter / "adapter_model.safetensors", base / "model.safetensors"):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-100])
+        with pytest.raises(ak.AdapterError, match="damaged or incomplete"):
+            ak.merge(adapter, tmp / "merged", base=base)
+        file.write_bytes(whole)
+
+
+def test_an_unknown_method_is_refused(pair):
+    base, adapter, tmp = pair
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOOORA"}))
+    with pytest.raises(ak.AdapterError, match=r"'LOOORA'.*LORA"):
+        ak.merge(adapter, tmp / "merged", base=base)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/adapters_kit_bomb",))
+
+
+def test_a_pickle_with_code_is_refused(pair):
+    base, adapter, tmp = pair
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb()}))
+    with pytest.raises(ak.AdapterError):
+        ak.merge(adapter, tmp / "merged", base=base)
+    torch.save({"a": Bomb()}, adapter / "adapter_model.bin")
+    with pytest.raises(ak.AdapterError, match="run code"):
+        ak.merge(adapter, tmp / "merged", base=base)
+    assert not Path("/tmp/adapters_kit_bomb").exists()
+
+
+def test_a_plain_pickle_is_merged(pair):
+    base, adapter, tmp = pair
+    trained = peft.PeftModel.from_pretrained(load(base), adapter).eval()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    ak.merge(adapter, tmp / "merged", base=base)
+    assert gap(trained, load(tmp / "merged")) < 1e-5
+
+
+def test_a_model_folder_is_not_an_adapter(pair):
+    base, _, tmp = pair
+    with pytest.raises(ak.AdapterError, match="looks like a whole model"):
+        ak.merge(base, tmp / "merged")

@@ -1,0 +1,113 @@
+"""GGUF, proved against llama.cpp itself. Needs the optional package llama-cpp-python; the converters come from its
+source archive, or from a checkout named by $LLAMA_CPP."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import adapters_kit as ak
+from adapters_kit.merging.base import convert_gguf
+from adapters_kit.serving import llama_cpp as gguf
+from tests.support.shipping import load, save_base, train_on
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+TEXTS = ["The capital of France is Paris, and", "def add(a, b):\n    return a + b\n"]
+
+# Measured on three texts: 4e-6 to 5e-6, 2.0e-4 to 3.3e-4 and 7e-3 to 1e-2 nats; the limits are one and a half to two
+# times the largest, and below what leaving the adapter out costs (2e-2 to 7e-2). llama.cpp rounds activations to the
+# weights' type as well; rounding the weights alone to bf16, in transformers, costs 1.2e-4 to 2.2e-4.
+LIMITS = {"float16": 1e-5, "bfloat16": 7e-4, "q8_0": 1.5e-2}
+
+
+def test_a_wrong_type_or_a_taken_file_is_refused_first(tmp_path):
+    with pytest.raises(ak.AdapterError, match="q8_0"):
+        ak.export(tmp_path, tmp_path / "x.gguf", format="gguf", dtype="q4_0")
+    (tmp_path / "x.gguf").write_bytes(b"mine")
+    with pytest.raises(ak.AdapterError, match="overwrite"):
+        ak.export(tmp_path, tmp_path / "x.gguf", format="gguf")
+    with pytest.raises(ak.AdapterError, match="'peft', 'gguf' or 'kv-cache'"):
+        ak.export(tmp_path, tmp_path / "x", format="onnx")
+    assert (tmp_path / "x.gguf").read_bytes() == b"mine"
+
+
+def test_a_folder_without_converters_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    with pytest.raises(ak.AdapterError, match=r"convert_hf_to_gguf\.py.*checkout"):
+        gguf.converters()
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    module = pytest.importorskip(
+        "llama_cpp", reason="needs llama-cpp-python (a long build): pip install llama-cpp-python"
+    )
+    try:
+        gguf.converters()
+    except ak.AdapterError as error:
+        pytest.skip(str(error))
+    return module
+
+
+def log_probs(llama_cpp, file: Path, ids: list[int], adapter: Path | None = None) -> torch.Tensor:
+    """llama.cpp's log-probabilities after every token, float64 (tokens, vocabulary)."""
+    options = {"n_ctx": 64, "n_threads": 1, "logits_all": True, "flash_attn": False, "verbose": False}
+    model = llama_cpp.Llama(str(file), lora_path=adapter and str(adapter), **options)
+    model.reset()
+    model.eval(ids)
+    return torch.from_numpy(np.array(model.scores[: len(ids)])).double().log_softmax(-1)
+
+
+@torch.no_grad()
+def divergence(model, theirs: torch.Tensor, ids: list[int]) -> float:
+    ours = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """A folder with base, adapter and merged, made from the GGUF file of SmolLM2; and the tokenizer."""
+    import assets
+
+    folder, file = tmp_path_factory.mktemp("smollm2"), assets.smollm2()
+    gguf_base = convert_gguf(file, folder / "base")
+    config = peft.LoraConfig(r=8, use_rslora=True, target_modules="all-linear")
+    train_on(gguf_base, config, folder / "adapter", scale=0.02)
+    ak.merge(folder / "adapter", folder / "merged", base=file, verify="off")
+    return folder, ak.load_processor(folder / "merged")
+
+
+@pytest.mark.slow
+def test_a_merged_model_computes_the_same_in_llama_cpp(llama_cpp, smollm2):
+    folder, tokenizer = smollm2
+    merged, untrained = load(folder / "merged"), load(folder / "base")
+    for dtype, limit in LIMITS.items():
+        ak.export(folder / "merged", folder / f"{dtype}.gguf", format="gguf", dtype=dtype)
+        for text in TEXTS:
+            ids = tokenizer(text)["input_ids"]
+            theirs = log_probs(llama_cpp, folder / f"{dtype}.gguf", ids)
+            assert divergence(merged, theirs, ids) < limit < divergence(untrained, theirs, ids)
+
+
+@pytest.mark.slow
+def test_an_adapter_computes_the_same_in_llama_cpp(llama_cpp, smollm2):
+    """Rank-stabilised scaling, which llama.cpp ignores, is folded in."""
+    folder, tokenizer = smollm2
+    base = folder / "base"
+    ak.export(base, folder / "base.gguf", format="gguf", dtype="float32")
+    ak.export(folder / "adapter", folder / "adapter.gguf", format="gguf", dtype="float32", base=base)
+    merged = load(folder / "merged")
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        theirs = log_probs(llama_cpp, folder / "base.gguf", ids, folder / "adapter.gguf")
+        assert divergence(merged, theirs, ids) < 1e-5
+
+
+def test_a_model_that_the_converter_refuses(llama_cpp, tmp_path):
+    base = save_base("bert", tmp_path / "base")
+    with pytest.raises(ak.AdapterError, match="converter refuses"):
+        ak.export(base, tmp_path / "x.gguf", format="gguf")
+    assert not (tmp_path / "x.gguf").exists()
