@@ -245,6 +245,9 @@ def _console():
 
 
 def _show_metrics(metrics: dict[str, object]) -> None:
+    notes = {"notes", "counts"}  # printed while the run went on
     width = max(map(len, metrics))
     for name, value in metrics.items():
+        if name in notes:
+            continue
         print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")

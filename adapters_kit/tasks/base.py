@@ -14,6 +14,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.streaming import pieces
 
 IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
@@ -27,6 +28,7 @@ class Task:
         columns: role to column name.
         labels: names of the classes in the order of the model's outputs; None where a task has none.
         processor: the tokenizer or image processor.
+        notes: what was done to the rows that nobody asked for: cut, left out, guessed.
     """
 
     name: ClassVar[str]
@@ -41,10 +43,13 @@ class Task:
     generates: ClassVar[bool] = False
     """Whether an answer is text that the model writes, so that `stream` works."""
 
-    def __init__(self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
+    ) -> None:
         self.recipe = recipe
         self.columns = dict(columns)
         self.labels = labels
+        self.notes = notes if notes is not None else Notes()
         self.processor: Any = None
         self.max_length = recipe.training.max_length or 512
 

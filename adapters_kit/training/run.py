@@ -131,7 +131,7 @@ Trained with adapters_kit: {metrics["trainable_params"]:,} of
 {rows}
 
 The adapter kept is {_kept(recipe, metric)}.
-{_computed(layers)}
+{_computed(layers)}{_notes(metrics)}
 ## Load
 
 ```python
@@ -162,6 +162,12 @@ def _kept(recipe: Recipe, metric: str) -> str:
     training = recipe.training
     best = training.keep_best and training.evals_per_epoch
     return f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
+
+
+def _notes(metrics: Mapping[str, Any]) -> str:
+    """What was done to the rows, as a list; nothing where nothing was."""
+    lines = "\n".join(f"- {note}" for note in metrics.get("notes", ()))
+    return f"\n## What was done to the data\n\n{lines}\n" if lines else ""
 
 
 def _computed(layers: str) -> str:

@@ -57,13 +57,17 @@ def train(
     recipe = filled_in(recipe, task)
     if resume:
         recipe = _begun_recipe(out, recipe)
-    train_features = task.training_features(task.encode(splits.train))
-    test_features = task.encode(splits.test)
+    with task.notes.about("training data"):
+        train_features = task.training_features(task.encode(splits.train))
+    with task.notes.about("held-out data"):
+        test_features = task.encode(splits.test)
     console.print(
         f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out",
         highlight=False,
         soft_wrap=True,
     )
+    for note in task.notes.fresh():
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     batch = recipe.training.eval_batch_size or 2 * recipe.training.batch_size
     base_results = task.run(model, test_features, batch)
     base = task.score(base_results, test_features)
@@ -103,6 +107,8 @@ def train(
         "train_seconds": round(seconds, 3),
         "tokens_per_second": round(trainer.meter.rate(), 1),
         "peak_memory_bytes": peak_memory(),
+        "notes": task.notes.sentences,
+        "counts": task.notes.counts,
     }
     tuned_samples = task.predict(trainer.model, shown, batch) if len(shown) else []
     trainer.save_model(str(out / "adapter"))
