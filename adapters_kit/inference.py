@@ -13,6 +13,7 @@ from torch import nn
 from adapters_kit import tasks
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.errors import DataError, ModelError
+from adapters_kit.names import is_adapter_folder
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
@@ -117,8 +118,8 @@ _NO_DATA = "(none)"
 def describe(name: str | Path, **recipe_keys: Any) -> tuple[Recipe, Path | None]:
     """The recipe behind a name, and its adapter folder (None for a plain model)."""
     path = Path(name)
-    folder = path / "adapter" if (path / "adapter" / "adapter_config.json").is_file() else path
-    if (folder / "adapter_config.json").is_file():
+    folder = path / "adapter" if is_adapter_folder(path / "adapter") else path
+    if is_adapter_folder(folder):
         for place in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
             if place.is_file():
                 recipe = Recipe.read(place)

@@ -11,26 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from adapters_kit import registry
+from adapters_kit import names, registry
 from adapters_kit.errors import RecipeError, did_you_mean, nearest
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
-
-# The roles that a task's data columns can play; `data.columns` names the column for each.
-TASKS: dict[str, tuple[str, ...]] = {
-    "causal-lm": ("text", "prompt", "completion", "messages"),
-    "text-classification": ("text", "text_pair", "label"),
-    "token-classification": ("tokens", "tags"),
-    "question-answering": ("question", "context", "answers"),
-    "seq2seq": ("source", "target"),
-    "masked-lm": ("text",),
-    "image-classification": ("image", "label"),
-}
+from adapters_kit.task_table import TASKS, tasks_with
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise PydanticCustomError("unknown_task", "is no task")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": list(TASKS)})]
 
 
 class MethodSpec(BaseModel):
@@ -171,7 +179,7 @@ class Recipe(BaseModel):
     """Version of this format."""
     model: str
     """The base model: a folder, a hub id or a .gguf file."""
-    task: Literal[tuple(TASKS)]
+    task: TaskName
     """What the model learns to do."""
     data: DataSpec
     """The examples: a path, or a mapping with the keys below."""
@@ -318,8 +326,8 @@ def _explain(error: ValidationError) -> list[Problem]:
             problems.append((path, f"there is no key {path[-1]!r}{where}. {did_you_mean(path[-1], siblings)}"))
         elif item["type"] == "missing":
             problems.append((path, "is missing and has no default."))
-        elif item["type"] == "literal_error":
-            choices = _choices(item["ctx"]["expected"])
+        elif item["type"] in ("literal_error", "unknown_task"):
+            choices = _choices(item["ctx"]["expected"]) if item["type"] == "literal_error" else list(TASKS)
             problems.append((path, f"{given!r} is not one of {', '.join(choices)}. {_near(str(given), choices)}"))
         else:
             problems.append((path, f"{given!r} does not fit: {item['msg'][:1].lower() + item['msg'][1:]}."))
@@ -359,22 +367,25 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     for name in method if isinstance(method, list | tuple) else [method]:
         if not isinstance(name, str) or registry.canonical(name) in known:
             continue
-        if not (Path(name) / "adapter_config.json").is_file():
-            looks_like_path = "/" in name or "\\" in name
-            reason = "no adapter_config.json in that folder." if looks_like_path else did_you_mean(name, known)
+        if not names.is_adapter_folder(name):
+            missing = f"no {names.ADAPTER_CONFIG} in that folder."
+            reason = missing if names.looks_like_folder(name) else did_you_mean(name, known)
             problems.append((("method",), f"there is no method {name!r}: {reason}"))
 
-    roles = TASKS.get(task) if isinstance(task, str) else None
+    row = TASKS.get(task) if isinstance(task, str) else None
+    roles = row.roles if row else ()
     columns = part("data").get("columns")
-    for role in columns if roles and isinstance(columns, Mapping) else ():
+    for role in columns if row and isinstance(columns, Mapping) else ():
         if role not in roles:
             text = f"the task {task} has no column {role!r}. {did_you_mean(str(role), roles)}"
             problems.append((("data", "columns", str(role)), text))
-    if roles:
-        if training.get("packing") is True and task != "causal-lm":
-            problems.append((("training", "packing"), f"packing is for causal-lm, the task is {task}."))
-        if fields.get("problem") and task != "text-classification":
-            problems.append((("problem",), f"only text-classification has this key, the task is {task}."))
+    for key in dict.fromkeys(key for other in TASKS.values() for key in other.keys) if row else ():
+        section, _, last = key.rpartition(".")
+        default = {"": Recipe, "data": DataSpec, "training": TrainingSpec}[section].model_fields[last].default
+        given = (part(section) if section else fields).get(last, default)
+        if given != default and task not in tasks_with(key):
+            owners = " and ".join(tasks_with(key))
+            problems.append((tuple(key.split(".")), f"only {owners} has this key; the task is {task}."))
     if training.get("early_stopping") and training.get("evals_per_epoch", 1) == 0:
         problems.append((("training", "early_stopping"), "needs evaluations: set evals_per_epoch to 1 or more."))
     if fields.get("quantize") and training.get("precision") == "fp32" and fields["quantize"] == "int8":

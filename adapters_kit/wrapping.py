@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from peft import PeftConfig, PeftModel, PromptLearningConfig, TaskType, get_peft_model, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers.models.auto import modeling_auto as auto
 
 from adapters_kit.anatomy import base_model, head, pooler
 from adapters_kit.artifacts.identity import check_loaded
@@ -21,26 +21,10 @@ from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.methods.together.build import combine, to_combined
 from adapters_kit.methods.together.config import CombinedConfig
+from adapters_kit.names import ADAPTER_CONFIG, is_adapter_folder, looks_like_folder
 from adapters_kit.peft_plugin import peft_methods
 from adapters_kit.quantization import keep_layout
-
-# peft's name for a task -> transformers' own table of the classes that do it.
-_TASK_TYPES = {
-    TaskType.CAUSAL_LM: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    TaskType.SEQ_2_SEQ_LM: auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    TaskType.SEQ_CLS: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    TaskType.TOKEN_CLS: auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    TaskType.QUESTION_ANS: auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-}
-# Tasks whose head the user's labels define: it is trained and saved with the adapter.
-_HEAD_TASKS = (
-    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-)
+from adapters_kit.task_table import OTHER_HEADS, TASKS
 
 
 def wrap(
@@ -167,7 +151,8 @@ def config_to_options(config: PeftConfig) -> dict[str, Any]:
 def infer_task_type(model: nn.Module) -> TaskType | None:
     """peft's task type, from transformers' tables of model classes; None for tasks that peft has no type for."""
     name = type(model).__name__
-    return next((task for task, classes in _TASK_TYPES.items() if name in _class_names(classes)), None)
+    typed = (row for row in TASKS.values() if row.task_type)
+    return next((TaskType(row.task_type) for row in typed if name in _class_names(row.auto_class)), None)
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -177,7 +162,8 @@ def task_heads(model: nn.Module) -> list[str]:
     method a point and more (docs/defaults.md). So is any other fresh module inside the body, which `load` notes in
     `model.fresh_modules`.
     """
-    if not any(type(model).__name__ in _class_names(classes) for classes in _HEAD_TASKS):
+    headed = [*OTHER_HEADS, *(row.auto_class for row in TASKS.values() if row.own_head)]
+    if not any(type(model).__name__ in _class_names(auto_class) for auto_class in headed):
         return []
     base = base_model(model)
     # A quantized pooler, as plain transformers makes them, cannot be trained.
@@ -186,8 +172,10 @@ def task_heads(model: nn.Module) -> list[str]:
     return heads + [name for name in fresh if not any(f"{name}.".startswith(f"{found}.") for found in heads)]
 
 
-def _class_names(classes: dict[str, Any]) -> set[str]:
-    return {name for entry in classes.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+def _class_names(auto_class: str) -> set[str]:
+    """The model classes that an Auto class of transformers chooses from, by transformers' own table."""
+    entries = getattr(transformers, auto_class)._model_mapping._model_mapping.values()
+    return {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def _adapter_folder(method: Any) -> Path | None:
@@ -195,14 +183,13 @@ def _adapter_folder(method: Any) -> Path | None:
     if isinstance(method, PeftConfig | list | tuple):
         return None
     folder = Path(method)
-    if (folder / CONFIG_NAME).is_file():
+    if is_adapter_folder(folder):
         return folder
-    looks_like_path = isinstance(method, Path) or "/" in method or "\\" in method or method.startswith(".")
-    if not looks_like_path:
+    if not looks_like_folder(method):
         return None
     if not folder.exists():
         raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
-    raise UnknownNameError(f"{folder} holds no {CONFIG_NAME}, so it is not a saved adapter.")
+    raise UnknownNameError(f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter.")
 
 
 def _inject(put: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +231,7 @@ def _load_adapter(model: nn.Module, folder: Path, adapter_name: str) -> PeftMode
     except KeyError as error:
         kind = error.args[0]
         raise ModelError(
-            f"{folder / CONFIG_NAME} asks for the method {kind!r}, which neither peft nor a plug-in provides. "
+            f"{folder / ADAPTER_CONFIG} asks for the method {kind!r}, which neither peft nor a plug-in provides. "
             f"{did_you_mean(str(kind).lower(), peft_methods())}"
         ) from None
     saved = load_peft_weights(str(folder), device="cpu")

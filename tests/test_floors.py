@@ -19,6 +19,8 @@ FLOORS = {
     "registry": 0,
     "recipe": 0,
     "recipe_text": 0,
+    "names": 0,
+    "task_table": 0,
     "noise": 0,
     "anatomy": 1,
     "peft_plugin": 1,

@@ -80,7 +80,7 @@ training:
     [
         ({"task": "causal-lm"}, "data: is missing"),
         ({**BASE, "data": {"train": "a", "columns": {"txt": "b"}}}, "has no column 'txt'. Did you mean text"),
-        ({**BASE, "training": {"packing": True}}, "packing is for causal-lm"),
+        ({**BASE, "training": {"packing": True}}, "only causal-lm has this key"),
         ({**BASE, "training": {"early_stopping": 2, "evals_per_epoch": 0}}, "needs evaluations"),
         ({**BASE, "method": "./nowhere/adapter"}, "no adapter_config.json in that folder"),
         ({**BASE, "version": 2}, "version: 2 is not one of 1"),

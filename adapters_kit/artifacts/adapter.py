@@ -15,9 +15,10 @@ import torch
 
 from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.errors import ShippingError, did_you_mean
+from adapters_kit.names import ADAPTER_CONFIG
 
 CONFIG, WEIGHTS, PICKLE, RECORD = (
-    "adapter_config.json",
+    ADAPTER_CONFIG,
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapters_kit.json",

@@ -13,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.names import is_adapter_folder, looks_like_path
 from adapters_kit.quantization import Trimmer
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,7 +57,7 @@ class Source:
             return
         folder = Path(self.location)
         has_config = (folder / "config.json").is_file()
-        if (folder / "adapter_config.json").is_file() and not has_config:
+        if is_adapter_folder(folder) and not has_config:
             raise ModelError(
                 f"{self.name} holds an adapter, not a model. Load the base model, then put the adapter on it: "
                 f'ak.wrap(ak.load(base), "{self.name}").'
@@ -102,8 +103,7 @@ def find(name: str | os.PathLike) -> Source:
         return Source(text, str(path.parent), gguf_file=path.name, local=True)
     if path.is_dir() and text:
         return Source(text, str(path), local=True)
-    looks_like_path = isinstance(name, os.PathLike) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if looks_like_path or text.endswith(".gguf") or not text:
+    if looks_like_path(name) or text.endswith(".gguf") or not text:
         beside = sorted(entry.name for entry in path.parent.iterdir()) if text and path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside) if beside else f"{path.parent} is empty or does not exist."
         raise UnknownNameError(f"No model at {text!r}. {hint}" if text else "The model has no name.")

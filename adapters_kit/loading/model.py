@@ -28,20 +28,9 @@ from adapters_kit.quantization import (
     quantizable,
     quantize_in_place,
 )
+from adapters_kit.task_table import TASKS, labelled
 
 _log = logging.getLogger(__name__)
-
-# Task -> the transformers class that puts the fitting head on a body.
-TASKS: dict[str, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-LABELLED = ("text-classification", "token-classification", "image-classification")
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -77,7 +66,7 @@ def load(
 
     Args:
         name: hub id, local folder, or the path of a .gguf file (unpacked: its weights become ordinary tensors).
-        task: one of `TASKS`.
+        task: one of `task_table.TASKS`.
         labels: class names, in the order of the head's outputs; kept in `model.config.id2label`. Without them the
             checkpoint's own stay. A head of another size than the checkpoint's starts anew.
         quantize: None, or "nf4", "fp4", "int8": the linears of the blocks in bitsandbytes' format. Head, embeddings,
@@ -235,7 +224,7 @@ def _finish(model, source: Source, task: str, norms_fp32: bool) -> None:
     if source.gguf_file:
         model.name_or_path = model.config._name_or_path = os.path.join(source.location, source.gguf_file)
     text = model.config.get_text_config()
-    if task in LABELLED and getattr(text, "pad_token_id", 0) is None:
+    if TASKS[task].labelled and getattr(text, "pad_token_id", 0) is None:
         # Classifiers over decoders find the last token that is not padding.
         eos = text.eos_token_id
         text.pad_token_id = eos[0] if isinstance(eos, list) else eos
@@ -251,8 +240,8 @@ def _finish(model, source: Source, task: str, norms_fp32: bool) -> None:
 def _check_labels(labels: Sequence[str] | None, task: str) -> None:
     if labels is None:
         return
-    if task not in LABELLED:
-        raise UnknownNameError(f"The task {task!r} has no labels; they belong to {', '.join(LABELLED)}.")
+    if not TASKS[task].labelled:
+        raise UnknownNameError(f"The task {task!r} has no labels; they belong to {', '.join(labelled())}.")
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise ModelError(f'labels={labels!r}: give a list of names, such as ["negative", "positive"].')
     if not labels:
@@ -290,7 +279,7 @@ def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
     """The Auto class of `task`; refuses a model type that has no such head."""
 
     def fits(candidate: str) -> bool:
-        auto_class = getattr(transformers, TASKS[candidate])
+        auto_class = getattr(transformers, TASKS[candidate].auto_class)
         remote = getattr(config, "auto_map", None) or {}
         return type(config) in auto_class._model_mapping or auto_class.__name__ in remote
 
@@ -300,7 +289,7 @@ def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
             f"{source.name} is a {config.model_type} model, which has no head for {task!r}. "
             + (f"It can do: {', '.join(has)}." if has else "None of the known tasks fits it.")
         )
-    return getattr(transformers, TASKS[task])
+    return getattr(transformers, TASKS[task].auto_class)
 
 
 def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequence[str] | None = None):

@@ -28,15 +28,10 @@ from transformers.core_model_loading import (
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
+from adapters_kit.task_table import TASKS
 
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+# peft's task type -> the class of transformers.
+_AUTO = {row.task_type: row.auto_class for row in TASKS.values() if row.task_type} | {"FEATURE_EXTRACTION": "AutoModel"}
 
 
 def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:

@@ -11,6 +11,7 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_json
 from adapters_kit.artifacts.source import locate_here
+from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class
 from adapters_kit.serving.export import KEY, RESIDUAL
 
@@ -235,7 +236,7 @@ def missing_base(adapter: Adapter) -> Iterator[Problem]:
     name = adapter.base
     if name is None:
         yield Problem("the adapter does not name its base", f'write "base_model_name_or_path" into {CONFIG}')
-    elif not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+    elif not Path(name).exists() and looks_like_path(name):
         yield Problem(
             f"its base {name!r} is a path that does not exist here",
             f"correct base_model_name_or_path in {CONFIG}, or name the base when loading",

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from pyarrow import csv, parquet
 
 from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.names import looks_like_file
 from adapters_kit.recipe import DataSpec
 
 # Names under which a role's column is recognised, best first.
@@ -76,8 +77,7 @@ def _read_source(name: str, subset: str | None) -> tuple[Dataset, Dataset | None
         return _read_folder(path)
     if path.is_file():
         return read_table(path), None
-    looks_like_hub_id = name.count("/") <= 1 and not path.suffix and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
+    if looks_like_file(name):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) if siblings else f"The folder {path.parent} does not exist either."
         raise DataError(f"No data file {name!r}. {hint}")
@@ -229,7 +229,7 @@ def recognise(
     def find(role: str, taken: Sequence[str]) -> str | None:
         if role in given:
             return given[role]
-        return next((lower[a] for a in ALIASES[role] if a in lower and lower[a] not in taken), None)
+        return next((lower[a] for a in ALIASES.get(role, (role,)) if a in lower and lower[a] not in taken), None)
 
     ranked = sorted(alternatives, key=lambda roles: -len(set(roles) & set(given)))
     for roles in ranked:

@@ -17,6 +17,7 @@ from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
 from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.recipe import Recipe
+from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import IGNORED, Features, Task
 from adapters_kit.training.memory import Memory, step_bytes
 from adapters_kit.training.resolve import DTYPES, add_adapter, precision, prepare
@@ -97,7 +98,7 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
     """
     card = parse_size(gpu) if gpu is not None else _this_card()
     task, splits = prepare(recipe)
-    bare = skeleton(recipe.model, recipe.task, labels=task.labels if recipe.task not in _NO_LABELS else None)
+    bare = skeleton(recipe.model, recipe.task, labels=task.labels if TASKS[recipe.task].labelled else None)
     task.bind(load_processor(recipe.model), bare)
     features = task.training_features(task.encode(splits.train))
     batch_size = min(recipe.training.batch_size, len(features))
@@ -172,9 +173,6 @@ def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
 
 def _variant(what: str, on: bool) -> str:
     return f"{'with' if on else 'without'} {what}"
-
-
-_NO_LABELS = ("causal-lm", "seq2seq", "masked-lm", "question-answering")
 
 
 def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:

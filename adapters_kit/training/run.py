@@ -16,6 +16,7 @@ import torch
 
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
+from adapters_kit.task_table import TASKS
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -99,15 +100,8 @@ def card(
     """
     scores = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
     rows = "\n".join(f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in scores)
-    auto = {
-        "causal-lm": "AutoModelForCausalLM",
-        "text-classification": "AutoModelForSequenceClassification",
-        "token-classification": "AutoModelForTokenClassification",
-        "question-answering": "AutoModelForQuestionAnswering",
-        "seq2seq": "AutoModelForSeq2SeqLM",
-        "masked-lm": "AutoModelForMaskedLM",
-        "image-classification": "AutoModelForImageClassification",
-    }[recipe.task]
+    task = TASKS[recipe.task]
+    auto = task.auto_class
     options = f", num_labels={len(recipe.labels)}" if recipe.labels else ""
     options += ", ignore_mismatched_sizes=True" if recipe.labels else ""
     hub_name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
@@ -115,7 +109,7 @@ def card(
     return f"""---
 base_model: {hub_name}
 library_name: peft
-pipeline_tag: {_PIPELINE[recipe.task]}
+pipeline_tag: {task.pipeline}
 tags: [adapters-kit, {recipe.method.label if "/" not in recipe.method.label else "adapter"}]
 ---
 
@@ -172,17 +166,6 @@ def _notes(metrics: Mapping[str, Any]) -> str:
 
 def _computed(layers: str) -> str:
     return f"\nHow its layers computed while it was trained:\n\n```\n{layers}\n```\n" if layers else ""
-
-
-_PIPELINE = {
-    "causal-lm": "text-generation",
-    "text-classification": "text-classification",
-    "token-classification": "token-classification",
-    "question-answering": "question-answering",
-    "seq2seq": "text2text-generation",
-    "masked-lm": "fill-mask",
-    "image-classification": "image-classification",
-}
 
 
 def _number(value: Any) -> str:

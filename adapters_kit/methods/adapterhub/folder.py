@@ -26,8 +26,9 @@ from adapters_kit.methods.adapterhub.prefix import convert_prefix
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.layer import CHILD
 from adapters_kit.methods.bottleneck.sites import find_sites
+from adapters_kit.names import ADAPTER_CONFIG
 
-CONFIG, WEIGHTS = "adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin")
+CONFIG, WEIGHTS = ADAPTER_CONFIG, ("adapter.safetensors", "pytorch_adapter.bin")
 
 # Options that mean the same in `BottleneckConfig`, under the same name.
 _SHARED = (

@@ -1,0 +1,41 @@
+"""What a text that a user gave stands for, by its looks: a path, a hub id, an adapter folder. Floor 0, no torch."""
+
+import os
+import re
+from pathlib import Path
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that makes a folder an adapter folder."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)?", re.ASCII)
+_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
+
+
+def looks_like_path(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` cannot be a hub id: `./x`, `~/x`, `/x`, `a/b/c`, `a\\b`, a `Path`. `a/b` may be either.
+
+    Example:
+        >>> [looks_like_path(name) for name in ("models/tiny", "runs/a/adapter", "./tiny", "my models")]
+        [False, True, True, True]
+    """
+    return isinstance(name, os.PathLike) or not _HUB_ID.fullmatch(name)
+
+
+def looks_like_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` is meant as a folder where the alternative is a short name without a slash, as methods have."""
+    return looks_like_path(name) or "/" in os.fspath(name)
+
+
+def looks_like_file(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` is meant as a file or folder here and not as a hub id: it looks like a path, or has a suffix.
+
+    Example:
+        >>> [looks_like_file(name) for name in ("imdb", "reviews.csv", "org/data-v1.2")]
+        [False, True, False]
+    """
+    return looks_like_path(name) or bool(_SUFFIX.fullmatch(Path(name).suffix))
+
+
+def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether an adapter is saved in that folder, by whichever library."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()

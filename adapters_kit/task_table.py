@@ -1,0 +1,106 @@
+"""The tasks, a row each: what everything outside `tasks/` needs to know about one. Floor 0, no torch.
+
+To add a task, write its class (a file in `tasks/`) and its row here; nothing else lists tasks.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one task is to the rest of the package.
+
+    Attributes:
+        home: where its class is, "module:Class", imported when the task is first used.
+        roles: the roles that its data columns can play; `data.columns` in a recipe names the column for each.
+        auto_class: the class of transformers that puts the fitting head on a body.
+        task_type: peft's name for the task (a member of `peft.TaskType`); None where peft has none.
+        pipeline: the hub's name for the task, the `pipeline_tag` of a model card.
+        own_head: whether the head belongs to the user's task, so that it is trained and saved with an adapter.
+        labelled: whether the user's classes are the head's outputs, so that `labels` name them.
+        keys: dotted keys of a recipe that this task has and others have not.
+    """
+
+    home: str
+    roles: tuple[str, ...]
+    auto_class: str
+    task_type: str | None
+    pipeline: str
+    own_head: bool = False
+    labelled: bool = False
+    keys: tuple[str, ...] = ()
+
+
+TASKS: dict[str, Row] = {
+    "causal-lm": Row(
+        "adapters_kit.tasks.causal_lm:CausalLM",
+        roles=("text", "prompt", "completion", "messages"),
+        auto_class="AutoModelForCausalLM",
+        task_type="CAUSAL_LM",
+        pipeline="text-generation",
+        keys=("training.packing",),
+    ),
+    "text-classification": Row(
+        "adapters_kit.tasks.text_classification:TextClassification",
+        roles=("text", "text_pair", "label"),
+        auto_class="AutoModelForSequenceClassification",
+        task_type="SEQ_CLS",
+        pipeline="text-classification",
+        own_head=True,
+        labelled=True,
+        keys=("problem",),
+    ),
+    "token-classification": Row(
+        "adapters_kit.tasks.token_classification:TokenClassification",
+        roles=("tokens", "tags"),
+        auto_class="AutoModelForTokenClassification",
+        task_type="TOKEN_CLS",
+        pipeline="token-classification",
+        own_head=True,
+        labelled=True,
+    ),
+    "question-answering": Row(
+        "adapters_kit.tasks.question_answering:QuestionAnswering",
+        roles=("question", "context", "answers"),
+        auto_class="AutoModelForQuestionAnswering",
+        task_type="QUESTION_ANS",
+        pipeline="question-answering",
+        own_head=True,
+    ),
+    "seq2seq": Row(
+        "adapters_kit.tasks.seq2seq:Seq2Seq",
+        roles=("source", "target"),
+        auto_class="AutoModelForSeq2SeqLM",
+        task_type="SEQ_2_SEQ_LM",
+        pipeline="text2text-generation",
+    ),
+    "masked-lm": Row(
+        "adapters_kit.tasks.masked_lm:MaskedLM",
+        roles=("text",),
+        auto_class="AutoModelForMaskedLM",
+        task_type=None,
+        pipeline="fill-mask",
+    ),
+    "image-classification": Row(
+        "adapters_kit.tasks.image_classification:ImageClassification",
+        roles=("image", "label"),
+        auto_class="AutoModelForImageClassification",
+        task_type=None,
+        pipeline="image-classification",
+        own_head=True,
+        labelled=True,
+    ),
+}
+
+# Heads that `wrap` trains with an adapter too, though no task here does: their models come from the user's own code.
+OTHER_HEADS = ("AutoModelForMultipleChoice", "AutoModelForAudioClassification")
+
+
+def labelled() -> list[str]:
+    """The tasks whose classes the user names."""
+    return [name for name, row in TASKS.items() if row.labelled]
+
+
+def tasks_with(key: str) -> list[str]:
+    """The tasks that have a dotted key of the recipe to themselves; empty for keys of every task."""
+    return [name for name, row in TASKS.items() if key in row.keys]
