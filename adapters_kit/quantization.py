@@ -9,7 +9,6 @@ is a multiple of 16 but not of 64 are unpacked with the wrong scales: `check_siz
 8-bit layers fail on inputs of four dimensions (DeepSeek's attention): `keep_layout` again.
 """
 
-import ctypes
 import importlib.metadata
 import logging
 import re
@@ -26,6 +25,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from adapters_kit.anatomy import block_linears
 from adapters_kit.anatomy.bypassed import bypassed
+from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ _log = logging.getLogger(__name__)
 KINDS = ("nf4", "fp4", "int8")
 OLDEST = "0.49.0"
 BLOCK = 64  # weights that share a scale in 4-bit formats
-TRIM_EVERY = 8 << 20  # bytes quantized between two calls of malloc_trim
 
 
 def check_kind(quantize: str) -> None:
@@ -337,34 +336,6 @@ def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndByt
     model.is_quantized = True
     model.quantization_method = config.quant_method
     quantizer.postprocess_model(model)
-
-
-class Trimmer:
-    """Gives freed memory back to the system from time to time, where the C library is glibc.
-
-    Quantizing makes several fp32 temporaries of each weight; freed, they stay in the heap between the small results and
-    add up to more than the model.
-
-    Args:
-        every: bytes between two calls of malloc_trim.
-    """
-
-    def __init__(self, every: int = TRIM_EVERY) -> None:
-        self.read, self.every = 0, every
-        try:
-            self.trim = ctypes.CDLL(None).malloc_trim
-        except (OSError, AttributeError, TypeError):  # macOS, Windows, musl
-            self.trim = None
-
-    def __call__(self, nbytes: int) -> None:
-        self.read += nbytes
-        if self.read >= self.every:
-            self.now()
-
-    def now(self) -> None:
-        self.read = 0
-        if self.trim is not None:
-            self.trim(0)
 
 
 def _names(entry: str, path: str) -> bool:

@@ -15,30 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.errors import ShippingError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class Stored:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return STORED[self.dtype]
 
 
 def _refuse(path: Path, what: str) -> ShippingError:
@@ -95,9 +76,9 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int, data_siz
     if not isinstance(entry, dict):
         raise _refuse(path, f"tensor {name!r} has no description")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise ShippingError(
-            f"{path}: tensor {name!r} has dtype {dtype!r}; these are known: {', '.join(DTYPES)}. "
+            f"{path}: tensor {name!r} has dtype {dtype!r}; these are known: {', '.join(STORED)}. "
             "Save the model in one of them."
         )
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
@@ -107,7 +88,7 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int, data_siz
     begin, end = offsets
     if begin > end or end > data_size:
         raise _refuse(path, f"tensor {name!r} claims bytes {begin}–{end} of {data_size}")
-    expected = prod(shape) * DTYPES[dtype].itemsize
+    expected = prod(shape) * STORED[dtype].itemsize
     if end - begin != expected:
         raise _refuse(path, f"tensor {name!r} of shape {shape} in {dtype} needs {expected} bytes and has {end - begin}")
     return Stored(path, dtype, tuple(shape), data_start + begin, data_start + end)
@@ -154,7 +135,7 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + prod(shape) * DTYPES[dtype].itemsize
+        end = offset + prod(shape) * STORED[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -3,7 +3,6 @@
 The sha256 of every tensor of the base, how it was quantized, and what training changed in its config.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import AutoConfig
 from adapters_kit.anatomy import base_model
 from adapters_kit.anatomy.structure import walk
 from adapters_kit.artifacts.adapter import RECORD, read_config
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.identity import base_hashes
 from adapters_kit.artifacts.source import locate
 from adapters_kit.errors import ShippingError
@@ -52,11 +52,7 @@ def record_base(adapter: str | os.PathLike, base: str | os.PathLike | None = Non
             "dtype": str(_float_dtype(inner)).removeprefix("torch."),
             "quantize": quantization(inner),
         }
-    path = folder / RECORD
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_json(folder / RECORD, record, indent=1)
 
 
 def _config_changes(model: Any, source: Path) -> dict[str, Any]:

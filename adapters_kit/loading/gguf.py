@@ -24,7 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from adapters_kit.anatomy import blocks, embeddings
-from adapters_kit.quantization import Trimmer
+from adapters_kit.artifacts.heap import Trimmer
 
 AT_ONCE = 1 << 20  # weights unpacked at a time; the package's own unpacking needs twice the result
 

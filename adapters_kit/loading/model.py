@@ -14,8 +14,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
+from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
-from adapters_kit.loading.lazy import Source, find
 from adapters_kit.loading.reading import gist, meta_model, read, read_and_quantize, read_gguf_and_quantize
 from adapters_kit.quantization import (
     KINDS,
@@ -32,14 +33,6 @@ from adapters_kit.task_table import TASKS, labelled
 
 _log = logging.getLogger(__name__)
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def load(
@@ -146,19 +139,6 @@ def load(
     _check_complete(model, info, source, labels)
     _finish(model, source, task, norms_fp32)
     return model
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The torch dtype for a name such as "bf16".
-
-    Raises:
-        UnknownNameError: not a float dtype that models are loaded in.
-    """
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
-        return dtype
-    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
-        return DTYPES[dtype.removeprefix("torch.")]
-    raise UnknownNameError(f"Unknown dtype {str(dtype)!r}. {did_you_mean(str(dtype), DTYPES)}")
 
 
 def _check_half(dtypes: list[Any], device_map: Any) -> None:

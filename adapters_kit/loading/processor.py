@@ -6,8 +6,8 @@ from typing import Any
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
+from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError
-from adapters_kit.loading.lazy import Source, find
 
 
 def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

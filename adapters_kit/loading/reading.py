@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 
+from adapters_kit.artifacts.source import Source
 from adapters_kit.errors import ModelError
-from adapters_kit.loading.lazy import Source, read_lazily
+from adapters_kit.loading.lazy import read_lazily
 from adapters_kit.quantization import KINDS, check_kind, modules_to_leave
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]  # with transformers' account of missing and misfitting keys

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.factors import strip
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.weightless import empty_model, fill, hollow, is_hollow, make_hollow
 from adapters_kit.peft_plugin import parameter_prefixes
@@ -27,7 +28,6 @@ from adapters_kit.peft_plugin import parameter_prefixes
 # repeated; for the others the base that was trained on is not known.
 _RESIDUAL = {"pissa": "pissa_init", "olora": "olora_init"}
 _UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
-_PREFIX = "base_model.model."
 _AS_IT_IS = "the adapter cannot be merged. Ship it as it is: export(..., format='peft')."
 
 
@@ -106,7 +106,7 @@ def fit_config(kind: type, config: PretrainedConfig, adapter: Adapter) -> PreTra
     words = model.config.get_text_config()
     changed = False
     for key, tensor in adapter.weights.items():
-        name = key.removeprefix(_PREFIX).replace(".modules_to_save", "").replace(".base_layer", "")
+        name = strip(key).replace(".modules_to_save", "").replace(".base_layer", "")
         if tensor.ndim == 0 or name not in shapes or shapes[name] == tuple(tensor.shape):
             continue
         if name in sized and shapes[name][0] == getattr(words, "vocab_size", None):

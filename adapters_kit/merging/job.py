@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
+from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging import deltas
 from adapters_kit.merging.output import Layout, lay_out
@@ -25,7 +26,6 @@ from adapters_kit.merging.weightless import (
     stored_name,
     trace,
 )
-from adapters_kit.quantization import Trimmer
 
 Shapes = dict[str, tuple[int, ...]]
 

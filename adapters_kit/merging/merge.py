@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,11 @@ import torch
 
 from adapters_kit.artifacts.adapter import Adapter, open_adapter, read_json
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
+from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
+from adapters_kit.artifacts.manifest import MANIFEST, write_manifest
 from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, base_of
-from adapters_kit.artifacts.staging import file_sha256, staged
+from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.card import model_card, without_front_matter
@@ -34,11 +35,8 @@ if TYPE_CHECKING:
     from adapters_kit.merging.requantize import Survival
     from adapters_kit.merging.verify import Comparison
 
-MANIFEST = "manifest.json"
 QUANTIZED = ("nf4", "fp4", "int8")
 BATCHES = {"sample": 2, "full": 16}
-_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Files of a training folder that a model folder needs too: the tokenizer may have got new tokens or a chat template.
 _PROCESSOR = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "preprocessor",
               "processor", "spiece", "sentencepiece")  # fmt: skip
@@ -142,7 +140,7 @@ def merge(
         raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
     if quantize not in (None, *QUANTIZED):
         raise ShippingError(f"quantize={quantize!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
-    target = as_dtype(dtype)
+    target = None if dtype is None else as_dtype(dtype)
     if not isinstance(adapter, str | os.PathLike):
         options = {"base": base, "dtype": target, "verify": verify, "overwrite": overwrite, "force": force}
         from adapters_kit.merging.mixing import Mix
@@ -302,16 +300,6 @@ def _check_base(adapter: Adapter, source: Path, hashes: Mapping[str, str], force
     return [f"Forced onto another base than the recorded one: {line}." for line in found]
 
 
-def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A float dtype by its name or short name; None stays None."""
-    if dtype is None or dtype in _FLOATS.values():
-        return dtype
-    name = str(dtype).removeprefix("torch.")
-    if _SHORT.get(name, name) not in _FLOATS:
-        raise ShippingError(f"dtype={dtype!r}: choose one of {', '.join(_FLOATS)}.")
-    return _FLOATS[_SHORT.get(name, name)]
-
-
 def _config_changes(job: Job, raw: dict[str, Any]) -> dict[str, Any]:
     """Where the trained model's config differs from the base's, `raw`; a nested text config is changed in place."""
     old, new = job.attached.loaded, job.attached.bare.config
@@ -355,19 +343,3 @@ def _copy_files(base: Path, adapter: Path, stage: Path) -> None:
     for path in sorted(adapter.iterdir()):
         if path.is_file() and path.name.startswith(_PROCESSOR) and path.suffix not in WEIGHT_SUFFIXES:
             shutil.copyfile(path, stage / path.name)
-
-
-def write_manifest(folder: Path, about: dict[str, Any], hashes: Mapping[str, str] | None = None) -> None:
-    """`manifest.json`: size and sha256 of every file of the folder, and where they come from.
-
-    Args:
-        hashes: file name -> sha256, of files whose hash is known already.
-    """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    names = {str(path.relative_to(folder)): path for path in paths}
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": (hashes or {}).get(name) or file_sha256(path)}
-        for name, path in names.items()
-    }
-    manifest = {"made_by": f"adapters-kit {version('adapters-kit')}", **about, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

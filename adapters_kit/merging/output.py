@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.checkpoint import DTYPES, INDEX, NAMES, SINGLE, Checkpoint, build_header
+from adapters_kit.artifacts.checkpoint import INDEX, SINGLE, Checkpoint, build_header
+from adapters_kit.artifacts.dtypes import CODES, STORED
 from adapters_kit.errors import ShippingError
 
 
@@ -28,7 +29,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return torch.Size(self.shape).numel() * STORED[self.dtype].itemsize
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Layout:
 
 def cast_name(stored: str, dtype: torch.dtype | None) -> str:
     """The dtype name of a tensor stored as `stored` when the model is cast to `dtype` (integers keep theirs)."""
-    plain = DTYPES[stored].is_floating_point and DTYPES[stored].itemsize > 1
-    return NAMES[dtype] if dtype is not None and plain else stored
+    plain = STORED[stored].is_floating_point and STORED[stored].itemsize > 1
+    return CODES[dtype] if dtype is not None and plain else stored
 
 
 def lay_out(
@@ -83,7 +84,7 @@ def lay_out(
             files[stored.file.name].append(tensor)
     files = {file: tensors for file, tensors in files.items() if tensors}
     floats = [
-        tensor.dtype for tensors in files.values() for tensor in tensors if DTYPES[tensor.dtype].is_floating_point
+        tensor.dtype for tensors in files.values() for tensor in tensors if STORED[tensor.dtype].is_floating_point
     ]
     if not floats:
         raise ShippingError(f"No float tensors in {base.folder}: nothing to merge into.")

@@ -16,8 +16,10 @@ import torch
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
+from adapters_kit.artifacts.dtypes import FLOATS
+from adapters_kit.artifacts.factors import pairs, scale_of
+from adapters_kit.errors import ShippingError
 
-KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight$")
 # Options that do not change what is merged, or that are read here. Any other one has to be off.
 _FREE = {
     "peft_type", "peft_version", "auto_mapping", "task_type", "base_model_name_or_path", "revision", "inference_mode",
@@ -25,7 +27,7 @@ _FREE = {
     "qalora_group_size",
 }  # fmt: skip
 _OFF = (None, False, "none", [], {}, 0)
-_FLOATS = {"F32", "BF16", "F16"}
+_FLOATS = {one.stored for one in FLOATS}
 BLOCK = 1 << 17  # values; in float32, twice, they fit a core's second cache
 _SHORTEST = 32  # rows
 
@@ -113,10 +115,10 @@ def find_direct(adapter: Adapter, checkpoint: Checkpoint, config: dict[str, Any]
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
         return None
-    factors = _pairs(adapter, checkpoint, rank, _vocabulary(config))
+    factors = _factors(adapter, checkpoint, rank, _vocabulary(config))
     if factors is None or factors.keys() != _expected(raw.get("target_modules"), checkpoint):
         return None
-    return Direct(alpha / rank**0.5 if raw.get("use_rslora") else alpha / rank, factors)
+    return Direct(scale_of(alpha, rank, bool(raw.get("use_rslora"))), factors)
 
 
 def _same_class(adapter: Adapter, config: dict[str, Any]) -> bool:
@@ -147,25 +149,25 @@ def _vocabulary(config: dict[str, Any]) -> set[int]:
     return {part["vocab_size"] for part in [config, *nested] if isinstance(part.get("vocab_size"), int)}
 
 
-def _pairs(
+def _factors(
     adapter: Adapter, checkpoint: Checkpoint, rank: int, words: set[int]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in adapter.weights.items():
-        match = KEY.match(key)
-        if not match:
-            return None
-        sides.setdefault(match["path"], {})[match["side"]] = tensor
+    try:
+        found, rest = pairs(adapter.weights)
+    except ShippingError:
+        return None
+    if rest:
+        return None
     factors = {}
-    for path, found in sides.items():
+    for path, pair in found.items():
         name = f"{path}.weight"
         stored = checkpoint.tensors.get(name)
-        if found.keys() != {"A", "B"} or stored is None or stored.dtype not in _FLOATS or len(stored.shape) != 2:
+        if pair.embedding or stored is None or stored.dtype not in _FLOATS or len(stored.shape) != 2:
             return None
         rows, columns = stored.shape
-        if rows in words or found["A"].shape != (rank, columns) or found["B"].shape != (rows, rank):
+        if rows in words or pair.a.shape != (rank, columns) or pair.b.shape != (rows, rank):
             return None
-        factors[name] = found["A"], found["B"]
+        factors[name] = pair.a, pair.b
     return factors
 
 

@@ -15,7 +15,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.artifacts.adapter import read_json
-from adapters_kit.artifacts.checkpoint import INDEX, NAMES, Checkpoint, build_header, open_checkpoint
+from adapters_kit.artifacts.checkpoint import INDEX, Checkpoint, build_header, open_checkpoint
+from adapters_kit.artifacts.dtypes import CODES
 from adapters_kit.artifacts.staging import copy_range, write_at
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.job import Job
@@ -128,7 +129,7 @@ def _rewrite(
             parts = _quantized(job, merged, name, wanted[name], config, measured) if name in wanted else None
             for key, tensor in parts or [(name, merged.read(name))]:
                 tensor = tensor.contiguous()
-                table[key] = NAMES[tensor.dtype], tuple(tensor.shape)
+                table[key] = CODES[tensor.dtype], tuple(tensor.shape)
                 write_at(data, tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"", at)
                 at += tensor.nbytes
         header = build_header(table, merged.metadata[file])

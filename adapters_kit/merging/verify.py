@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
-from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
+from adapters_kit.artifacts.dtypes import STORED
+from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.deltas import Unit, empty_unit, fill_unit, tied_names
 from adapters_kit.merging.job import Job
@@ -29,7 +31,6 @@ from adapters_kit.merging.weightless import (
     read_parameter,
     trace,
 )
-from adapters_kit.quantization import Trimmer
 
 ROWS, TOKENS = 2, 16
 _TRIM = 1 << 26  # bytes of dropped weights after which memory goes back to the system
@@ -133,7 +134,7 @@ def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, torch
                 raise ShippingError(f"{name} was not written as it was computed. Nothing was written; check the disk.")
         for _, tensor in layout.tensors().values():
             if tensor.origin is not None:
-                expected = base.read(tensor.origin).to(DTYPES[tensor.dtype])
+                expected = base.read(tensor.origin).to(STORED[tensor.dtype])
                 stored = checkpoint.read(tensor.name)
                 if not torch.equal(stored.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8)):
                     raise ShippingError(f"{tensor.name} is not the base's. Nothing was written; check the disk.")

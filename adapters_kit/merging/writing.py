@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from adapters_kit.artifacts.adapter import is_finite, surely_fits
-from adapters_kit.artifacts.checkpoint import DTYPES, Checkpoint
+from adapters_kit.artifacts.checkpoint import Checkpoint
+from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.artifacts.staging import PIECE, copy_range, reserve, start_writing, write_at
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.output import Layout, Tensor, write_index
@@ -170,11 +171,11 @@ class _Put:
         return data
 
     def _make(self, name: str, shape: torch.Size) -> None:
-        size = shape.numel() * DTYPES[name].itemsize
+        size = shape.numel() * STORED[name].itemsize
         if self.memory.numel() < size:
             self.memory, self.made = torch.empty(size, dtype=torch.uint8), {}
         memory = self.memory[:size]
-        self.made[name, shape] = memory.view(DTYPES[name]).view(shape), memoryview(memory.numpy())
+        self.made[name, shape] = memory.view(STORED[name]).view(shape), memoryview(memory.numpy())
 
 
 def _blocks(value: torch.Tensor) -> Iterator[torch.Tensor]:

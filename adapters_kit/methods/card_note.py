@@ -3,8 +3,10 @@
 Without that package peft stops at the adapter's type with a bare KeyError, before any code of ours could explain it.
 """
 
-import re
 from pathlib import Path
+
+from adapters_kit.artifacts import card
+from adapters_kit.artifacts.files import write_text
 
 NOTE = """
 > **Loading this adapter** needs `adapters_kit` beside peft: `pip install adapters-kit`, then `import adapters_kit`
@@ -19,12 +21,6 @@ def add_note(folder: str | Path, kind: str) -> None:
         folder: where peft has saved the adapter.
         kind: peft's name for the adapter's type, e.g. "BOTTLENECK".
     """
-    card = Path(folder) / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else "---\nlibrary_name: peft\n---\n"
-    note = NOTE.format(kind=kind)
-    if note in text:
-        return
-    # The hub reads the metadata block only at the very start.
-    metadata = re.match(r"---\n.*?\n---\n", text, flags=re.DOTALL)
-    end = metadata.end() if metadata else 0
-    card.write_text(text[:end] + note + text[end:], encoding="utf-8")
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    write_text(path, card.with_note(text, NOTE.format(kind=kind)))

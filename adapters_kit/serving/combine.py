@@ -6,20 +6,20 @@ DoRA's magnitudes out. TIES and DARE trim the updates; peft's own arithmetic doe
 in float32, and the result is brought back to factors by the singular value decomposition, whose loss is reported.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from adapters_kit.artifacts.factors import Pair, best_factors, canonicalise, lower_rank, padded, pairs
+from adapters_kit.artifacts.files import write_json, write_tensors
+from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.merge import write_manifest
 from adapters_kit.merging.mixing import Mix
-from adapters_kit.serving.export import KEY, ExportReport, canonicalise
+from adapters_kit.serving.export import ExportReport
 
 
 def combine(
@@ -60,53 +60,55 @@ def combine(
     _check(read, factors)
     forms = [canonicalise(adapter) for adapter in read]
     config = dict(forms[0][0])
-    pairs = [_pairs(form[1]) for form in forms]
+    tables = [_linears(form[1]) for form in forms]
     target = rank or sum(form[0]["r"] for form in forms)
     generator = mix.generator()
     result: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
-    for path in sorted({path for table in pairs for path in table}):
-        found = [(table[path], factor) for table, factor in zip(pairs, factors, strict=True) if path in table]
-        (name_a, _), (name_b, _) = found[0][0]
-        stacked_a = torch.cat([a for ((_, a), _), _ in found])
-        stacked_b = torch.cat([b * factor for (_, (_, b)), factor in found], dim=1)
-        if method == "sum" and stacked_a.shape[0] <= target:
-            a, b = stacked_a, stacked_b
-        else:
-            update = stacked_b.double() @ stacked_a.double()
-            if method != "sum":
-                updates = [(b @ a) for ((_, a), (_, b)), _ in found]
-                update = mix(updates, [factor for _, factor in found], generator).double()
-            a, b, errors[path] = _factor(update, target)
-        missing = target - a.shape[0]
-        result[name_a] = torch.cat([a, a.new_zeros(missing, a.shape[1])]).contiguous()
-        result[name_b] = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1).contiguous()
+    paths = sorted({path for table in tables for path in table})
+    for path in paths:
+        found = [(table[path], factor) for table, factor in zip(tables, factors, strict=True) if path in table]
+        a, b, lost = _joined(found, mix, target, generator)
+        if lost is not None:
+            errors[path] = lost
+        first = found[0][0]
+        result[first.name_a], result[first.name_b] = padded(a, b, target)
     # Full paths: what one adapter means by "proj" may be more modules than another was trained on.
-    config |= {"r": target, "lora_alpha": target, "target_modules": sorted({p for table in pairs for p in table})}
+    config |= {"r": target, "lora_alpha": target, "target_modules": paths}
     config |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     with staged(Path(out), overwrite=overwrite) as stage:
-        (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(result, stage / WEIGHTS, {"format": "pt"})
-        os.chmod(stage / WEIGHTS, (stage / CONFIG).stat().st_mode & 0o777)
-        write_manifest(stage, {"adapters": [str(adapter.folder) for adapter in read], "base": str(read[0].base)})
+        write_json(stage / CONFIG, config, sort_keys=True)
+        write_tensors(stage / WEIGHTS, result)
+        names = [describe(adapter.folder) for adapter in read]
+        write_manifest(stage, {"adapters": names, "base": describe(read[0].base or "")})
     return ExportReport(Path(out), target, errors)
 
 
-Pair = tuple[tuple[str, torch.Tensor], tuple[str, torch.Tensor]]
+def _joined(
+    found: list[tuple[Pair, float]], mix: Mix, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """A (≤ rank, in) and B (out, ≤ rank) of one module, and what of the update they lose; None where nothing is."""
+    stacked_a = torch.cat([pair.a for pair, _ in found])  # (Σ r, in)
+    stacked_b = torch.cat([pair.b * factor for pair, factor in found], dim=1)  # (out, Σ r)
+    if mix.method != "sum":
+        update = mix([pair.b @ pair.a for pair, _ in found], [factor for _, factor in found], generator)
+        a, b, lost = best_factors(update, rank)
+        return a.float(), b.float(), lost
+    if stacked_a.shape[0] <= rank:
+        return stacked_a, stacked_b, None
+    return lower_rank(stacked_a, stacked_b, rank)
 
 
-def _pairs(tensors: dict[str, torch.Tensor]) -> dict[str, Pair]:
-    """path -> ((name, A), (name, B)); refuses what has no sum."""
-    sides: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
-    for name, tensor in tensors.items():
-        match = KEY.match(name)
-        if not match or "embedding_" in name:
-            raise ShippingError(
-                f"{name} is not a factor of a linear's update, so there is no sum for it. Merge one of the adapters "
-                "into the base first."
-            )
-        sides.setdefault(match["path"], {})[match["side"]] = (name, tensor)
-    return {path: (found["A"], found["B"]) for path, found in sides.items()}
+def _linears(tensors: dict[str, torch.Tensor]) -> dict[str, Pair]:
+    """The pairs of factors by path; refuses what has no sum."""
+    found, rest = pairs(tensors)
+    odd = [*rest, *(pair.name_a for pair in found.values() if pair.embedding)]
+    if odd:
+        raise ShippingError(
+            f"{odd[0]} is not a factor of a linear's update, so there is no sum for it. Merge one of the adapters "
+            "into the base first."
+        )
+    return found
 
 
 def _check(adapters: list[Adapter], factors: list[float]) -> None:
@@ -123,11 +125,3 @@ def _check(adapters: list[Adapter], factors: list[float]) -> None:
                 f"{first.folder} was trained on {first.base}, {other.folder} on {other.base}: the updates of two bases "
                 "do not add up."
             )
-
-
-def _factor(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best factors of that rank, and the share of the update that they miss."""
-    u, s, vh = torch.linalg.svd(update, full_matrices=False)
-    root = s[:rank].sqrt()
-    lost = (s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)).sqrt().item()
-    return (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float(), lost

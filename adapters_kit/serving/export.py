@@ -4,29 +4,21 @@ Servers read `adapter_config.json` differently: most take alpha / r as the scale
 patterns. The canonical form leaves them nothing to ignore: all scales folded into B, alpha = r, one rank for all.
 """
 
-import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 
-from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, Adapter, read_adapter, read_json
+from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, read_adapter
+from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.factors import canonicalise
+from adapters_kit.artifacts.files import write_json, write_tensors
+from adapters_kit.artifacts.manifest import MANIFEST, describe, write_manifest
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.merge import as_dtype, write_manifest
 from adapters_kit.serving.llama_cpp import write_gguf
-
-KEY = re.compile(
-    r"^base_model\.model\.(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$"
-)
-# Initialisations that moved a part of the base weights into the adapter: B A is not the whole update then.
-RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -95,7 +87,7 @@ def export(
 
         if canonical or rank is not None:
             raise ShippingError("format='kv-cache' is for a prefix, which has no rank and no canonical form.")
-        export_cache(Path(source), Path(out), base=base, dtype=as_dtype(dtype), overwrite=overwrite)
+        export_cache(Path(source), Path(out), base=base, dtype=as_dtype(dtype or "float32"), overwrite=overwrite)
         return ExportReport(Path(out))
     if format != "peft":
         raise ShippingError(f"format={format!r}: choose 'peft', 'gguf' or 'kv-cache'.")
@@ -103,14 +95,13 @@ def export(
         return _ship(Path(source), Path(out), overwrite)
     adapter = read_adapter(source)
     config, weights, errors = canonicalise(adapter, rank)
-    target = as_dtype(dtype) or torch.float32
-    weights = {name: tensor.to(target).contiguous() for name, tensor in weights.items()}
+    target = as_dtype(dtype or "float32")
+    weights = {name: tensor.to(target) for name, tensor in weights.items()}
     with staged(Path(out), overwrite=overwrite) as stage:
         _copy_side_files(adapter.folder, stage)
-        (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file(weights, stage / WEIGHTS, {"format": "pt"})
-        os.chmod(stage / WEIGHTS, (stage / CONFIG).stat().st_mode & 0o777)
-        write_manifest(stage, {"adapter": str(adapter.folder), "base": str(adapter.base)})
+        write_json(stage / CONFIG, config, sort_keys=True)
+        write_tensors(stage / WEIGHTS, weights)
+        write_manifest(stage, {"adapter": describe(adapter.folder), "base": describe(adapter.base or "")})
     return ExportReport(Path(out), config["r"], errors)
 
 
@@ -122,100 +113,13 @@ def _ship(source: Path, out: Path, overwrite: bool) -> ExportReport:
         for name in (CONFIG, WEIGHTS, PICKLE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, stage / name)
-        write_manifest(stage, {"adapter": str(source), "base": str(adapter.base)})
+        write_manifest(stage, {"adapter": describe(source), "base": describe(adapter.base or "")})
     return ExportReport(out)
 
 
 def _copy_side_files(source: Path, stage: Path) -> None:
     for path in sorted(source.iterdir()):
         training = path.name.startswith(("optimizer", "scheduler", "rng_state", "trainer_state", "training_args"))
-        ours = path.name in {CONFIG, WEIGHTS, PICKLE, "manifest.json"}
+        ours = path.name in {CONFIG, WEIGHTS, PICKLE, MANIFEST}
         if path.is_file() and not training and not ours and (path.name == RECORD or path.suffix != ".bin"):
             shutil.copyfile(path, stage / path.name)
-
-
-def canonicalise(
-    adapter: Adapter, rank: int | None = None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, float]]:
-    """The canonical form of a LoRA adapter.
-
-    Args:
-        rank: of the result; None takes the largest that the adapter has.
-
-    Returns:
-        The new `adapter_config.json`, the tensors in float32, and what re-ranking lost by module.
-    """
-    config = adapter.config
-    _check_foldable(adapter)
-    pairs: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in adapter.weights.items():
-        match = KEY.match(name)
-        if match:
-            pairs.setdefault(match["path"], {})[match["side"]] = (name, tensor.float())
-        elif ".lora_B.bias" not in name:
-            weights[name] = tensor
-    broken = [path for path, sides in pairs.items() if set(sides) != {"A", "B"}]
-    if broken:
-        raise ShippingError(f"{adapter.folder} has only one of lora_A and lora_B for {broken[0]!r}: it is incomplete.")
-    target = rank or max(sides["A"][1].shape[0] for sides in pairs.values())
-    errors = {}
-    for path, sides in pairs.items():
-        (name_a, a), (name_b, b) = sides["A"], sides["B"]
-        if a.ndim != 2 or b.ndim != 2:
-            raise ShippingError(f"{path} is a convolution, for which servers have no common form. {_instead(adapter)}")
-        if b.shape[-1] != a.shape[0]:
-            raise ShippingError(f"{path}: lora_A has rank {a.shape[0]}, lora_B {b.shape[-1]}.")
-        scale = scaling(config, path)
-        bias = name_b.removesuffix("weight") + "bias"
-        if bias in adapter.weights:
-            weights[bias] = adapter.weights[bias].float() * scale
-        b = b * scale
-        if a.shape[0] > target:
-            a, b, errors[path] = _lower_rank(a, b, target)
-        missing = target - a.shape[0]
-        weights[name_a] = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-        weights[name_b] = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-    raw = read_json(adapter.folder / CONFIG)
-    raw |= {"r": target, "lora_alpha": target, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    raw |= {"init_lora_weights": True, "lora_dropout": 0.0, "inference_mode": True}
-    if isinstance(raw.get("target_modules"), str):  # a regular expression, which not every server reads
-        raw["target_modules"] = sorted(pairs)
-    return raw, weights, errors
-
-
-def scaling(config: Any, path: str) -> float:
-    """What peft multiplies B A with, for the module at `path`."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
-    return alpha / r**0.5 if config.use_rslora else alpha / r
-
-
-def _lower_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of B A of a lower rank, from the factors alone (float64); and the share that is lost."""
-    qb, rb = torch.linalg.qr(b.double())
-    qa, ra = torch.linalg.qr(a.double().T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
-    root = s[:rank].sqrt()
-    lost = (s[rank:].square().sum() / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)).sqrt().item()
-    return (root[:, None] * (vh[:rank] @ qa.T)).float(), (qb @ (u[:, :rank] * root)).float(), lost
-
-
-def _instead(adapter: Adapter) -> str:
-    return f"Merge it instead: adapters-kit merge {adapter.folder} merged/"
-
-
-def _check_foldable(adapter: Adapter) -> None:
-    config, where = adapter.config, adapter.folder
-    instead = _instead(adapter)
-    if adapter.method != "lora":
-        raise ShippingError(f"{where} is a {adapter.method} adapter; only LoRA has a canonical form. {instead}")
-    if config.use_dora:
-        raise ShippingError(f"{where} uses DoRA, whose magnitudes do not fold into B. {instead}")
-    if getattr(config, "target_parameters", None):
-        raise ShippingError(f"{where} adapts fused experts, for which servers have no common form. {instead}")
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(RESIDUAL):
-        raise ShippingError(
-            f"{where} was initialised with {config.init_lora_weights!r}, so it does not sit on the original base. "
-            f"{instead}"
-        )

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
+from adapters_kit.artifacts.files import write_tensors, write_text
+from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import AdapterError, ShippingError
 from adapters_kit.loading import load
-from adapters_kit.merging.merge import write_manifest
 from adapters_kit.methods.prefix.config import PrefixConfig
 from adapters_kit.methods.prefix.peft_prefix import to_peft_prefix
 from adapters_kit.wrapping import wrap
@@ -59,7 +60,7 @@ With adapters_kit: `cache = ak.load_cache("this folder", model, batch_size=1)`.
 
 
 def export_cache(
-    source: Path, out: Path, *, base: str | os.PathLike | None, dtype: torch.dtype | None, overwrite: bool
+    source: Path, out: Path, *, base: str | os.PathLike | None, dtype: torch.dtype, overwrite: bool
 ) -> int:
     """Write the prefix of the adapter folder `source` as a cache. The base model is loaded for it, in float32.
 
@@ -85,16 +86,15 @@ def export_cache(
         tokens, layers = made.num_virtual_tokens, made.num_layers
         pairs = flat.view(tokens, layers, 2, made.num_attention_heads, -1).permute(1, 2, 3, 0, 4)
         parts = {
-            f"layers.{index}.{kind}": pair[side].to(dtype or torch.float32).contiguous()
+            f"layers.{index}.{kind}": pair[side].to(dtype)
             for index, pair in enumerate(pairs)
             for side, kind in enumerate(("key", "value"))
         }
-        about = {"format": "pt", "base": str(adapter.base or place), "num_virtual_tokens": str(tokens)}
-        save_file(parts, stage / FILE, about)
+        about = {"base": describe(adapter.base or place), "num_virtual_tokens": str(tokens)}
+        write_tensors(stage / FILE, parts, **about)
         card = _CARD.format(base=about["base"], tokens=tokens, last=tokens - 1, layers=layers, file=FILE)
-        (stage / "README.md").write_text(card, encoding="utf-8")
-        os.chmod(stage / FILE, (stage / "README.md").stat().st_mode & 0o777)
-        write_manifest(stage, {"adapter": str(source), "base": str(place)})
+        write_text(stage / "README.md", card)
+        write_manifest(stage, {"adapter": describe(source), "base": describe(place)})
     return tokens
 
 

@@ -14,22 +14,16 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, read_adapter
+from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
+from adapters_kit.artifacts.dtypes import GGUF, name_of
+from adapters_kit.artifacts.factors import canonicalise
+from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.source import locate
 from adapters_kit.artifacts.staging import explain
 from adapters_kit.errors import MissingPackageError, ShippingError
 
 ARCHIVE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-_TYPES = {
-    "float16": "f16",
-    "fp16": "f16",
-    "bfloat16": "bf16",
-    "bf16": "bf16",
-    "float32": "f32",
-    "fp32": "f32",
-    "q8_0": "q8_0",
-}
 
 
 def write_gguf(
@@ -53,9 +47,9 @@ def write_gguf(
         ShippingError: the converter refuses the model (its own words are repeated).
         MissingPackageError: the converters are not here and cannot be fetched.
     """
-    kind = _TYPES.get(str(dtype).removeprefix("torch."))
+    kind = GGUF.get(name_of(dtype))
     if kind is None:
-        raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(_TYPES)}.")
+        raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(GGUF)}.")
     out = Path(os.path.abspath(out))
     if out.exists() and not overwrite:
         raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
@@ -68,10 +62,11 @@ def write_gguf(
     try:
         made = work / "made.gguf"
         if (source / CONFIG).is_file():
-            from adapters_kit.serving.export import export
-
-            named = locate(base if base is not None else read_adapter(source).base or "")
-            export(source, work / "canonical", canonical=True)
+            adapter = read_adapter(source)
+            named = locate(base if base is not None else adapter.base or "")
+            config, weights, _ = canonicalise(adapter)
+            write_json(work / "canonical" / CONFIG, config)
+            write_tensors(work / "canonical" / WEIGHTS, weights)
             command = [folder / "convert_lora_to_gguf.py", work / "canonical", "--base", named]
         else:
             command = [folder / "convert_hf_to_gguf.py", source]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_json
+from adapters_kit.artifacts.factors import KEY, RESIDUAL
 from adapters_kit.artifacts.source import locate_here
 from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class
-from adapters_kit.serving.export import KEY, RESIDUAL
 
 VERSIONS = {
     "peft": "peft 0.21.2",

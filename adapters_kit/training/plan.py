@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.errors import RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
@@ -20,7 +21,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import IGNORED, Features, Task
 from adapters_kit.training.memory import Memory, step_bytes
-from adapters_kit.training.resolve import DTYPES, add_adapter, precision, prepare
+from adapters_kit.training.resolve import add_adapter, precision, prepare
 from adapters_kit.training.sampling import OrderedByEpoch
 
 GIB = 2**30

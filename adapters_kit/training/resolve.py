@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit import tasks
+from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.kernels.cross_entropy import chunked_loss
 from adapters_kit.loading import load, load_processor
 from adapters_kit.methods import find_method
@@ -19,8 +20,6 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.wrapping import wrap
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:

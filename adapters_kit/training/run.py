@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adapters_kit.artifacts.files import write_json as write_json  # re-exported: the run folder is written through here
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
@@ -58,21 +58,6 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-
-def write(path: Path, content: str) -> None:
-    """A text file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(content)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON, indented, complete or not at all."""
-    write(path, json.dumps(content, indent=2, ensure_ascii=False, default=float) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -250,7 +250,7 @@ def test_another_base_is_refused(pair):
 def test_loading_checks_the_base_too(pair):
     base, adapter, tmp = pair
     record_base(adapter, base)
-    assert gap(ak.wrap(load(base), adapter).eval(), peft.PeftModel.from_pretrained(load(base), adapter).eval()) < 1e-6
+    assert gap(ak.wrap(load(base), adapter).eval(), peft.PeftModel.from_pretrained(load(base), adapter).eval()) < 1e-5
     other = save_base("llama", tmp / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-3

@@ -1,0 +1,48 @@
+"""A model card in Markdown: the front matter that hubs read, a title, sections. All cards are written through here."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+_FRONT = re.compile(r"\A---\r?\n(?P<matter>.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+def render(metadata: Mapping[str, Any], title: str, sections: Sequence[tuple[str, str]], lead: str = "") -> str:
+    """A card.
+
+    Args:
+        metadata: of the front matter (`base_model`, `library_name`, `tags` …); entries that are None are left out.
+        title: the heading.
+        sections: (heading, Markdown); a section without text is left out, one without a heading follows on.
+        lead: the text under the title.
+    """
+    matter = {key: value for key, value in metadata.items() if value is not None}
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10_000)
+    parts = [f"---\n{front}---", f"# {title}", lead.strip()]
+    for heading, text in sections:
+        if text.strip():
+            parts += [f"## {heading}"] * bool(heading) + [text.strip("\n")]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    """A card's front matter, empty where there is none or it cannot be read, and its text."""
+    found = _FRONT.match(text)
+    if found is None:
+        return {}, text
+    try:
+        matter = yaml.safe_load(found["matter"])
+    except yaml.YAMLError:
+        matter = None
+    return matter if isinstance(matter, dict) else {}, text[found.end() :]
+
+
+def with_note(text: str, note: str) -> str:
+    """The card with a note on top of its text, once; hubs read the front matter only at the very start."""
+    if note in text:
+        return text
+    found = _FRONT.match(text)
+    end = found.end() if found else 0
+    return text[:end] + note + text[end:]
