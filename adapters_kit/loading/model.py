@@ -34,7 +34,6 @@ from adapters_kit.task_table import TASKS, labelled
 _log = logging.getLogger(__name__)
 
 
-
 def load(
     name: str | os.PathLike,
     task: str = "causal-lm",
