@@ -7,9 +7,48 @@ Names are imported when first used, so that `import adapters_kit` costs millisec
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from adapters_kit import peft_hook
 from adapters_kit.noise import quiet
+
+if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
+    from adapters_kit.anatomy import map_model as map_model
+    from adapters_kit.comparison import Comparison as Comparison
+    from adapters_kit.comparison import compare as compare
+    from adapters_kit.errors import AdapterError as AdapterError
+    from adapters_kit.inference import evaluate as evaluate
+    from adapters_kit.inference import predict as predict
+    from adapters_kit.inference import stream as stream
+    from adapters_kit.kernels.cross_entropy import chunked_loss as chunked_loss
+    from adapters_kit.kernels.fuse import fuse as fuse
+    from adapters_kit.kernels.fuse import unfuse as unfuse
+    from adapters_kit.loading import load as load
+    from adapters_kit.loading import load_processor as load_processor
+    from adapters_kit.merging.merge import MergeReport as MergeReport
+    from adapters_kit.merging.merge import merge as merge
+    from adapters_kit.methods import table as methods  # noqa: F401 - exported under this name
+    from adapters_kit.methods.bottleneck.model import BottleneckConfig as BottleneckConfig
+    from adapters_kit.methods.prefix.model import PrefixConfig as PrefixConfig
+    from adapters_kit.methods.prefix.model import eject as eject
+    from adapters_kit.methods.prefix.peft_prefix import from_peft_prefix as from_peft_prefix
+    from adapters_kit.methods.prefix.peft_prefix import to_peft_prefix as to_peft_prefix
+    from adapters_kit.methods.together.build import activate as activate
+    from adapters_kit.methods.together.build import fold as fold
+    from adapters_kit.methods.together.build import stack as stack
+    from adapters_kit.methods.together.config import CombinedConfig as CombinedConfig
+    from adapters_kit.recipe import Recipe as Recipe
+    from adapters_kit.serving.check import check as check
+    from adapters_kit.serving.combine import combine as combine
+    from adapters_kit.serving.export import export as export
+    from adapters_kit.serving.kv_cache import load_cache as load_cache
+    from adapters_kit.training.plan import Plan as Plan
+    from adapters_kit.training.plan import plan as plan
+    from adapters_kit.training.run import Run as Run
+    from adapters_kit.training.table import compare_runs as compare_runs
+    from adapters_kit.training.table import sweep as sweep
+    from adapters_kit.training.train import train as train
+    from adapters_kit.wrapping import wrap as wrap
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
@@ -56,7 +95,7 @@ __version__ = "0.1.0"
 quiet()
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         from adapters_kit.errors import did_you_mean
 

@@ -30,10 +30,14 @@ class RecipeError(AdapterError):
 
     Attributes:
         problems: one sentence each, in the order of the file.
+        paths: the key that each is about, outermost name first; empty where a problem is no key's.
     """
 
-    def __init__(self, problems: Sequence[str], source: str = "the recipe") -> None:
+    def __init__(
+        self, problems: Sequence[str], source: str = "the recipe", paths: Sequence[tuple[str, ...]] = ()
+    ) -> None:
         self.problems = list(problems)
+        self.paths = list(paths)
         count = len(self.problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{count} problem{'s' * (count != 1)} in {source}:\n{lines}")

@@ -205,7 +205,8 @@ class Recipe(BaseModel):
         except ValidationError as error:
             problems = _explain(error) + problems
         if problems:
-            raise RecipeError([f"{'.'.join(path)}: {text}" for path, text in problems])
+            texts = [f"{'.'.join(path)}: {text}" for path, text in problems]
+            raise RecipeError(texts, paths=[path for path, _ in problems])
 
     @classmethod
     def read(cls, path: str | Path | None, flags: Sequence[str] = ()) -> Recipe:
@@ -219,28 +220,26 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: every problem of the file and the flags, each with its line or flag.
         """
-        fields, places, problems = {}, {}, []
+        fields: dict[str, Any] = {}
+        places: dict[tuple[str, ...], Place] = {}
+        problems: list[tuple[Place, str]] = []
         if path is not None:
             path = Path(path)
             if not path.is_file():
                 near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
                 raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
             fields, places, problems = parse_yaml(path.read_text(encoding="utf-8"))
-        problems = [(place, text) for place, text in problems]
         problems += parse_flags(flags, fields, places, known_flags())
-        found = _cross_checks(fields)
-        recipe = None
         try:
-            recipe = cls.__new__(cls)
-            BaseModel.__init__(recipe, **fields)
-        except ValidationError as error:
-            found = _explain(error) + found
-        problems += [(_place(path_, places), f"{'.'.join(path_)}: {text}") for path_, text in found]
-        if problems:
-            problems.sort(key=lambda item: item[0].order)
-            where = f"the recipe {path}" if path is not None else "the flags"
-            raise RecipeError([f"{place.text}{': ' if place.text else ''}{text}" for place, text in problems], where)
-        return recipe
+            recipe = cls(**fields)
+            if not problems:
+                return recipe
+        except RecipeError as error:
+            found = zip(error.paths, error.problems, strict=True)
+            problems += [(_place(key, places), text) for key, text in found]
+        problems.sort(key=lambda item: item[0].order)
+        where = f"the recipe {path}" if path is not None else "the flags"
+        raise RecipeError([f"{place.text}{': ' if place.text else ''}{text}" for place, text in problems], where)
 
     def changed(self, **values: Any) -> Recipe:
         """A copy with some fields changed; a dotted name reaches inside.
@@ -269,7 +268,7 @@ def known_flags() -> dict[str, str]:
     found = {}
     for name, field in Recipe.model_fields.items():
         found[name] = field.description or ""
-        inner = {"data": DataSpec, "method": MethodSpec, "training": TrainingSpec}.get(name)
+        inner = _SECTIONS.get(name)
         for key, part in inner.model_fields.items() if inner else ():
             found[f"{name}.{key}"] = part.description or ""
     return found
@@ -301,7 +300,7 @@ def schema() -> dict[str, Any]:
     made = Recipe.model_json_schema()
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "adapters_kit recipe"
-    short = {
+    short: dict[str, list[dict[str, Any]]] = {
         "data": [{"type": "string"}],
         "method": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
@@ -312,6 +311,10 @@ def schema() -> dict[str, Any]:
 
 
 Problem = tuple[tuple[str, ...], str]  # dotted path, sentence
+
+
+# The mappings inside a recipe; "" is the recipe itself.
+_SECTIONS: dict[str, type[BaseModel]] = {"": Recipe, "data": DataSpec, "method": MethodSpec, "training": TrainingSpec}
 
 
 def _explain(error: ValidationError) -> list[Problem]:
@@ -344,9 +347,7 @@ def _choices(expected: str) -> list[str]:
 
 
 def _keys_at(path: tuple[str, ...]) -> list[str]:
-    if not path:
-        return list(Recipe.model_fields)
-    return list({"data": DataSpec, "training": TrainingSpec}[path[0]].model_fields)
+    return list(_SECTIONS[path[0] if path else ""].model_fields)
 
 
 def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
@@ -381,7 +382,7 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
             problems.append((("data", "columns", str(role)), text))
     for key in dict.fromkeys(key for other in TASKS.values() for key in other.keys) if row else ():
         section, _, last = key.rpartition(".")
-        default = {"": Recipe, "data": DataSpec, "training": TrainingSpec}[section].model_fields[last].default
+        default = _SECTIONS[section].model_fields[last].default
         given = (part(section) if section else fields).get(last, default)
         if given != default and task not in tasks_with(key):
             owners = " and ".join(tasks_with(key))

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def load_attribute(reference: str) -> Any:
 def _declared() -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {entry.name: entry.load for entry in entry_points(group=GROUP)}
     # Ours come last: another package cannot silently replace what "lora" means.
-    found.update({name: lambda reference=reference: load_attribute(reference) for name, reference in BUILTIN.items()})
+    found.update({name: partial(load_attribute, reference) for name, reference in BUILTIN.items()})
     return found
 
 
@@ -125,9 +125,10 @@ def peft_names() -> list[str]:
     source = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
     if source is None or not source.is_file():
         return []
-    enum = next(node for node in ast.parse(source.read_text()).body if getattr(node, "name", "") == "PeftType")
-    members = [node.targets[0].id for node in enum.body if isinstance(node, ast.Assign)]
-    return sorted(map(canonical, members))
+    classes = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    enum = next(node for node in classes if node.name == "PeftType")
+    members = [node.targets[0] for node in enum.body if isinstance(node, ast.Assign)]
+    return sorted(canonical(member.id) for member in members if isinstance(member, ast.Name))
 
 
 @cache

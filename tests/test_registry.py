@@ -1,26 +1,20 @@
 """Names, and methods that other packages add through the entry-point group."""
 
-import subprocess
 import sys
 
 import pytest
 
+import adapters_kit as ak
 from adapters_kit import registry
 from adapters_kit.errors import UnknownNameError, did_you_mean, nearest
+from tests.support import tiny
 
-PACKAGE = {
-    "pyproject.toml": """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "tiny-method"
-version = "1.0"
-[project.entry-points."adapters_kit.methods"]
-only-values = "tiny_method:ONLY_VALUES"
-broken = "tiny_method:NOT_A_METHOD"
-[tool.setuptools]
-py-modules = ["tiny_method"]
+# What pip leaves behind when it installs a package that declares two methods.
+INSTALLED = {
+    "tiny_method-1.0.dist-info/METADATA": "Metadata-Version: 2.4\nName: tiny-method\nVersion: 1.0\n",
+    "tiny_method-1.0.dist-info/entry_points.txt": """[adapters_kit.methods]
+only-values = tiny_method:ONLY_VALUES
+broken = tiny_method:NOT_A_METHOD
 """,
     "tiny_method.py": """
 from adapters_kit.registry import Method
@@ -32,29 +26,33 @@ NOT_A_METHOD = 3
 """,
 }
 
-USE = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import pytest, tiny
-import adapters_kit as ak
-model = ak.wrap(tiny.build("llama"), "only-values")
-print(sorted({name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}))
-with pytest.raises(ak.AdapterError, match=r"'broken'.*3, not to an adapters_kit.registry.Method"):
-    ak.wrap(tiny.build("llama"), "broken")
-"""
+
+@pytest.fixture
+def third_party(tmp_path, monkeypatch):
+    """An environment in which the package above is installed; what was looked up before is forgotten, and after."""
+    for name, text in INSTALLED.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    looked_up = [registry._declared, registry.get, registry.known_names]
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in looked_up:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    sys.modules.pop("tiny_method", None)
+    for function in looked_up:
+        function.cache_clear()
 
 
-def test_a_third_party_method_is_installed_and_used(tmp_path, request):
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    for name, text in PACKAGE.items():
-        (source / name).write_text(text)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*install, "--target", str(site), str(source)], check=True)
-    command = [sys.executable, "-c", USE, str(site), str(request.config.rootpath / "tests")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['v_proj']"
+def test_a_third_party_method_is_found_and_used(third_party):
+    model = ak.wrap(tiny.build("llama"), "only-values")
+    trained = {name.split(".")[-4] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"v_proj"}
+    assert "only-values" in registry.names()
+    recipe = ak.Recipe(model="m", task="causal-lm", data="d.jsonl", method={"name": "only-values", "r": 3})
+    assert recipe.method.label == "only-values"
+    with pytest.raises(ak.AdapterError, match=r"'broken'.*3, not to an adapters_kit.registry.Method"):
+        ak.wrap(tiny.build("llama"), "broken")
 
 
 def test_names_are_found_in_any_spelling_and_close_ones_offered():
