@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.comparison import plots
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
 from adapters_kit.recipe import Recipe
@@ -100,9 +101,9 @@ def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def write(out: Path, document: Mapping[str, Any]) -> list[str]:
     """comparison.json, the plots and report.md; returns where they are, for people."""
-    run_report.write_json(out / "comparison.json", document)
+    write_json(out / "comparison.json", document)
     pictures = plots.draw(document, out)
-    run_report.write(out / "report.md", markdown(document, [path.name for path in pictures]))
+    write_text(out / "report.md", markdown(document, [path.name for path in pictures]))
     return [f"Report: {out / 'report.md'}   figures: {out / 'comparison.json'}"]
 
 

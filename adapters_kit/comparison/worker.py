@@ -21,9 +21,9 @@ from typing import Any
 
 from transformers.utils import logging
 
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.comparison.cell import Cell, run_cell
 from adapters_kit.errors import AdapterError, TrainingError
-from adapters_kit.training.run import write_json
 
 
 @contextmanager

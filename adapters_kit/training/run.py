@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from adapters_kit.artifacts.files import write_json as write_json  # re-exported: the run folder is written through here
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit import tasks
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
-from adapters_kit.training import run as report
 from adapters_kit.training.run import Run
 from adapters_kit.training.train import flat, train
 
@@ -93,7 +93,7 @@ def sweep(
             train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
     runs = list(recipes)
     table = compare_runs(runs) if len(runs) > 1 else [{"run": str(runs[0]), **Run.open(runs[0]).metrics}]
-    report.write_json(out / "sweep.json", table)
+    write_json(out / "sweep.json", table)
     return table
 
 

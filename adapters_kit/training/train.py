@@ -15,6 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from torch import nn
 
+from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import fuse_report
@@ -87,9 +88,9 @@ def train(
     if PartialState().is_main_process:
         if overwrite and out.exists():
             shutil.rmtree(out)
-        report.write(out / "recipe.yaml", recipe.to_yaml())
+        write_text(out / "recipe.yaml", recipe.to_yaml())
         kernels = {"fused_layers": len(fused.fused), "plain_layers": fused.plain}
-        report.write_json(out / "environment.json", {**report.environment(), **kernels})
+        write_json(out / "environment.json", {**report.environment(), **kernels})
     PartialState().wait_for_everyone()
 
     trainer, seconds = _fit(model, task, recipe, train_features, test_features, processor, out, resume, console)
@@ -120,14 +121,14 @@ def train(
         if pictures.available():
             pictures.curves(Run(out, metrics, recipe).history(), base, task.metric, out / "curves.png")
         _write_confusion(out, task, base_results, results, test_features)
-        report.write(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+        write_text(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         card = report.card(recipe, metrics, task.metric, samples, layers)
-        report.write(out / "README.md", card)
-        report.write(out / "adapter" / "README.md", card)
-        report.write(out / "adapter" / "recipe.yaml", recipe.to_yaml())
+        write_text(out / "README.md", card)
+        write_text(out / "adapter" / "README.md", card)
+        write_text(out / "adapter" / "recipe.yaml", recipe.to_yaml())
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         # Last of all: a folder with metrics.json is a finished run.
-        report.write_json(out / "metrics.json", metrics)
+        write_json(out / "metrics.json", metrics)
     PartialState().wait_for_everyone()
     return Run(out, metrics, recipe)
 
@@ -140,7 +141,7 @@ def _write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], f
     before, after = (
         confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
     )
-    report.write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
+    write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
     if pictures.available():
         pictures.confusion(before, after, task.labels, out / "confusion.png")
 
@@ -181,7 +182,7 @@ def _fit(
         if PartialState().is_main_process:
             # Checkpoints of another batch size count other steps.
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-            report.write(out / "recipe.yaml", recipe.to_yaml())
+            write_text(out / "recipe.yaml", recipe.to_yaml())
         del trainer
         with torch.no_grad():
             for name, parameter in model.named_parameters():
