@@ -7,6 +7,8 @@ AdapterError (ValueError)
 ├── ModelError           the base model: missing weights, wrong shapes, a part that is not there
 ├── TrainingError        a run that had to stop: a loss that is not a number, no memory left
 ├── ShippingError        merging, exporting, checkpoint files
+├── WriteError           a place that cannot be written: no space, no permission, another process at work
+│                        (also a TrainingError and a ShippingError: both write)
 └── MissingPackageError  an optional package (also an ImportError)
 
 Every message says what was wrong (the user's own words repeated), where, and how to put it right.
@@ -57,6 +59,10 @@ class TrainingError(AdapterError):
 
 class ShippingError(AdapterError):
     """A checkpoint cannot be read, merged, verified or exported."""
+
+
+class WriteError(TrainingError, ShippingError):
+    """An output folder or file cannot be written: no space, no permission, or another process writes there."""
 
 
 class MissingPackageError(AdapterError, ImportError):

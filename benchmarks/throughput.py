@@ -45,10 +45,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from adapters_kit.artifacts.dtypes import DTYPES
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.loop import AdapterTrainer
 from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare
-from adapters_kit.training.run import write_json
 
 CONTESTANTS = ("peft fp32", "peft bf16", "ours fp32", "ours bf16")
 

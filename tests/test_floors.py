@@ -22,6 +22,7 @@ FLOORS = {
     "names": 0,
     "task_table": 0,
     "noise": 0,
+    "system": 0,
     "anatomy": 1,
     "peft_plugin": 1,
     "peft_hook": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from rich.console import Console
 from torch import nn
 
+from adapters_kit import system
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.merging.merge import merge
@@ -194,8 +194,4 @@ def _resident() -> int:
     """Bytes that this process holds before its work: what peak memory is counted from."""
     if torch.cuda.is_available():
         return 0
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
-    except OSError:
-        return peak_memory()
+    return system.resident_memory()

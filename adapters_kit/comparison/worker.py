@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.comparison.cell import Cell, run_cell
 from adapters_kit.errors import AdapterError, TrainingError
@@ -59,20 +59,17 @@ def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, An
                     "The process that runs the comparison's cells has died. Start the comparison again."
                 )
         if kept.is_file():
-            return json.loads(kept.read_text())["result"]
+            return json.loads(kept.read_text(encoding="utf-8"))["result"]
         if not error.is_file():
             return {"error": "its process was killed, most likely because memory ran out"}
-        return json.loads(error.read_text())
+        return json.loads(error.read_text(encoding="utf-8"))
 
     try:
         yield run
     finally:
         if process is not None:
             process.stdin.close()
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGTERM)
-            else:
-                process.terminate()
+            system.stop_group(process.pid)
             process.wait()
 
 
@@ -94,7 +91,7 @@ def serve() -> None:
     logging.set_verbosity_error()  # fresh heads are reported for every model
     for line in sys.stdin:
         job = json.loads(line)
-        if hasattr(os, "fork"):
+        if system.FORKS:
             child = os.fork()
             if child == 0:
                 os.dup2(2, 1)  # what a library prints must not be taken for the worker's answer

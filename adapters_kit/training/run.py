@@ -52,11 +52,13 @@ class Run:
             raise TrainingError(
                 f"{path} is {'a run that has not finished: go on with resume=True' if started else 'no run folder'}."
             )
-        return cls(path, json.loads((path / "metrics.json").read_text()), Recipe.read(path / "recipe.yaml"))
+        return cls(
+            path, json.loads((path / "metrics.json").read_text(encoding="utf-8")), Recipe.read(path / "recipe.yaml")
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def environment() -> dict[str, Any]:

@@ -210,7 +210,9 @@ def last_checkpoint(out: Path) -> str | None:
     found = []
     for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
         try:
-            found.append((json.loads((folder / "trainer_state.json").read_text())["global_step"], str(folder)))
+            found.append(
+                (json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], str(folder))
+            )
         except (OSError, ValueError, KeyError):
             continue
     return max(found)[1] if found else None
