@@ -69,9 +69,40 @@ class MissingPackageError(AdapterError, ImportError):
     """A package that only some features need is absent or too old."""
 
 
+# What other libraries call the things that we have, where spelling alone leads to something else ("rank_pattern").
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "rank": ("r", "method.r", "reduction_factor"),
+    "alpha": ("lora_alpha", "method.lora_alpha"),
+    "dropout": ("lora_dropout", "dropout"),
+    "targets": ("target_modules",),
+    "lr": ("learning_rate", "training.learning_rate", "--learning-rates"),
+    "num_train_epochs": ("epochs", "training.epochs"),
+    "num_epochs": ("epochs", "training.epochs"),
+    "per_device_train_batch_size": ("batch_size", "training.batch_size"),
+    "per_device_eval_batch_size": ("eval_batch_size", "training.eval_batch_size"),
+    "gradient_accumulation_steps": ("gradient_accumulation", "training.gradient_accumulation"),
+    "cutoff_len": ("max_length", "training.max_length"),
+    "max_seq_length": ("max_length", "training.max_length"),
+    "bf16": ("precision", "training.precision"),
+    "fp16": ("precision", "training.precision"),
+    "load_in_4bit": ("quantize",),
+    "load_in_8bit": ("quantize",),
+    "report_to": ("log_to", "training.log_to"),
+    "dataset": ("data",),
+    "base_model": ("model",),
+    "model_name_or_path": ("model",),
+    "output": ("out", "--out"),
+    "output_dir": ("out", "--out"),
+}
+
+
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """The known names closest in spelling to `name`, best first."""
+    """The known names that `name` may stand for, best first: what other libraries call them, then close spellings."""
     by_lower = {candidate.lower(): candidate for candidate in known}
+    bare = name.lower().lstrip("-").replace("-", "_")
+    meant = [by_lower[other] for other in _ELSEWHERE.get(bare.rpartition(".")[2], ()) if other in by_lower]
+    if meant:
+        return meant[:1]
     found = difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=0.5)
     return [by_lower[key] for key in found]
 

@@ -29,6 +29,9 @@ from adapters_kit.errors import RecipeError, did_you_mean, nearest
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 from adapters_kit.task_table import TASKS, tasks_with
 
+# Files of rows, which are no recipes.
+DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md")
+
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
@@ -160,7 +163,7 @@ class TrainingSpec(BaseModel):
     """Out of memory: halve `batch_size`, double `gradient_accumulation`, and start again."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between two lines of `metrics.jsonl`."""
-    log_to: list[Literal["tensorboard", "trackio", "wandb"]] = Field(default_factory=list)
+    log_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default_factory=list)
     """Trackers that receive the metrics too."""
     samples: int = Field(8, ge=0)
     """Held-out examples whose predictions, base beside tuned, are written to `samples.jsonl`."""
@@ -228,6 +231,15 @@ class Recipe(BaseModel):
             if not path.is_file():
                 near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
                 raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
+            if path.suffix.lower() in DATA_SUFFIXES:
+                raise RecipeError(
+                    [
+                        f"{path} is data, not a recipe. Say what to learn from it and with which model: "
+                        f"adapters-kit train {path} --task TASK --model MODEL, TASK being one of {', '.join(TASKS)}; or "
+                        f"let adapters-kit init {path} write a recipe."
+                    ],
+                    source=f"the recipe {path}",
+                )
             fields, places, problems = parse_yaml(path.read_text(encoding="utf-8"))
         problems += parse_flags(flags, fields, places, known_flags())
         try:
@@ -328,13 +340,21 @@ def _explain(error: ValidationError) -> list[Problem]:
             where = f" in {'.'.join(path[:-1])!r}" if path[1:] else ""
             problems.append((path, f"there is no key {path[-1]!r}{where}. {did_you_mean(path[-1], siblings)}"))
         elif item["type"] == "missing":
-            problems.append((path, "is missing and has no default."))
+            problems.append((path, f"is missing{_MISSING.get('.'.join(path), ' and has no default')}."))
         elif item["type"] in ("literal_error", "unknown_task"):
             choices = _choices(item["ctx"]["expected"]) if item["type"] == "literal_error" else list(TASKS)
             problems.append((path, f"{given!r} is not one of {', '.join(choices)}. {_near(str(given), choices)}"))
         else:
             problems.append((path, f"{given!r} does not fit: {item['msg'][:1].lower() + item['msg'][1:]}."))
     return problems
+
+
+_MISSING = {
+    "task": f"; it is one of {', '.join(TASKS)}",
+    "model": "; it is a folder, a hub id or a .gguf file",
+    "data": "; it is a CSV, TSV, JSON, JSONL, Parquet or text file, a folder or a hub id",
+    "data.train": "; it is a CSV, TSV, JSON, JSONL, Parquet or text file, a folder or a hub id",
+}
 
 
 def _near(given: str, choices: list[str]) -> str:

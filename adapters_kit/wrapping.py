@@ -59,6 +59,11 @@ def wrap(
         ShippingError: the model's files are not those that the saved adapter was trained on. (peft's own
             `from_pretrained` does not compare them.)
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"wrap() takes a model; this is {model!r} ({type(model).__name__}). Load it first: "
+            f"ak.wrap(ak.load({str(model) if isinstance(model, Path) else model!r}, task=...), {method!r})"
+        )
     if recompute not in (None, "cheap"):
         raise UnknownNameError(f"recompute={recompute!r} is unknown; it is None or 'cheap'.")
     wrapped = isinstance(model, PeftModel)

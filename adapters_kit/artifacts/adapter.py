@@ -54,6 +54,13 @@ class Adapter:
         return str(self.raw.get("peft_type")).lower()
 
 
+def adapter_folder(folder: Path | str) -> Path:
+    """The adapter in a folder: the folder itself, or `adapter` inside it where it is a run folder."""
+    folder = Path(folder)
+    inside = folder / "adapter"
+    return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `ShippingError` that names the file."""
     try:
@@ -77,7 +84,7 @@ def read_config(folder: Path) -> Any:
 
     from adapters_kit.peft_plugin import peft_methods
 
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     kind = _read_raw(folder).get("peft_type")
     if str(kind).lower() not in peft_methods():
         _register_ours()
@@ -114,7 +121,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ShippingError: no weights, damaged weights, a pickle that would run code, NaN or infinite values.
     """
-    folder = Path(folder)
+    folder = adapter_folder(folder)
     if (folder / WEIGHTS).is_file():
         with open_file(folder / WEIGHTS) as file:
             weights = {name: file.read(name) for name in file.tensors}
@@ -174,8 +181,12 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def open_adapter(folder: Path | str) -> Adapter:
-    """Everything an adapter folder says, its config not looked into yet; see `read_weights` for what is refused."""
-    folder = Path(folder)
+    """Everything an adapter folder says, its config not looked into yet; see `read_weights` for what is refused.
+
+    Args:
+        folder: an adapter folder, or a run folder with one inside.
+    """
+    folder = adapter_folder(folder)
     raw = _read_raw(folder)
     if str(raw.get("peft_type")).lower() != "lora":
         read_config(folder)  # an unknown method is told before anything about its weights

@@ -24,6 +24,7 @@ from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration
+from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.resolve import base_dropout, learning_rate
 from adapters_kit.wrapping import build_config
 
@@ -69,7 +70,7 @@ class Comparison:
 
 
 def compare(
-    recipe: Recipe,
+    recipe: Given,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = METHODS,
     seeds: int | Sequence[int] = 3,
     *,
@@ -92,7 +93,7 @@ def compare(
     interrupted comparison goes on where it stopped, and one with another method or seed trains only what is new.
 
     Args:
-        recipe: model, data, task and budget. Its method's options hold for that method.
+        recipe: model, data, task and budget; as for `train` a `Recipe`, a YAML file or a dict. Its method's options hold for that method.
         methods: names ("full" is full fine-tuning, "lora+prefix" trains both as one adapter), or label to changes of
             the recipe: {"lora r=4": {"method": {"name": "lora", "r": 4}}, "lora nf4": {"quantize": "nf4"}}.
         seeds: a number of seeds (0, 1, 2 …), or the seeds.
@@ -110,6 +111,7 @@ def compare(
         TrainingError: none of the cells gave a result.
     """
     out, begun = Path(out), time.monotonic()
+    recipe = recipe_from(recipe, out / "data")
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError([f"seeds={seeds}: give at least one seed, each once."])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_adapter, read_json
+from adapters_kit.artifacts.adapter import CONFIG, Adapter, adapter_folder, read_adapter, read_json
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.serving.rules import RULES, VERSIONS, Problem, missing_base, model_problems
@@ -42,7 +42,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     """Whether an adapter or a merged model loads in `target`, and computes there what it should.
 
     Args:
-        folder: an adapter folder, or a model folder.
+        folder: an adapter folder, a run folder or a model folder.
         target: "peft", "transformers", "vllm", "sglang", "llama.cpp" or "ollama".
         max_lora_rank: for vLLM, the value of its option of that name (its default is 16).
 
@@ -55,7 +55,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     """
     if target not in VERSIONS:
         raise UnknownNameError(f"Unknown target {target!r}. {did_you_mean(target, VERSIONS)}")
-    path = Path(folder)
+    path = adapter_folder(folder)
     report = CheckReport(path, target)
     if not (path / CONFIG).is_file():
         if not (path / "config.json").is_file():

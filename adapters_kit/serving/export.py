@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, read_adapter
+from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, adapter_folder, read_adapter
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
@@ -60,7 +60,7 @@ def export(
     """Write an adapter or a merged model in the form that a server takes.
 
     Args:
-        source: an adapter folder; for GGUF also a model folder.
+        source: an adapter folder or a run folder; for GGUF also a model folder.
         out: the folder to write, for GGUF the file.
         format: "peft": an adapter folder. "gguf": a file for llama.cpp and Ollama. "kv-cache": a prefix as the cache
             that plain transformers starts from (see `load_cache`), for decoders where that is exact.
@@ -78,6 +78,7 @@ def export(
     Raises:
         ShippingError: the adapter is broken or has no canonical form; the message says what to do instead.
     """
+    source = adapter_folder(source)
     if format == "gguf":
         return ExportReport(
             write_gguf(Path(source), Path(out), dtype=dtype or "float16", base=base, overwrite=overwrite)

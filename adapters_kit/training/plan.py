@@ -20,6 +20,7 @@ from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import IGNORED, Features, Task
+from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.memory import Memory, step_bytes
 from adapters_kit.training.resolve import add_adapter, precision, prepare
 from adapters_kit.training.sampling import OrderedByEpoch
@@ -91,12 +92,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(recipe: Recipe, gpu: str | int | None = None) -> Plan:
+def plan(recipe: Given, gpu: str | int | None = None) -> Plan:
     """Reads the data, the tokenizer and the model's config, no weights.
 
     Args:
+        recipe: as for `train`: a `Recipe`, the path of its YAML file, or a dict of its keys.
         gpu: the card's memory, "24GB" or bytes; by default the first GPU of this machine, if there is one.
     """
+    recipe = recipe_from(recipe)
     card = parse_size(gpu) if gpu is not None else _this_card()
     task, splits = prepare(recipe)
     bare = skeleton(recipe.model, recipe.task, labels=task.labels if TASKS[recipe.task].labelled else None)

@@ -19,6 +19,7 @@ from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
+from adapters_kit.training.given import rows_from
 from adapters_kit.wrapping import wrap
 
 
@@ -150,6 +151,7 @@ def filled_in(recipe: Recipe, task: Task) -> Recipe:
     return recipe.changed(
         **{
             "labels": task.labels,
+            **({"problem": getattr(task, "problem", None)} if recipe.task == "text-classification" else {}),
             "data.columns": task.columns,
             "training.learning_rate": learning_rate(recipe),
             "training.precision": precision(recipe),
@@ -160,9 +162,6 @@ def filled_in(recipe: Recipe, task: Task) -> Recipe:
 
 
 def rows_of(source: Any) -> Dataset:
-    """Rows for evaluation or prediction: a path, a hub id, one dict of columns, a list of dicts, or a Dataset."""
-    if isinstance(source, Dataset):
-        return source
-    if isinstance(source, str | Path):
-        return data.read_rows(source)
-    return Dataset.from_list([source] if isinstance(source, dict) else list(source))
+    """Rows for evaluation or prediction: a path, a hub id, or rows in memory (see `rows_from`)."""
+    rows = rows_from(source)
+    return data.read_rows(source) if rows is None else rows

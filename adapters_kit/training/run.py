@@ -34,6 +34,10 @@ class Run:
     metrics: dict[str, Any]
     recipe: Recipe
 
+    def __fspath__(self) -> str:
+        """A run is taken wherever the path of its folder is: `ak.merge(run, "merged")`."""
+        return str(self.path)
+
     @property
     def adapter(self) -> Path:
         """The trained adapter, in peft's format, with the tokenizer and the recipe beside it."""

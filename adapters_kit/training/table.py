@@ -11,6 +11,7 @@ from adapters_kit import tasks
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
+from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.run import Run
 from adapters_kit.training.train import flat, train
 
@@ -61,7 +62,7 @@ def metric_of(run: Run) -> str:
 
 
 def sweep(
-    recipe: Recipe,
+    recipe: Given,
     out: str | Path,
     *,
     learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
@@ -81,6 +82,7 @@ def sweep(
         TrainingError: a run that is there was made with another recipe.
     """
     out = Path(out)
+    recipe = recipe_from(recipe, out / "data")
     recipes = {}
     for rate, rank in product(learning_rates, ranks or [None]):
         name = f"lr{rate:g}" + ("" if rank is None else f"-r{rank}")
@@ -98,7 +100,7 @@ def sweep(
 
 
 # What `train` fills in when the recipe leaves it open, and what `auto_batch` may change.
-_FOUND_OUT = ("labels", "data.columns", "training.precision", "training.max_length")
+_FOUND_OUT = ("labels", "problem", "data.columns", "training.precision", "training.max_length")
 _BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
 
 

@@ -25,19 +25,22 @@ from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import pictures
 from adapters_kit.training import run as report
 from adapters_kit.training.callbacks import peak_memory
+from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.loop import CHECKPOINTS, AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare, processes
 from adapters_kit.training.run import Run
 
 
 def train(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
+    recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
 ) -> Run:
     """Trains what the recipe describes and writes the run folder.
 
     The base model is scored on the held-out data before training, the adapter after it.
 
     Args:
+        recipe: a `Recipe`, the path of its YAML file, or a dict of its keys. In a dict, `data` may be rows in memory: a
+            frame, a `datasets.Dataset`, a list of dicts; they are written to `data/HASH.parquet` beside the run folder.
         out: the run folder, made here.
         resume: go on from the last checkpoint in `out`; the run ends as if it had never stopped. Starts from the
             beginning if there is no checkpoint yet.
@@ -49,6 +52,7 @@ def train(
         TrainingError: a loss that is not finite, no memory left, or a folder that holds another run.
     """
     out = Path(out)
+    recipe = recipe_from(recipe, out.parent / "data")
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
     _check_folder(out, resume, overwrite)

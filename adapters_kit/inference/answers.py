@@ -1,0 +1,154 @@
+"""evaluate(), predict() and stream(): a run, an adapter or a plain model on new rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from adapters_kit import tasks
+from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.inference.subject import NO_DATA, Subject, describe, load_subject, make_task
+from adapters_kit.loading import load_processor
+from adapters_kit.recipe import DATA_SUFFIXES, Recipe
+from adapters_kit.tasks.base import Task
+from adapters_kit.training.resolve import prepare, rows_of
+
+Name = str | os.PathLike[str]
+
+
+def evaluate(
+    name: Name, data_source: Any = None, *, batch_size: int | None = None, **recipe_keys: Any
+) -> dict[str, float]:
+    """The metrics of a run, an adapter or a model on `data_source`.
+
+    Args:
+        name: a run (its folder, or what `train` returned), an adapter folder, or a model: a folder, a .gguf file or a hub
+            id. A model saved with the head of a task is known by it; others need `task=`.
+        data_source: a path, a hub id, a list of dicts, a frame or a Dataset; by default the held-out part of the run's own
+            data.
+        batch_size: examples in a forward pass.
+        **recipe_keys: recipe fields that the name does not tell: task, labels, data columns as {"data.columns": {...}}.
+
+    Raises:
+        ModelError, UnknownNameError: nothing of that name, or a task that cannot be told.
+        DataError: rows that the task cannot read.
+    """
+    recipe, adapter = describe(name, **recipe_keys)
+    if data_source is None:
+        if recipe.data.train == NO_DATA:
+            raise DataError(f"{os.fspath(name)} does not say which data it is for: give data=FILE.")
+        task, splits = prepare(recipe)
+        rows = splits.test
+    else:
+        rows = rows_of(data_source)
+        task = make_task(recipe, rows, answers=True)
+        task.fit(rows, None)
+        if recipe.labels:
+            task.labels = list(recipe.labels)
+    assert rows is not None
+    subject = load_subject(recipe, task, adapter, trained=False)
+    features = task.encode(rows)
+    results = task.run(subject.model, features, batch_size or 2 * recipe.training.batch_size)
+    return {**task.score(results, features), "examples": len(rows)}
+
+
+def predict(
+    name: Name, data_source: Any, *, batch_size: int | None = None, **recipe_keys: Any
+) -> list[dict[str, Any]]:
+    """One answer for each row; the target columns may be absent.
+
+    Example:
+        >>> ak.predict("runs/x", "what a film")  # doctest: +SKIP
+        >>> ak.predict("runs/x", ["what a film", "oh dear"])  # doctest: +SKIP
+        >>> ak.predict("runs/x", pandas.read_csv("new.csv"))  # doctest: +SKIP
+
+    Args:
+        name, batch_size, **recipe_keys: as for `evaluate`.
+        data_source: one text or a list of texts, where the task reads one text; a path; a hub id with its owner
+            ("owner/name"); a list of dicts, a frame or a Dataset. A text that is the name of a file here is that file.
+
+    Raises:
+        ModelError: as for `evaluate`; and a plain model that has no trained head for the task.
+    """
+    recipe, adapter = describe(name, **recipe_keys)
+    subject, rows = _prepared(recipe, adapter, data_source)
+    return subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
+
+
+def stream(name: Name, prompts: str | Sequence[str], **recipe_keys: Any) -> Iterator[Iterator[str]]:
+    """Answers while they are being written: one iterator a prompt, over pieces of its text. Read one before the next.
+
+    Example:
+        >>> for answer in ak.stream("runs/x", ["Tell me about otters."], max_new_tokens=64):  # doctest: +SKIP
+        ...     for piece in answer:
+        ...         print(piece, end="", flush=True)
+
+    Args:
+        name, **recipe_keys: as for `predict`.
+
+    Raises:
+        DataError: the task does not generate text; before the model is loaded.
+    """
+    recipe, adapter = describe(name, **recipe_keys)
+    if not tasks.get(recipe.task).generates:
+        raise DataError(f"{os.fspath(name)} is for {recipe.task}, which writes no text to stream: use predict.")
+    subject, rows = _prepared(recipe, adapter, [prompts] if isinstance(prompts, str) else list(prompts))
+    return (subject.task.stream(subject.model, row) for row in rows)
+
+
+def generates(name: Name, **recipe_keys: Any) -> bool:
+    """Whether the answers of a run, an adapter or a model are text that it writes, so that `stream` works."""
+    return tasks.get(describe(name, **recipe_keys)[0].task).generates
+
+
+def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[Subject, Dataset]:
+    """The subject and the rows that it is asked about, whatever they were given as."""
+    if isinstance(data_source, str) and not _names_data(data_source):
+        data_source = [data_source]
+    if isinstance(data_source, list | tuple) and data_source and all(isinstance(item, str) for item in data_source):
+        data_source = [text_row(recipe, text, adapter) for text in data_source]
+    rows = rows_of(data_source)
+    task = make_task(recipe, rows, answers=False)
+    return load_subject(recipe, task, adapter), rows
+
+
+def _names_data(text: str) -> bool:
+    """Whether a string given as data is a file or a hub id rather than a text.
+
+    Raises:
+        DataError: it is spelt like a file, and there is none.
+    """
+    one_word = text.strip() and not any(space in text for space in " \n\t") and len(text) < 1000
+    if not one_word:
+        return False
+    path = Path(text).expanduser()
+    if path.exists():
+        return True
+    if path.suffix.lower() in DATA_SUFFIXES or text.startswith(("./", "../", "/", "~")):
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"No data file {text!r}. {did_you_mean(path.name, beside)}")
+    owner, slash, rest = text.partition("/")
+    return bool(slash and owner and rest) and "/" not in rest
+
+
+def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
+    """A row with one text in it, for a task that reads one.
+
+    An instruct model is asked through its template, unless it was trained here on plain text.
+    """
+    kind: type[Task] = tasks.get(recipe.task)
+    columns = recipe.data.columns
+    if "messages" in columns:
+        return {columns["messages"]: [{"role": "user", "content": text}]}
+    if not columns and recipe.task == "causal-lm" and getattr(load_processor(recipe.model), "chat_template", None):
+        return {"prompt": text}
+    role = next((role for role in ("prompt", "text", "source", "image") if role in columns), kind.needs[-1][0])
+    if role not in ("prompt", "text", "source", "image"):
+        wanted = [name for name in kind.needs[-1] if name not in kind.targets]
+        shown = ", ".join(f"{name!r}: …" for name in wanted)
+        raise DataError(f"{recipe.task} reads {' and '.join(wanted)}, not one text: give rows, {{{shown}}}, or a file.")
+    return {columns.get(role, role): text}

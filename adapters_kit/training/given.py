@@ -1,0 +1,143 @@
+"""What a caller may hand over in place of a file: rows as a frame, a table, lists or a `Dataset`; a recipe as a mapping.
+
+A recipe names files, so that it can be written down and run again. Rows that are given in memory are therefore written
+once, as Parquet under the sha256 of their content, and the recipe names that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict
+
+from adapters_kit.errors import DataError
+from adapters_kit.recipe import DataSpec, Recipe
+
+Given = Recipe | Mapping[str, Any] | str | Path
+
+
+def rows_from(value: Any) -> Dataset | None:
+    """Rows in memory as a data set; None for a name, which has to be read.
+
+    Args:
+        value: a `datasets.Dataset`; a frame of pandas or polars; a pyarrow table; one dict, which is one row; or any
+            iterable of dicts.
+
+    Raises:
+        DataError: something else, or nothing in it.
+    """
+    if isinstance(value, str | Path):
+        return None
+    if isinstance(value, Dataset):
+        rows = value
+    elif isinstance(value, pa.Table):
+        rows = Dataset(value)
+    elif hasattr(value, "to_arrow"):  # polars
+        rows = Dataset(value.to_arrow())
+    elif hasattr(value, "columns") and hasattr(value, "to_dict"):  # pandas
+        rows = _from_pandas(value)
+    elif isinstance(value, Mapping):
+        rows = Dataset.from_list([dict(value)])
+    elif isinstance(value, Iterable):
+        rows = _from_list(list(value))
+    else:
+        raise DataError(f"Rows are a file, a frame, a Dataset or a list of dicts; this is {_short(value)}.")
+    if len(rows) == 0:
+        raise DataError("The data has no rows.")
+    return rows
+
+
+def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
+    """The recipe that a caller means.
+
+    Args:
+        given: a `Recipe`, the path of a YAML file, or a mapping of a recipe's keys, whose `data` (or `data.train`,
+            `data.test`) may be rows in memory (see `rows_from`) or a `DatasetDict` with `train` and `test`.
+        folder: where rows in memory are written, as HASH.parquet; by default the user's cache.
+
+    Raises:
+        RecipeError: every problem of the recipe.
+        DataError: rows that are none.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | Path):
+        return Recipe.read(given)
+    if not isinstance(given, Mapping):
+        raise DataError(f"A recipe is an ak.Recipe, a YAML file or a dict of its keys; this is {_short(given)}.")
+    plain = {key: value for key, value in given.items() if "." not in str(key)}
+    dotted = {key: value for key, value in given.items() if "." in str(key)}
+    if "data" not in plain or isinstance(plain["data"], DataSpec | str | Path):
+        return _made(plain, dotted)
+    _made({**plain, "data": "rows in memory"}, dotted)  # nothing is written for a recipe that is refused
+    return _made({**plain, "data": _named(plain["data"], folder or cache())}, dotted)
+
+
+def _made(plain: Mapping[str, Any], dotted: Mapping[str, Any]) -> Recipe:
+    recipe = Recipe(**plain)
+    return recipe.changed(**dotted) if dotted else recipe
+
+
+def cache() -> Path:
+    """Where rows in memory are kept for recipes that have no run folder yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "adapters_kit" / "data"
+
+
+def _named(value: Any, folder: Path) -> Any:
+    """`data` of a recipe with files in place of rows."""
+    if isinstance(value, Mapping) and not isinstance(value, DatasetDict) and "train" in value:
+        parts = {name: value[name] for name in ("train", "test") if value.get(name) is not None}
+        return {**value, **{name: _file(part, folder) for name, part in parts.items()}}
+    if isinstance(value, DatasetDict):
+        if "train" not in value:
+            raise DataError(f"A DatasetDict for training needs a part named train; this one has {', '.join(value)}.")
+        held_out = next((name for name in ("test", "validation", "dev") if name in value), None)
+        return _named({"train": value["train"], "test": value[held_out] if held_out else None}, folder)
+    return _file(value, folder)
+
+
+def _file(value: Any, folder: Path) -> str:
+    rows = rows_from(value)
+    if rows is None:
+        return str(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(handle)
+    try:
+        rows.to_parquet(name)
+        with open(name, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        path = folder / f"{digest[:16]}.parquet"
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    return str(path)
+
+
+def _from_pandas(frame: Any) -> Dataset:
+    names = [str(name) for name in frame.columns]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"The frame has two columns named {twice[0]!r}.")
+    return Dataset.from_pandas(frame.set_axis(names, axis=1), preserve_index=False)
+
+
+def _from_list(rows: list[Any]) -> Dataset:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"Each row is a dict of columns; row {number} is {_short(row)}.")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{text[:60]}{' …' if len(text) > 60 else ''} ({type(value).__name__})"

@@ -1,0 +1,127 @@
+"""Rows and recipes as Python has them: frames, tables, dicts and data sets where the command line takes files."""
+
+import pandas
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+import adapters_kit as ak
+from adapters_kit.errors import DataError, ModelError, RecipeError, UnknownNameError
+from adapters_kit.training.given import recipe_from, rows_from
+from tests.support import small
+
+ROWS = small.sentiment(24)
+KINDS = {
+    "pandas": lambda: pandas.DataFrame(ROWS, index=range(100, 124)),
+    "arrow": lambda: pa.Table.from_pylist(ROWS),
+    "dataset": lambda: Dataset.from_list(ROWS),
+    "dicts": lambda: ROWS,
+    "generator": lambda: (row for row in ROWS),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    recipe = {
+        "model": str(small.model("bert")),
+        "task": "text-classification",
+        "data": pandas.DataFrame(ROWS),
+        "training.max_steps": 1,
+    }
+    return ak.train(recipe, tmp_path_factory.mktemp("runs") / "frame", quiet=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_in_memory_are_rows(kind):
+    assert rows_from(KINDS[kind]()).to_list() == ROWS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_names_the_rows_that_it_was_given(kind, tmp_path):
+    recipe = recipe_from({"model": "m", "task": "text-classification", "data": KINDS[kind]()}, tmp_path)
+    again = recipe_from({"model": "m", "task": "text-classification", "data": KINDS[kind]()}, tmp_path)
+    assert again == recipe, "the same rows are the same file, or no run could go on"
+    assert pandas.read_parquet(recipe.data.train).to_dict("records") == ROWS
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_both_parts_of_a_dataset_dict_are_kept_with_their_classes(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    data = Dataset.from_list([{**row, "label": int(row["label"] == "good")} for row in ROWS], features=features)
+    recipe = recipe_from(
+        {
+            "model": str(small.model("bert")),
+            "task": "text-classification",
+            "data": DatasetDict(train=data, validation=data.select(range(8))),
+            "training": {"max_steps": 1, "samples": 0},
+        },
+        tmp_path,
+    )
+    done = ak.train(recipe, tmp_path / "run", quiet=True)
+    assert done.metrics["test_examples"] == 8 and done.recipe.labels == ["bad", "good"]
+
+
+def test_a_run_of_rows_in_memory_is_scored_asked_and_merged_like_any_other(run, tmp_path):
+    assert ak.evaluate(run)["accuracy"] == run.metrics["accuracy"]
+    texts = [row["text"] for row in ROWS[:3]]
+    answers = ak.predict(run, texts)
+    assert ak.predict(run.path, pandas.DataFrame({"text": texts})) == answers
+    assert [ak.predict(run, text)[0]["label"] for text in texts] == [row["label"] for row in answers]
+    ak.merge(run, tmp_path / "merged")
+    ours = ak.predict(tmp_path / "merged", texts)
+    assert [row["label"] for row in ours] == [row["label"] for row in answers]
+    assert ak.check(run, "peft")
+
+
+def test_a_run_goes_on_from_the_path_of_its_yaml_file(run, tmp_path):
+    assert ak.train(str(run.path / "recipe.yaml"), tmp_path / "again", quiet=True).metrics["steps"] == 1
+    assert ak.plan(run.path / "recipe.yaml").trainable == run.metrics["trainable_params"]
+
+
+def body():
+    """A model without a head."""
+    return small.model("bert", model_class="BertModel")
+
+
+WRONG = {
+    "no file": (lambda run: ak.train("nofile.yaml", "x"), RecipeError, r"No file 'nofile.yaml'"),
+    "data as recipe": (lambda run: ak.plan(__file__.replace(".py", ".csv")), RecipeError, "No file"),
+    "no task": (lambda run: ak.train({"model": "m", "data": ROWS}, "x"), RecipeError, r"causal-lm, text-class"),
+    "number": (lambda run: ak.train(7, "x"), DataError, r"7 \(int\)"),
+    "rows of texts": (lambda run: ak.evaluate(run, ["a", "b"]), DataError, r"row 1 is 'a' \(str\)"),
+    "no rows": (lambda run: ak.predict(run, []), DataError, "no rows"),
+    "missing file": (lambda run: ak.predict(run, "new.csv"), DataError, "No data file 'new.csv'"),
+    "missing run": (lambda run: ak.predict(str(run.path) + "s", "a"), UnknownNameError, "Did you mean frame"),
+    "wrap of a name": (lambda run: ak.wrap("folder", "lora"), ModelError, r"ak\.load\('folder'"),
+    "no task of a body": (lambda run: ak.predict(body(), "a"), ModelError, "give task=TASK. There are: caus"),
+    "no head": (lambda run: ak.predict(body(), "a", task="text-classification"), ModelError, "at random"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_meant_is_refused_with_what_can(case, run):
+    call, kind, words = WRONG[case]
+    with pytest.raises(kind, match=words):
+        call(run)
+
+
+def test_names_of_other_libraries_lead_to_ours():
+    model = ak.load(small.model("bert"), task="text-classification", labels=["a", "b"])
+    with pytest.raises(UnknownNameError, match=r"'rank': Did you mean r\?"):
+        ak.wrap(model, "lora", rank=8)
+    with pytest.raises(RecipeError, match="Did you mean learning_rate"):
+        ak.Recipe(model="m", task="causal-lm", data="d.csv", training={"lr": 1})
+    with pytest.raises(RecipeError, match="Did you mean epochs"):
+        ak.Recipe(model="m", task="causal-lm", data="d.csv", training={"num_train_epochs": 1})
+
+
+def test_a_multi_label_run_answers_with_labels(tmp_path):
+    """Also one that was made before its recipe said which kind of target it has."""
+    rows = [{"text": row["text"], "label": [row["label"], "all"]} for row in ROWS]
+    recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": rows, "training.max_steps": 1}
+    run = ak.train(recipe, tmp_path / "run", quiet=True)
+    answer = ak.predict(run, "a fine film")
+    assert set(answer[0]["scores"]) == {"all", "bad", "good"}
+    for path in (run.path / "recipe.yaml", run.adapter / "recipe.yaml"):
+        path.write_text(path.read_text().replace("problem: multi-label", "problem: null"))
+    assert ak.predict(run, "a fine film") == answer
