@@ -235,8 +235,8 @@ class Recipe(BaseModel):
                 raise RecipeError(
                     [
                         f"{path} is data, not a recipe. Say what to learn from it and with which model: "
-                        f"adapters-kit train {path} --task TASK --model MODEL, TASK being one of {', '.join(TASKS)}; or "
-                        f"let adapters-kit init {path} write a recipe."
+                        f"adapters-kit train {path} --task TASK --model MODEL, TASK being one of {', '.join(TASKS)}; "
+                        f"or let adapters-kit init {path} write a recipe."
                     ],
                     source=f"the recipe {path}",
                 )

@@ -93,7 +93,8 @@ def compare(
     interrupted comparison goes on where it stopped, and one with another method or seed trains only what is new.
 
     Args:
-        recipe: model, data, task and budget; as for `train` a `Recipe`, a YAML file or a dict. Its method's options hold for that method.
+        recipe: model, data, task and budget; as for `train` a `Recipe`, a YAML file or a dict. Its method's options
+            hold for that method.
         methods: names ("full" is full fine-tuning, "lora+prefix" trains both as one adapter), or label to changes of
             the recipe: {"lora r=4": {"method": {"name": "lora", "r": 4}}, "lora nf4": {"quantize": "nf4"}}.
         seeds: a number of seeds (0, 1, 2 …), or the seeds.

@@ -26,10 +26,10 @@ def evaluate(
     """The metrics of a run, an adapter or a model on `data_source`.
 
     Args:
-        name: a run (its folder, or what `train` returned), an adapter folder, or a model: a folder, a .gguf file or a hub
-            id. A model saved with the head of a task is known by it; others need `task=`.
-        data_source: a path, a hub id, a list of dicts, a frame or a Dataset; by default the held-out part of the run's own
-            data.
+        name: a run (its folder, or what `train` returned), an adapter folder, or a model: a folder, a .gguf file or a
+            hub id. A model saved with the head of a task is known by it; others need `task=`.
+        data_source: a path, a hub id, a list of dicts, a frame or a Dataset; by default the held-out part of the run's
+            own data.
         batch_size: examples in a forward pass.
         **recipe_keys: recipe fields that the name does not tell: task, labels, data columns as {"data.columns": {...}}.
 

@@ -1,4 +1,4 @@
-"""What a name stands for when something is asked of it: a run, an adapter or a plain model, and the recipe behind it."""
+"""What a name stands for when something is asked of it: a run, an adapter or a plain model, with its recipe."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _check_name(name: str | os.PathLike[str], path: Path) -> None:
     text = os.fspath(name)
     if path.exists():
         if path.is_dir() and (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
-            raise ModelError(f"{text} is a run that has not finished, so it has no adapter yet: go on with resume=True.")
+            raise ModelError(f"{text} is a run that has not finished and has no adapter yet: go on with resume=True.")
         return
     if looks_like_path(name) or path.suffix in (".gguf", *DATA_SUFFIXES):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

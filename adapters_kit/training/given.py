@@ -1,4 +1,4 @@
-"""What a caller may hand over in place of a file: rows as a frame, a table, lists or a `Dataset`; a recipe as a mapping.
+"""What a caller may hand over in place of a file: rows as a frame, a table, a list or a `Dataset`; a recipe as a dict.
 
 A recipe names files, so that it can be written down and run again. Rows that are given in memory are therefore written
 once, as Parquet under the sha256 of their content, and the recipe names that file.
