@@ -56,9 +56,7 @@ def evaluate(
     return {**task.score(results, features), "examples": len(rows)}
 
 
-def predict(
-    name: Name, data_source: Any, *, batch_size: int | None = None, **recipe_keys: Any
-) -> list[dict[str, Any]]:
+def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **recipe_keys: Any) -> list[dict[str, Any]]:
     """One answer for each row; the target columns may be absent.
 
     Example:

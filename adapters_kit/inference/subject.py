@@ -72,6 +72,7 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
 
 _TASKS = f"There are: {', '.join(TASKS)}."
 
+
 def _with_problem(recipe: Recipe, metrics: Path) -> Recipe:
     """Runs of the first versions did not write down which kind of target a classifier had; their scores tell."""
     if recipe.task != "text-classification" or recipe.problem or not metrics.is_file():
@@ -192,4 +193,3 @@ def _check_head(recipe: Recipe, adapter: Path | None, model: nn.Module) -> None:
             f"{recipe.model} has no trained head for {recipe.task} ({', '.join(fresh)} would start at random): its "
             "answers would mean nothing. Train an adapter first, or name a model that was trained for this task."
         )
-

@@ -31,9 +31,7 @@ from adapters_kit.training.resolve import add_adapter, filled_in, load_base, pre
 from adapters_kit.training.run import Run
 
 
-def train(
-    recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False
-) -> Run:
+def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
     """Trains what the recipe describes and writes the run folder.
 
     The base model is scored on the held-out data before training, the adapter after it.
