@@ -111,8 +111,8 @@ class MixedModel(mixed.MixedModel):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         ours = {_OURS[type(config)] for config in self.peft_config.values() if type(config) in _OURS}
         for model_class in ours:
-            if merge:
-                model_class._check_merge_allowed(self)
+            if merge and hasattr(model_class, "refuse_merge"):
+                model_class.refuse_merge()
             if hasattr(model_class, "detach_from"):
                 model_class.detach_from(self.model)
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)

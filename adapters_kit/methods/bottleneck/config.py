@@ -13,11 +13,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
 from transformers.activations import ACT2FN
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
-from adapters_kit.methods.card_note import add_note
+from adapters_kit.methods.beside import BesideConfig
 from adapters_kit.peft_plugin import peft_type
 
 INITS = ("identity", "bert", "mam_adapter", "houlsby")
@@ -25,7 +24,7 @@ BOTTLENECK = peft_type("bottleneck")
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(BesideConfig):
     """Options of a bottleneck adapter; names and defaults are those of AdapterHub where it has the option.
 
     Where the adapter sits is found by running the model once on a tiny input, and kept in `sites`; a loaded
@@ -109,10 +108,6 @@ class BottleneckConfig(PeftConfig):
             self.non_linearity = "leaky_relu"
         self._check_values()
         self._check_equation()
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        add_note(save_directory, self.peft_type.value)
 
     def _check_values(self) -> None:
         if self.non_linearity.lower() not in ACT2FN:

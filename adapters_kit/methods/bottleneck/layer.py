@@ -8,21 +8,16 @@ and code that looks at the module's class or attributes sees no difference.
 from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import get_activation
 
 from adapters_kit.errors import AdapterError
+from adapters_kit.methods.beside import BesideLayer, chosen_rows
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.phm import PHMLinear, PHMRule
 
 CHILD = "residual_adapter"
 TAPS = "residual_taps"
-
-NOT_MERGEABLE = (
-    "Bottleneck adapters are not linear, so no weight of the base model can take them in. "
-    "Ship the adapter beside the base model; `unload()` takes it off again."
-)
 
 
 class Bottleneck(nn.Module):
@@ -146,7 +141,7 @@ class Taps(nn.ModuleList):
     is_adapter_part = True  # what reads the model's structure leaves it out
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(BesideLayer):
     """The bottleneck adapters that one module of the base model carries.
 
     Args:
@@ -155,7 +150,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("bottleneck_net",)
-    _nothing = nn.Identity()
+    not_mergeable = "Bottleneck adapters are not linear, so no weight of the base model can take them in."
 
     def __init__(self, device: torch.device, dtype: torch.dtype, index: int | None) -> None:
         super().__init__()
@@ -164,10 +159,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("place", torch.empty(0, device=device, dtype=dtype), persistent=False)
         self.bottleneck_net = nn.ModuleDict()
         self.tap: Tap | None = None
-        self.adapter_names: list[str] | None = None  # one a row, during a mixed batch
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
 
     def forward(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         """What `module` gives instead of `output`, which it made from `args`; active adapters apply in order."""
@@ -176,8 +167,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             residual, self.tap.value = self.tap.value, None
         if self.disable_adapters:
             return output
-        if self.adapter_names is not None:
-            return self._mixed_batch(module, args, output, residual)
+        if self.rows is not None:
+            return self._mixed_batch(self.rows.of(len(output)), module, args, output, residual)
         return self._adapted(self.active_adapters, module, args, output, residual)
 
     def _adapted(
@@ -214,20 +205,13 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return base + residual if net.reads == "sum" else base - residual
 
     def _mixed_batch(
-        self, module: nn.Module, args: tuple, output: torch.Tensor, residual: torch.Tensor | None
+        self, names: list[str], module: nn.Module, args: tuple, output: torch.Tensor, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        if len(self.adapter_names) != len(output):
-            raise AdapterError(
-                f"adapter_names has {len(self.adapter_names)} entries for {len(output)} rows. Models that put time "
-                "before rows inside (XLNet) cannot mix adapters in a batch."
-            )
         mixed = output
-        for name in dict.fromkeys(self.adapter_names):
+        for name in dict.fromkeys(names):
             if name not in self.bottleneck_net:
                 continue
-            rows = torch.tensor(
-                [i for i, other in enumerate(self.adapter_names) if other == name], device=output.device
-            )
+            rows = chosen_rows(names, name, output.device)
             chosen = self._adapted(
                 [name],
                 module,
@@ -248,19 +232,6 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         net = self.bottleneck_net[adapter_name]
         if not any(tensor.is_meta for tensor in (*net.parameters(), *net.buffers())):
             net.to(device=device or self.place.device)
-
-    def get_base_layer(self) -> nn.Module:
-        """peft asks every adapter layer for the module it replaced; this one replaced none."""
-        return self._nothing
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise AdapterError(NOT_MERGEABLE)
-
-    def unmerge(self) -> None:
-        """Nothing was ever merged."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
 
 def attach(module: nn.Module, index: int | None, *around: nn.Module) -> BottleneckLayer:

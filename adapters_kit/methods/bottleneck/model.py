@@ -1,24 +1,17 @@
 """Bottleneck adapters as a peft method, and the published presets.
 
-`BottleneckConfig` (bottleneck_config.py) says what is computed, `find_sites` (bottleneck_sites.py) where,
-`BottleneckLayer` (bottleneck_layer.py) does it. Here: what peft calls to add, switch, save and remove them.
+`BottleneckConfig` (config.py) says what is computed, `find_sites` (sites.py) where,
+`BottleneckLayer` (layer.py) does it. Here: what peft calls to add, switch, save and remove them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook, _get_encoder
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from adapters_kit import peft_plugin
-from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.beside import BesideModel
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.layer import (
-    NOT_MERGEABLE,
     Bottleneck,
     BottleneckLayer,
     attach,
@@ -31,15 +24,12 @@ from adapters_kit.methods.bottleneck.sites import find_sites
 from adapters_kit.registry import Method
 
 
-class BottleneckModel(BaseTuner):
+class BottleneckModel(BesideModel):
     """What peft builds around a model for a `BottleneckConfig`."""
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's interface; places are found by structure
-
-    def _prepare_adapter_config(self, config: BottleneckConfig, model_config: dict) -> BottleneckConfig:
-        return config
+    tuner_layer_cls = layer_class = BottleneckLayer
+    detach_from = staticmethod(detach)
 
     def _prepare_model(self, config: BottleneckConfig, model: nn.Module) -> None:
         if config.sites is None:
@@ -74,62 +64,9 @@ class BottleneckModel(BaseTuner):
             tap_residual(layer, model.get_submodule(source["path"]), source["side"], source["key"])
         net.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Only a task head is ever replaced; peft's own version asks it for a `weight`, which containers lack."""
-        setattr(parent, child_name, new_module)
-
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".bottleneck_net.{adapter_name}.", ".bottleneck_net.", 1)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names`, one name a row, to every layer for the length of one forward or generate."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if self.model.training:
-            raise AdapterError("adapter_names works in eval mode only: call model.eval() first.")
-        unknown = sorted(set(names) - {"__base__", *self.peft_config})
-        if unknown:
-            raise UnknownNameError(
-                f"adapter_names has {unknown[0]!r}, which is no adapter of this model. "
-                f"{did_you_mean(unknown[0], ['__base__', *self.peft_config])}"
-            )
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
-        encoder = _get_encoder(self.model) if beams > 1 else None
-        inside_encoder = (
-            set() if encoder is None else set(encoder.modules())
-        )  # which sees rows before they become beams
-        layers, handles = [], []
-        try:
-            for module in self.modules():
-                own = list(names) if module in inside_encoder else repeated
-                if isinstance(module, BottleneckLayer):
-                    module.adapter_names = own
-                    layers.append(module)
-                elif isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = partial(_adapter_names_pre_forward_hook, adapter_names=own)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
-        finally:
-            for layer in layers:
-                layer.adapter_names = None
-            for handle in handles:
-                handle.remove()
-
-    def _check_merge_allowed(self) -> None:
-        raise AdapterError(NOT_MERGEABLE)
-
-    detach_from = staticmethod(detach)
-
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        if merge:
-            raise AdapterError(NOT_MERGEABLE)
-        self.detach_from(self.model)
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 def _site_path(config: BottleneckConfig, key: str) -> str | None:

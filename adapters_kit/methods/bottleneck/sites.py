@@ -49,7 +49,7 @@ def find_sites(model: nn.Module, config: BottleneckConfig) -> dict[str, dict[str
 
 
 def place(branch: Branch, config: BottleneckConfig, model_class: str) -> tuple[str, dict[str, Any]]:
-    """The module that carries the adapter of one branch, and how; the equations are in bottleneck_config.py."""
+    """The module that carries the adapter of one branch, and how; the equations are in config.py."""
     path, index, in_norm = branch.module, branch.index, False
     after_norm = not config.is_parallel and config.original_ln_before
     if config.is_parallel:

@@ -1,12 +1,10 @@
 """The options of prefix tuning inside attention."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from peft.config import PeftConfig
+from typing import Literal
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
-from adapters_kit.methods.card_note import add_note
+from adapters_kit.methods.beside import BesideConfig
 from adapters_kit.peft_plugin import peft_type
 
 ATTENTIONS = ("encoder", "decoder", "cross")
@@ -15,7 +13,7 @@ SMALL_STD = 0.02
 
 
 @dataclass
-class PrefixConfig(PeftConfig):
+class PrefixConfig(BesideConfig):
     """Prefix tuning: trained keys and values that every token attends to, in every layer.
 
     Li & Liang 2021, arXiv:2101.00190. Unlike peft's `PrefixTuningConfig` the prefix is joined inside attention: it
@@ -86,7 +84,3 @@ class PrefixConfig(PeftConfig):
             raise AdapterError("init='random' and init_text/init_ids both say how to start; give one of them.")
         if self.init_text and self.init_ids:
             raise AdapterError("init_text and init_ids both say how to start; give one of them.")
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        add_note(save_directory, self.peft_type.value)

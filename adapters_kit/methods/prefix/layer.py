@@ -1,23 +1,17 @@
 """The prefixes of one attention module: a peft tuner layer that sits inside it as the child `kv_prefix`."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from adapters_kit.errors import AdapterError
+from adapters_kit.methods.beside import BesideLayer, Rows
 from adapters_kit.methods.prefix.attention import CHILD, Prefix, original_config, view_config
 from adapters_kit.methods.prefix.config import SMALL_STD, PrefixConfig
 
-NOT_MERGEABLE = (
-    "A prefix adds keys and values to attention, which no weight of the base model can take in. "
-    "Ship the adapter beside the base model; `unload()` takes it off again."
-)
-_NOTHING = nn.Identity()
 
-
-class PrefixLayer(nn.Module, BaseTunerLayer):
+class PrefixLayer(BesideLayer):
     """Holds one prefix for each adapter and hands the active ones to the attention function.
 
     It wraps nothing: the attention module keeps its class, its path and its children, so that LoRA or any other method
@@ -38,6 +32,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         "prefix_up",
         "prefix_gate",
     )
+    not_mergeable = "A prefix adds keys and values to attention, which no weight of the base model can take in."
     # Keys count through a softmax that divides them by the root of their width: at the values' rate they lag behind
     # (docs/defaults.md). `training.build_optimizer` multiplies with it.
     rate_factors: ClassVar = {"prefix_key": 4.0}
@@ -51,10 +46,6 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         self.prefix_up = nn.ModuleDict()
         self.prefix_gate = nn.ModuleDict()
         *self.shape, self.hidden_size = shape
-        self.batch_names: list[str] | None = None  # one adapter name for each row, while a mixed batch runs
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
         # In a tuple, because torch would register the attention as a child of its own child.
         self._home = (attention,)
         self._gate_hook: Any = None
@@ -151,31 +142,26 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         """Whether attention runs exactly as in the base model."""
         if self._disable_adapters:
             return True
-        return not self._present(self.active_adapters if self.batch_names is None else self.batch_names)
+        return not self._present(self.active_adapters if self.rows is None else self.rows.names)
 
-    def _present(self, names: list[str]) -> list[str]:
+    def _present(self, names: Iterable[str]) -> list[str]:
         return [name for name in dict.fromkeys(names) if name in self.prefix_key or name in self.prefix_up]
 
     def forward(self, query: torch.Tensor, key: torch.Tensor) -> Prefix:
         """What the attention function joins, for queries and keys (batch, heads, tokens, width)."""
-        mixed = self.batch_names is not None
-        names = self._present(self.batch_names if mixed else self.active_adapters)
+        names = self._present(self.active_adapters if self.rows is None else self.rows.names)
         parts = [self.vectors(name) for name in names]
         device = key.device
         keys = torch.cat([part[0].transpose(0, 1) for part in parts], dim=1)[None].to(device)
         values = torch.cat([part[1].transpose(0, 1) for part in parts], dim=1)[None].to(device)
-        visible = self._visible(names, parts, key) if mixed else None
+        visible = None if self.rows is None else self._visible(self.rows, names, parts, key)
         return Prefix(keys, values, visible, self._bias(names, parts, query))
 
-    def _visible(self, names: list[str], parts: list[Any], key: torch.Tensor) -> torch.Tensor:
-        # generate() repeats each row for beams and samples, one after the other.
-        rows = [name for name in self.batch_names for _ in range(key.shape[0] // len(self.batch_names))]
-        if len(rows) != key.shape[0]:
-            raise AdapterError(
-                f"adapter_names has {len(self.batch_names)} names for a batch of {key.shape[0]}; give one for each row."
-            )
+    @staticmethod
+    def _visible(rows: Rows, names: list[str], parts: list[Any], key: torch.Tensor) -> torch.Tensor:
+        """Which prefix tokens each row sees: (batch, prefix tokens), bool."""
         owners = [name for name, part in zip(names, parts, strict=True) for _ in range(part[0].shape[0])]
-        return torch.tensor([[row == owner for owner in owners] for row in rows], device=key.device)
+        return torch.tensor([[row == owner for owner in owners] for row in rows.of(len(key))], device=key.device)
 
     def _bias(self, names: list[str], parts: list[Any], query: torch.Tensor) -> torch.Tensor | None:
         if not any(name in self.prefix_gate for name in names):
@@ -207,16 +193,6 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             part = getattr(self, name)
             if adapter_name in part and not any(p.device.type == "meta" for p in part.parameters()):
                 part[adapter_name] = part[adapter_name].to(device)
-
-    def get_base_layer(self) -> nn.Module:
-        """peft asks every adapter layer for the module that it replaced; this one replaced none."""
-        return _NOTHING
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise AdapterError(NOT_MERGEABLE)
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged."""
 
     def extra_repr(self) -> str:
         heads, key_width, value_width = self.shape

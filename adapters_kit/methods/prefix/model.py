@@ -6,38 +6,31 @@ ak.eject(model)          # only if prefix_projection was on: drops the MLP, outp
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from adapters_kit.anatomy import base_model
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
+from adapters_kit.methods.beside import BesideModel
 from adapters_kit.methods.prefix import probe as prefix_probe
 from adapters_kit.methods.prefix.attention import CHILD
 from adapters_kit.methods.prefix.config import SMALL_STD, PrefixConfig
-from adapters_kit.methods.prefix.layer import NOT_MERGEABLE, PrefixLayer
+from adapters_kit.methods.prefix.layer import PrefixLayer
 from adapters_kit.peft_plugin import register
 from adapters_kit.registry import Method
 
 COMMON = 5000  # tokens that words to start from are drawn from
 
 
-class PrefixModel(BaseTuner):
+class PrefixModel(BesideModel):
     """Puts a `PrefixLayer` inside each attention that the config names."""
 
     prefix = "prefix_"
-    tuner_layer_cls = PrefixLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - peft's interface
-
-    def _prepare_adapter_config(self, peft_config: PrefixConfig, model_config: dict) -> PrefixConfig:
-        return peft_config
+    tuner_layer_cls = layer_class = PrefixLayer
 
     def _prepare_model(self, peft_config: PrefixConfig, model: nn.Module) -> None:
         """Measure shapes, and activations to start from, before anything is changed."""
@@ -78,34 +71,11 @@ class PrefixModel(BaseTuner):
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, self._start.pop(path, None))
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Mixed batches: `adapter_names=[...]` names the adapter of each row, "__base__" for none."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        with mixed_batch(self.model, names):
-            yield
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Only task heads are ever put back. peft's own version copies `.weight`, which a head of several layers lacks.
-        setattr(parent, child_name, new_module)
-
-    def _check_merge_allowed(self) -> None:
-        raise AdapterError(NOT_MERGEABLE)
-
     @staticmethod
     def detach_from(model: nn.Module) -> None:
         """Take every prefix off `model`."""
         for layer in prefix_layers(model):
             layer.detach()
-
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        if merge:
-            self._check_merge_allowed()
-        self.detach_from(self.model)
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
 
 
 def _path(key: str) -> str:
@@ -116,40 +86,6 @@ def _path(key: str) -> str:
 def prefix_layers(model: nn.Module) -> list[PrefixLayer]:
     """Every prefix layer inside `model`."""
     return [module for module in model.modules() if isinstance(module, PrefixLayer)]
-
-
-@contextmanager
-def mixed_batch(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Inside, each row of a batch uses the prefix that `names` gives it.
-
-    Raises:
-        UnknownNameError: a name that is no adapter.
-        AdapterError: the model is in training mode.
-    """
-    layers = prefix_layers(model)
-    known = {name for layer in layers for part in layer.adapter_layer_names for name in getattr(layer, part)}
-    for name in names:
-        if name not in known | {"__base__"}:
-            raise UnknownNameError(f"adapter_names: there is no adapter {name!r}. {did_you_mean(name, known)}")
-    if model.training:
-        raise AdapterError("adapter_names is for inference; call model.eval() first.")
-    hooks = []
-    try:
-        for layer in layers:
-            layer.batch_names = list(names)
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                hooks.append(module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True))
-        yield
-    finally:
-        for layer in layers:
-            layer.batch_names = None
-        for hook in hooks:
-            hook.remove()
-
-
-def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _start_ids(config: PrefixConfig, model: nn.Module) -> list[int]:

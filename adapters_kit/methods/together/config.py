@@ -8,17 +8,12 @@ from peft import AdaLoraConfig, PromptLearningConfig
 from peft.config import PeftConfig
 
 from adapters_kit.errors import AdapterError
-from adapters_kit.methods.bottleneck.config import BottleneckConfig
-from adapters_kit.methods.card_note import add_note
-from adapters_kit.methods.prefix.config import PrefixConfig
+from adapters_kit.methods.beside import BesideConfig, OwnConfig
 from adapters_kit.peft_plugin import peft_type, tuner_class
-
-# What is put beside a module, not around or into a weight; no weight can take it in.
-BESIDE = (BottleneckConfig, PrefixConfig)
 
 
 @dataclass
-class CombinedConfig(PeftConfig):
+class CombinedConfig(OwnConfig):
     """Several peft methods that are trained, saved, switched and disabled as one adapter.
 
     Attributes:
@@ -49,15 +44,11 @@ class CombinedConfig(PeftConfig):
                     "adapter holds one of a kind. Train them as two adapters instead: see stack()."
                 )
             kinds[part.peft_type] = label
-            if self.gate and isinstance(part, BESIDE):
-                part.gate = True
+            if self.gate and isinstance(part, BesideConfig):
+                part.gate = True  # checked: a field of its own
         # Around weights first, then beside modules: each finds the base model's own modules where it expects them.
         order = sorted(self.parts, key=lambda label: _layer_of(self.parts[label]))
         self.parts = {label: self.parts[label] for label in order}
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-        add_note(save_directory, self.peft_type.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -67,7 +58,7 @@ class CombinedConfig(PeftConfig):
 
 def _layer_of(part: PeftConfig) -> int:
     """0: scales a weight's input or output (IA³), 1: adds to what a weight gives, 2: beside a module."""
-    if isinstance(part, BESIDE):
+    if isinstance(part, BesideConfig):
         return 2
     return 0 if part.peft_type == "IA3" else 1
 
@@ -93,7 +84,7 @@ def _check_part(label: str, part: PeftConfig, gate: bool) -> None:
         reason = "keeps weights that all layers share outside the layers; use 'lora'"
     elif getattr(part, "bias", "none") != "none":
         reason = "trains biases of the base model, which have no place in a combination; set bias='none'"
-    elif gate and not isinstance(part, BESIDE) and part.peft_type != "LORA":
+    elif gate and not (isinstance(part, BesideConfig) and hasattr(part, "gate")) and part.peft_type != "LORA":
         reason = "cannot be gated; gates are for 'lora', bottleneck adapters and 'prefix'"
     elif gate and (getattr(part, "use_dora", False) or getattr(part, "target_parameters", None)):
         reason = "cannot be gated with DoRA or target_parameters; leave those out"

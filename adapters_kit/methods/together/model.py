@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import nn
 
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
-from adapters_kit.methods.together.config import BESIDE, CombinedConfig
+from adapters_kit.methods.beside import BASE, BesideConfig, BesideModel, check_rows, mixed_batch
+from adapters_kit.methods.together.config import CombinedConfig
 from adapters_kit.peft_plugin import parameter_prefixes, register_container, tuner_class
 
 
@@ -103,7 +103,7 @@ class CombinedModel(BaseTuner):
     def _check_nesting(self) -> None:
         """Two methods around the same weight apply in a fixed order, which a further adapter could not keep."""
         kinds = {
-            name: {part.peft_type.value for part in config.parts.values() if not isinstance(part, BESIDE)}
+            name: {part.peft_type.value for part in config.parts.values() if not isinstance(part, BesideConfig)}
             for name, config in self.peft_config.items()
         }
         around = {name: found for name, found in kinds.items() if found}
@@ -149,26 +149,18 @@ class CombinedModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        unknown = sorted(set(names) - {"__base__", *self.peft_config})
-        if unknown:
-            hint = did_you_mean(unknown[0], ["__base__", *self.peft_config])
-            raise UnknownNameError(f"adapter_names: there is no adapter {unknown[0]!r}. {hint}")
         with ExitStack() as stack:
+            check_rows(names or (), self.peft_config)
+            # Ours last: its hooks on task heads then overrule those of peft, which knows one tuner's adapters only.
             for kind, tuner in self.tuners.items():
-                known = [name if name in tuner.peft_config else "__base__" for name in names]
-                if set(known) == {"__base__"}:
-                    known = names  # not for this part; each of its layers ignores what it does not have
+                if names is None or isinstance(tuner, BesideModel):
+                    continue
                 if not hasattr(type(tuner), "_enable_peft_forward_hooks"):
                     raise AdapterError(f"adapter_names: peft's {kind} cannot mix adapters within a batch.")
                 tuner.training = self.training
+                known = [name if name in tuner.peft_config else BASE for name in names]
                 stack.enter_context(tuner._enable_peft_forward_hooks(*args, **kwargs | {"adapter_names": known}))
-            for module in self.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True)
-                    stack.callback(hook.remove)
+            stack.enter_context(mixed_batch(self.model, self.peft_config, kwargs))
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -211,10 +203,6 @@ class CombinedModel(BaseTuner):
         raise AdapterError("A combination has no layers of its own; its parts' tuners make them.")
 
 
-def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple:
-    return args, {**kwargs, "adapter_names": names}
-
-
 def wrappers(model: nn.Module) -> list[BaseTunerLayer]:
     """The adapter layers that stand around a weight, outer ones first."""
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "base_layer")]
@@ -222,7 +210,7 @@ def wrappers(model: nn.Module) -> list[BaseTunerLayer]:
 
 def unmergeable(config: CombinedConfig) -> list[str]:
     """Labels of the parts that no weight can take in; with a gate, all of them."""
-    return [label for label, part in config.parts.items() if config.gate or isinstance(part, BESIDE)]
+    return [label for label, part in config.parts.items() if config.gate or isinstance(part, BesideConfig)]
 
 
 class GatedLora(LoraVariant):
