@@ -31,6 +31,7 @@ from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameErro
 _log = logging.getLogger(__name__)
 
 KINDS = ("nf4", "fp4", "int8")
+KEEP = "keep"  # a .gguf file's own blocks (kernels/ggml.py)
 OLDEST = "0.49.0"
 BLOCK = 64  # weights that share a scale in 4-bit formats
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.lora import Quantized
 
 _DENSE = (nn.Linear, Conv1D)
@@ -31,7 +32,7 @@ _PLAIN = (nn.Parameter, Tensor, FakeTensor)
 def is_plain(tensor: Tensor) -> bool:
     """Whether `tensor` is no DTensor and no other subclass with a mind of its own."""
     kind = type(tensor)
-    return kind in _PLAIN or kind.__name__ in ("Params4bit", "Int8Params")
+    return kind in _PLAIN or kind.__name__ in ("Params4bit", "Int8Params", "BlockTensor")
 
 
 def settle(base: nn.Module) -> None:
@@ -125,7 +126,7 @@ def compute_dtypes(base: nn.Module, x: Tensor) -> "tuple[torch.dtype, torch.dtyp
 def weight_and_bias(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """`(out, in)` weight, None if quantized, and bias."""
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    if type(base) in _FOUR_BIT or type(base) in _EIGHT_BIT:
+    if type(base) in _FOUR_BIT or type(base) in _EIGHT_BIT or isinstance(weight, BlockTensor):
         return None, bias
     return (weight.t() if type(base) is Conv1D else weight), bias
 
@@ -134,7 +135,10 @@ def quantized(base: nn.Module) -> Quantized | None:
     """How to multiply by a quantized weight; None for a plain one."""
     if type(base) in _FOUR_BIT:
         return Quantized(base, _dense_4bit(base))
-    return Quantized(base, _dense_8bit(base)) if type(base) in _EIGHT_BIT else None
+    if type(base) in _EIGHT_BIT:
+        return Quantized(base, _dense_8bit(base))
+    weight = base._parameters["weight"]
+    return Quantized(base, weight.unpack) if isinstance(weight, BlockTensor) else None
 
 
 def _dense_4bit(base: Any) -> Any:

@@ -25,6 +25,9 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from adapters_kit.anatomy import blocks, embeddings
 from adapters_kit.artifacts.heap import Trimmer
+from adapters_kit.errors import ModelError
+from adapters_kit.kernels.block_tensor import BlockTensor
+from adapters_kit.kernels.ggml import FORMATS
 
 AT_ONCE = 1 << 20  # weights unpacked at a time; the package's own unpacking needs twice the result
 
@@ -96,16 +99,118 @@ class GgufTensor:
         return tensor[index]
 
 
+class Kept(NamedTuple):
+    """A weight of the model that is one tensor of the file, at most with its rows in another order.
+
+    Attributes:
+        stored: where it lies.
+        order: row of the model -> row of the file, int64; None where they are the same.
+    """
+
+    stored: Stored
+    order: np.ndarray | None
+
+    def read(self, file: str) -> torch.Tensor:
+        """The blocks as they are stored, rows in the model's order: `(rows, bytes)` uint8."""
+        raw = np.fromfile(file, np.uint8, count=int(np.prod(self.stored.shape)), offset=self.stored.offset)
+        raw = raw.reshape(self.stored.shape)
+        return torch.from_numpy(raw if self.order is None else raw[self.order])
+
+
+class KeptTensor:
+    """A weight that stays in its blocks, read when transformers' loader asks for it."""
+
+    def __init__(self, kept: Kept, file: str) -> None:
+        self._kept, self._file = kept, file
+
+    def __getitem__(self, index: Any) -> BlockTensor:
+        return BlockTensor(self._kept.read(self._file), int(self._kept.stored.kind), torch.float32)
+
+
+def _kept(skeleton: nn.Module, key: str, parts: list[Stored], convert: Any) -> Kept | None:
+    """How the weight called `key` can stay in its blocks; None if it cannot.
+
+    What transformers does to the tensor on its way into the model is found by showing it numbered rows: it may order
+    rows (llama.cpp interleaves those of q and k), since blocks lie within them, and nothing else.
+    """
+    path, _, name = key.rpartition(".")
+    if name != "weight" or len(parts) > 1 or int(parts[0].kind) not in FORMATS:
+        return None
+    if type(skeleton.get_submodule(path)) not in (nn.Linear, nn.Embedding):
+        return None
+    rows = parts[0].shape[0]
+    numbered = np.arange(rows, dtype=np.float64)[:, None] + np.array([0.0, 0.5])
+    made: dict[str, torch.Tensor] = {}
+    try:
+        done = convert(weights=numbered, name=parts[0].name, parsed_parameters={"tensors": made})
+    except (ValueError, IndexError, RuntimeError):  # needs the true width
+        return None
+    shown = np.asarray(done.weights)
+    if made or shown.shape != (rows, 2) or not np.array_equal(shown[:, 1], shown[:, 0] + 0.5):
+        return None
+    order = shown[:, 0].astype(np.int64)
+    if not np.array_equal(np.sort(order), np.arange(rows)):
+        return None
+    return Kept(parts[0], None if np.array_equal(order, np.arange(rows)) else order)
+
+
+def kept_weights(file: str | os.PathLike, skeleton: nn.Module) -> dict[str, Kept]:
+    """Name in the model -> the weight's place in the file, for all that `load(file, quantize="keep")` keeps packed.
+
+    Raises:
+        ModelError: an architecture whose tensors transformers does not map one by one.
+    """
+    parts, convert, named = _mapping(os.fspath(file), skeleton)
+    if not named:
+        raise _not_one_by_one(file)
+    return _keepable(skeleton, parts, convert)
+
+
+def _keepable(skeleton: nn.Module, parts: dict[str, list[Stored]], convert: Any) -> dict[str, Kept]:
+    found = {key: _kept(skeleton, key, each, convert) for key, each in parts.items()}
+    return {key: kept for key, kept in found.items() if kept is not None}
+
+
+def _not_one_by_one(file: str | os.PathLike) -> ModelError:
+    return ModelError(
+        f"{os.fspath(file)}: transformers maps this architecture's tensors to the model as a whole, not one by one, so "
+        'they cannot stay in their blocks. Leave out quantize="keep", or take "nf4" or "int8".'
+    )
+
+
 @contextmanager
-def read_gguf_lazily(file: str | os.PathLike, skeleton: nn.Module) -> Iterator[dict[str, GgufTensor] | None]:
+def read_gguf_lazily(
+    file: str | os.PathLike, skeleton: nn.Module, keep: bool = False
+) -> Iterator[dict[str, GgufTensor | KeptTensor] | None]:
     """A state dict for `skeleton` whose tensors are read from `file` one at a time.
+
+    Args:
+        keep: linears and embeddings stay in their blocks, where they can (`BlockTensor`).
 
     None where transformers' mapping does not say, tensor by tensor, what the model's body is made of (gpt-oss), or has
     moved on to another one (Qwen3.5, LFM2): transformers has to read such files itself.
     """
+    file = os.fspath(file)
+    parts, convert, named = _mapping(file, skeleton)
+    if not named and keep:
+        raise _not_one_by_one(file)
+    if not named:
+        yield None
+        return
+    trimmer = Trimmer()
+    table: dict[str, GgufTensor | KeptTensor] = {
+        key: GgufTensor(key, each, file, convert, trimmer) for key, each in parts.items()
+    }
+    if keep:
+        table |= {key: KeptTensor(kept, file) for key, kept in _keepable(skeleton, parts, convert).items()}
+    yield table
+    trimmer.now()
+
+
+def _mapping(file: str, skeleton: nn.Module) -> tuple[dict[str, list[Stored]], Any, bool]:
+    """Name in the model -> the tensors of the file that it is made of; how they are converted; whether that is all."""
     from gguf import GGUFReader
 
-    file = os.fspath(file)
     reader = GGUFReader(file)
     architecture = read_field(reader, "general.architecture")[0]
     stored = [
@@ -123,16 +228,11 @@ def read_gguf_lazily(file: str | os.PathLike, skeleton: nn.Module) -> Iterator[d
             parts.setdefault(key, []).append(each)
     body = tuple(f"{path}." for path in (*blocks(skeleton), *embeddings(skeleton)))
     unnamed = [key for key in skeleton.state_dict() if key.startswith(body) and key not in parts]
-    if unnamed or is_gguf_arch_supported(architecture):
-        yield None
-        return
-    trimmer = Trimmer()
 
     def convert(**options: Any) -> Any:
         return processor.process(tensor_key_mapping=names, **options)
 
-    yield {key: GgufTensor(key, each, file, convert, trimmer) for key, each in parts.items()}
-    trimmer.now()
+    return parts, convert, not unnamed and not is_gguf_arch_supported(architecture)
 
 
 def _unpack(file: str, part: Stored) -> np.ndarray:

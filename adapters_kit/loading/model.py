@@ -17,8 +17,16 @@ from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
-from adapters_kit.loading.reading import gist, meta_model, read, read_and_quantize, read_gguf_and_quantize
+from adapters_kit.loading.reading import (
+    gist,
+    meta_model,
+    read,
+    read_and_quantize,
+    read_gguf_and_quantize,
+    read_gguf_in_blocks,
+)
 from adapters_kit.quantization import (
+    KEEP,
     KINDS,
     bnb_config,
     check_device,
@@ -61,8 +69,9 @@ def load(
         task: one of `task_table.TASKS`.
         labels: class names, in the order of the head's outputs; kept in `model.config.id2label`. Without them the
             checkpoint's own stay. A head of another size than the checkpoint's starts anew.
-        quantize: None, or "nf4", "fp4", "int8": the linears of the blocks in bitsandbytes' format. Head, embeddings,
-            norms, routers and fused mixture-of-experts weights (a warning tells their size) stay in `dtype`. A
+        quantize: None, "keep", "nf4", "fp4" or "int8". "keep": the linears and embeddings of a .gguf file stay in its
+            blocks, in about the file's memory, and are unpacked product by product. The others: the linears of the
+            blocks in bitsandbytes' format; head, embeddings, norms, routers and fused mixture-of-experts weights (a warning tells their size) stay in `dtype`. A
             checkpoint saved quantized needs no `quantize`.
         dtype: "float32", "bfloat16", "float16" (or a `torch.dtype`) for what is not quantized. None: the checkpoint's
             own; bfloat16 with `quantize`; float32 for quantized GGUF files.
@@ -86,12 +95,17 @@ def load(
     if task not in TASKS:
         raise UnknownNameError(f"Unknown task {task!r}. {did_you_mean(task, TASKS)}")
     _check_labels(labels, task)
-    if quantize is not None:
+    if quantize is not None and quantize != KEEP:
         check_kind(quantize)
     elif skip:
         raise UnknownNameError(f"skip={list(skip)!r} needs quantize=, one of {', '.join(KINDS)}.")
     source = find(name)
     source.check_weights()
+    if quantize == KEEP and not source.gguf_file:
+        raise ModelError(
+            f'quantize="keep" keeps the weights of a .gguf file in their blocks, and {source.name} is none. '
+            f"For this model choose one of {', '.join(KINDS)}."
+        )
     config = _read_config(source, revision, trust_remote_code)
     auto_class = _class_for(config, task, source)
     _set_labels(config, labels)
@@ -116,7 +130,10 @@ def load(
         **source.options(revision),
     }
     options = {key: value for key, value in options.items() if value is not None}
-    if quantize is None:
+    if quantize == KEEP:
+        skeleton = meta_model(auto_class, config, trust_remote_code)
+        model, info = read_gguf_in_blocks(skeleton, source, labels, options)
+    elif quantize is None:
         model, info = read(auto_class, source, config, saved_as, labels, options)
     else:
         skeleton = meta_model(auto_class, config, trust_remote_code)

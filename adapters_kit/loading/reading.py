@@ -81,6 +81,25 @@ def read_gguf_and_quantize(
         return _from_pretrained(type(skeleton), None, source, labels, options)
 
 
+def read_gguf_in_blocks(
+    skeleton: PreTrainedModel, source: Source, labels: Sequence[str] | None, options: dict[str, Any]
+) -> Loaded:
+    """A GGUF file whose linears and embeddings stay in their blocks (`BlockTensor`); the rest is unpacked.
+
+    Raises:
+        ModelError: an architecture whose tensors transformers does not map one by one; a sharded or remote model.
+    """
+    from adapters_kit.loading.gguf import read_gguf_lazily
+
+    if _needs_transformers(options):
+        raise ModelError(f'{source.name}: quantize="keep" works neither with sharding nor with remote code.')
+    file = os.path.join(source.location, source.gguf_file or "")
+    options = {key: value for key, value in options.items() if key != "gguf_file"}
+    with read_gguf_lazily(file, skeleton, keep=True) as state_dict:
+        options |= {"config": skeleton.config, "state_dict": state_dict}
+        return _from_pretrained(type(skeleton), None, source, labels, options)
+
+
 def _needs_transformers(options) -> bool:
     """Whether loading involves what only a plain `from_pretrained` does: sharding, code that comes with the model."""
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
