@@ -15,6 +15,7 @@ from types import ModuleType
 PLUGINS = (
     "adapters_kit.methods.bottleneck.model",
     "adapters_kit.methods.prefix.model",
+    "adapters_kit.methods.blocks.model",
     "adapters_kit.methods.together.model",
 )
 

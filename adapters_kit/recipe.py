@@ -192,8 +192,8 @@ class Recipe(BaseModel):
     """Text classification: kind of target; single-label unless the labels are lists (multi-label)."""
     labels: list[str] | None = None
     """The classes in the order of the model's outputs; by default those of the training data, sorted."""
-    quantize: Literal["nf4", "fp4", "int8"] | None = None
-    """Hold the frozen weights at 4 or 8 bits (bitsandbytes)."""
+    quantize: Literal["nf4", "fp4", "int8", "keep"] | None = None
+    """Hold the frozen weights at 4 or 8 bits (bitsandbytes); keep: a .gguf file's weights stay in its own blocks."""
     answer_only: bool = True
     """Causal LM with prompts or chats: only the answer's tokens count in the loss."""
     max_new_tokens: int = Field(128, ge=1)

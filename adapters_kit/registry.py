@@ -45,6 +45,7 @@ BUILTIN: dict[str, str] = {
     "prompt": f"{_PROMPT}:PROMPT",
     "p-tuning": f"{_PROMPT}:P_TUNING",
     "prefix": "adapters_kit.methods.prefix.model:PREFIX",
+    "blocks": "adapters_kit.methods.blocks.model:BLOCKS",
     "mam": "adapters_kit.methods.together.build:MAM",
     "unipelt": "adapters_kit.methods.together.build:UNIPELT",
 }

@@ -71,8 +71,8 @@ def load(
             checkpoint's own stay. A head of another size than the checkpoint's starts anew.
         quantize: None, "keep", "nf4", "fp4" or "int8". "keep": the linears and embeddings of a .gguf file stay in its
             blocks, in about the file's memory, and are unpacked product by product. The others: the linears of the
-            blocks in bitsandbytes' format; head, embeddings, norms, routers and fused mixture-of-experts weights (a warning tells their size) stay in `dtype`. A
-            checkpoint saved quantized needs no `quantize`.
+            blocks in bitsandbytes' format; head, embeddings, norms, routers and fused mixture-of-experts weights (a
+            warning tells their size) stay in `dtype`. A checkpoint saved quantized needs no `quantize`.
         dtype: "float32", "bfloat16", "float16" (or a `torch.dtype`) for what is not quantized. None: the checkpoint's
             own; bfloat16 with `quantize`; float32 for quantized GGUF files.
         compute_dtype: of matrix products with 4-bit weights; None: `dtype`.

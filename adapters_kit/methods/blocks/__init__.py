@@ -1,0 +1,1 @@
+"""Training the numbers that a GGUF file's blocks store."""
