@@ -30,6 +30,7 @@ from adapters_kit.merging.writing import write
 
 # Building the model's skeleton imports transformers and peft, which takes longer than a plain merge: see `direct`.
 if TYPE_CHECKING:
+    from adapters_kit.merging.into_gguf import BlocksReport
     from adapters_kit.merging.job import Job
     from adapters_kit.merging.mixing import Mix
     from adapters_kit.merging.requantize import Survival
@@ -98,7 +99,7 @@ def merge(
     verify: str = "sample",
     overwrite: bool = False,
     force: bool = False,
-) -> MergeReport:
+) -> MergeReport | BlocksReport:
     """Write a model folder that computes what base + adapter computes, without building either.
 
     Weights are read, merged in float32, rounded once and written a few rows at a time; what the adapter does not touch
@@ -116,7 +117,8 @@ def merge(
             arXiv:2311.03099) drops values at random and scales up the rest.
         density: share of the values that "ties" and "dare" keep, above 0 and up to 1.
         seed: of DARE's choice.
-        out: the folder to write; it must not exist or be empty, unless `overwrite`.
+        out: the folder to write; it must not exist or be empty, unless `overwrite`. For the method `blocks`, a .gguf
+            file: the base's, with new scales and minima and every other byte unchanged.
         base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
             takes that one without the quantization of the training.
         dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own (for a quantized
@@ -151,6 +153,17 @@ def merge(
         given = "weights" if weights is not None else f"method={method!r}"
         raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
     read = open_adapter(Path(adapter))
+    if Path(out).suffix == ".gguf":
+        from adapters_kit.merging.into_gguf import merge_into_gguf
+
+        return merge_into_gguf(
+            read, base_of(read, base), Path(out), verify=verify != "off", overwrite=overwrite, force=force
+        )
+    if read.method == "blocks":
+        raise ShippingError(
+            f"{read.folder} trains what a .gguf file stores, and merges into such a file: merge({str(read.folder)!r}, "
+            "'merged.gguf')."
+        )
     original = base == "original"
     source = base_of(read, None if original else base)
     with staged(Path(out), overwrite=overwrite) as stage:

@@ -47,9 +47,7 @@ class BlocksConfig(PeftConfig):
         if self.train not in TRAINED:
             raise AdapterError(f"train={self.train!r}: choose {', '.join(map(repr, TRAINED))}.")
         if self.r is not None and (not isinstance(self.r, int) or self.r < 1):
-            raise AdapterError(
-                f"r={self.r!r} is no rank: give a whole number above 0, or None for full matrices."
-            )
+            raise AdapterError(f"r={self.r!r} is no rank: give a whole number above 0, or None for full matrices.")
 
     @property
     def fields(self) -> tuple[str, ...]:

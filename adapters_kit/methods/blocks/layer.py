@@ -59,9 +59,15 @@ class BlocksLayer(nn.Module, BaseTunerLayer):
         v = minima_codes(weight.raw, weight.kind) if FORMATS[weight.kind].minimum is not None else None
         self.register_buffer("minima_codes", v, persistent=False)
         self.minima_codes: Tensor | None
-        # Codes of up to 63 make the same Δm move a weight as much further: one rate suits all formats this way.
-        self.minima_unit = 1.0 if v is None else 1 / max(1.0, v.float().square().mean().sqrt().item())
+        self.minima_unit = self.unit_of(weight.raw, weight.kind)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    @staticmethod
+    def unit_of(raw: Tensor, kind: int) -> float:
+        """What Δm is measured in: codes of up to 63 make the same Δm move a weight as much further, and one learning
+        rate is to suit all formats."""
+        v = minima_codes(raw, kind) if FORMATS[kind].minimum is not None else None
+        return 1.0 if v is None else 1 / max(1.0, v.float().square().mean().sqrt().item())
 
     def add(self, adapter_name: str, config: BlocksConfig, trained: bool) -> None:
         """One adapter more, at zero."""
