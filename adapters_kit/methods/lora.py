@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.anatomy import map_model
 from adapters_kit.errors import AdapterError
+from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.methods.targets import all_linears, lora_linears, lora_linears_and_experts, matches
 from adapters_kit.registry import Method
 
@@ -50,7 +51,8 @@ def _split_from_weights(name: str) -> Prepare:
     """A `prepare` for methods that take their start out of the weights, which must not be rounded a second time."""
 
     def prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-        if getattr(model, "is_quantized", False):
+        packed = any(isinstance(weight, BlockTensor) for weight in model.parameters())
+        if packed or getattr(model, "is_quantized", False):
             raise AdapterError(
                 f"{name} moves a part of each weight into the adapter, and the rest of this quantized model would be "
                 "rounded anew, which is another model. Load it without quantize=, or use method 'lora'."

@@ -1,69 +1,19 @@
 """GGUF files quantized on the way, tensor by tensor: the same model as when transformers unpacks the whole file."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 import adapters_kit as ak
 from adapters_kit.loading import gguf as reading
 from tests.support import tiny
 from tests.support.quantized import paths
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("bitsandbytes")
-
-# family -> architecture in the file, and in transformers' table of config keys
-ARCHITECTURES = {"llama": ("llama", "llama"), "gpt2": ("gpt2", "gpt2"), "qwen3-moe": ("qwen3moe", "qwen3_moe")}
-# What transformers takes every file of these architectures to have.
-OVERRIDES = {"gpt2": {"n_positions": 1024}, "qwen3-moe": {"moe_intermediate_size": 768}}
-
-
-def write(name: str, file: Path, kind: str) -> None:
-    """A family of tiny.py as a GGUF file; matrices packed as `kind`, vectors in fp32.
-
-    q and k are not permuted as llama.cpp would: another model, but the same one for both readers.
-    """
-    model = tiny.build(name, **OVERRIDES.get(name, {}))
-    architecture, known_as = ARCHITECTURES[name]
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"t{index}" for index in range(tiny.VOCAB)])
-    for key, option in GGUF_CONFIG_MAPPING[known_as].items():
-        value = getattr(model.config, option, None) if option else None
-        if key == "rope.freq_base":
-            value = 10_000.0
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-            add(f"{architecture}.{key}", value)
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    weights = model.state_dict()
-    packed = gguf.GGMLQuantizationType[kind]
-    for stored, key in get_gguf_hf_weights_map(model, processor).items():
-        if key not in weights or (key == "lm_head.weight" and model.config.tie_word_embeddings):
-            continue
-        value = weights[key].numpy()
-        if "_exps" in stored:  # gate and up are one tensor in transformers, two in the file
-            stored = stored.removesuffix(".weight") + ".weight"
-            if "gate" in stored or "up" in stored:
-                value = np.split(value, 2, axis=1)["up" in stored]
-        if name == "gpt2" and value.ndim == 2 and ("attn" in stored or "ffn" in stored):
-            value = value.T
-        value = np.ascontiguousarray(value)
-        fits = value.ndim > 1 and "gate_inp" not in stored and value.shape[-1] % 32 == 0
-        if fits and kind != "F32":
-            writer.add_tensor(stored, gguf.quantize(value, packed), raw_dtype=packed)
-        else:
-            writer.add_tensor(stored, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+from tests.support.gguf_files import write
 
 
 @contextmanager

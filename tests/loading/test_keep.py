@@ -1,0 +1,100 @@
+"""quantize="keep": the file's blocks are the model's weights, and every method of the linear family trains on them."""
+
+import pytest
+import torch
+
+import adapters_kit as ak
+from adapters_kit.errors import AdapterError, ModelError
+from adapters_kit.kernels.block_tensor import BlockTensor
+from adapters_kit.kernels.fuse import fuse_report
+from tests.support import tiny
+
+pytest.importorskip("gguf")
+from tests.support.gguf_files import write
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256}  # K-quants have blocks of 256
+CASES = [("llama", "Q4_1", {}), ("llama", "Q5_0", {}), ("llama", "Q8_0", {}), ("llama", "Q4_K", WIDE)]
+
+
+def pair(tmp_path, name, kind, options):
+    file = tmp_path / "model.gguf"
+    write(name, file, kind, **options)
+    return ak.load(file, quantize="keep", dtype="float32"), ak.load(file, dtype="float32")
+
+
+def packed(model) -> list[str]:
+    return [path for path, entry in model.named_parameters() if isinstance(entry, BlockTensor)]
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+def test_the_model_is_the_unpacked_one_bit_by_bit(name, kind, options, tmp_path):
+    kept, plain = pair(tmp_path, name, kind, options)
+    assert len(packed(kept)) >= 14 and "model.layers.0.self_attn.q_proj.weight" in packed(kept)
+    for path, entry in kept.named_parameters():
+        value = entry.unpack() if isinstance(entry, BlockTensor) else entry
+        assert torch.equal(value, plain.get_parameter(path)), path
+    batch = tiny.inputs(kept)
+    with torch.no_grad():
+        torch.testing.assert_close(kept(**batch).logits, plain(**batch).logits)
+
+
+def test_transposed_and_fused_weights_are_unpacked(tmp_path):
+    """GPT-2 stores its linears the other way round, experts in three dimensions: these become plain tensors."""
+    kept, plain = pair(tmp_path, "gpt2", "Q8_0", {})
+    assert packed(kept) == ["transformer.wte.weight", "transformer.wpe.weight"]
+    with torch.no_grad():
+        batch = tiny.inputs(kept)
+        torch.testing.assert_close(kept(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "ia3", "houlsby", "prefix", "vera", "oft", "loha"])
+def test_methods_train_on_blocks_as_on_the_unpacked_weights(method, tmp_path):
+    kept, plain = pair(tmp_path, "llama", "Q4_1", {})
+    torch.manual_seed(0)
+    first = ak.wrap(kept, method)
+    torch.manual_seed(0)
+    second = ak.wrap(plain, method)
+    generator = torch.Generator().manual_seed(1)
+    for (name, ours), (other, theirs) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert name == other and ours.requires_grad == theirs.requires_grad
+        if ours.requires_grad:
+            value = torch.randn(ours.shape, generator=generator) * 0.05
+            ours.data, theirs.data = ours.data + value, theirs.data + value
+    batch = tiny.inputs(first, labels=True)
+    for model in (first, second):
+        model.eval()(**batch).loss.backward()
+    for (name, ours), (_, theirs) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        if ours.requires_grad:
+            assert ours.grad is not None, name
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+        else:
+            assert ours.grad is None, name
+    if method == "lora":
+        assert not fuse_report(first).plain
+
+
+def test_a_run_on_a_kept_base_trains_saves_and_merges(tmp_path):
+    kept, _ = pair(tmp_path, "llama", "Q4_1", {})
+    model = ak.wrap(kept, "lora", r=4)
+    for name, entry in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(entry, std=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    report = ak.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "model.gguf")
+    assert report.check.passed
+    batch = tiny.inputs(kept)
+    with torch.no_grad():
+        merged = ak.load(tmp_path / "merged", dtype="float32")
+        torch.testing.assert_close(merged(**batch).logits, model.eval()(**batch).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_keep_is_for_gguf_files(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"keeps the weights of a \.gguf file.*nf4"):
+        ak.load(tmp_path, quantize="keep")
+
+
+def test_methods_that_would_move_the_weights_are_refused(tmp_path):
+    kept, _ = pair(tmp_path, "llama", "Q4_1", {})
+    with pytest.raises(AdapterError, match="pissa"):
+        ak.wrap(kept, "pissa")
