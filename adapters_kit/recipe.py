@@ -425,7 +425,7 @@ def _place(path: tuple[str, ...], places: Mapping[tuple[str, ...], Place]) -> Pl
     return Place("", 10**9)
 
 
-if __name__ == "__main__":  # python -m adapters_kit.recipe > docs/recipe.schema.json
+if __name__ == "__main__":  # python -m adapters_kit.recipe > adapters_kit/recipe.schema.json
     import json
 
     print(json.dumps(schema(), indent=2))

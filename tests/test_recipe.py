@@ -181,9 +181,9 @@ def test_every_field_has_help_and_a_place_in_the_schema():
 
 
 def test_published_schema_is_the_current_one():
-    published = json.loads((Path(__file__).parents[1] / "docs" / "recipe.schema.json").read_text())
+    published = json.loads((Path(recipe_module.__file__).parent / "recipe.schema.json").read_text(encoding="utf-8"))
     assert published == json.loads(json.dumps(schema())), (
-        "write it anew: python -m adapters_kit.recipe > docs/recipe.schema.json"
+        "write it anew: python -m adapters_kit.recipe > adapters_kit/recipe.schema.json"
     )
 
 

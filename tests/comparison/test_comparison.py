@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,13 +20,13 @@ from hypothesis import strategies as st
 import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.comparison import cell as cells
-from adapters_kit.comparison import summary
+from adapters_kit.comparison import study, summary, worker
 from adapters_kit.comparison.cell import Cell, rows_of, run_cell
 from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
 from tests.support import small
 
-TRAINING = {"epochs": 4, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0, "keep_best": False}
+TRAINING = {"epochs": 1, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0, "keep_best": False}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,25 @@ def recipe(tmp_path_factory) -> ak.Recipe:
         method={"name": "lora", "r": 2},
         training=TRAINING,
     )
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Cells run in this process: for tests of what is compared, not of how cells are kept apart."""
+
+    @contextmanager
+    def here(folder, threads):
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def run(cell):
+            kept, error = folder / f"{cell.key}.json", folder / f"{cell.key}.error.json"
+            if not kept.is_file():
+                worker._work({"cell": asdict(cell), "kept": str(kept), "error": str(error)})
+            return json.loads(kept.read_text())["result"] if kept.is_file() else json.loads(error.read_text())
+
+        yield run
+
+    monkeypatch.setattr(study, "worker", here)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +169,7 @@ def test_a_cell_is_reproducible_and_full_trains_everything(recipe):
     assert one["adapter_bytes"] == 4 * one["total_params"]
 
 
-def test_labelled_variants_change_the_recipe(recipe, tmp_path):
+def test_labelled_variants_change_the_recipe(recipe, in_process, tmp_path):
     kinds = {"r=1": {"method": {"name": "lora", "r": 1}}, "r=4": {"method": {"name": "lora", "r": 4}}}
     rates = {"r=1": 1e-3, "r=4": 1e-3}
     found = ak.compare(recipe, kinds, [5], out=tmp_path, rates=rates, validation_size=32, quiet=True)
@@ -157,13 +178,13 @@ def test_labelled_variants_change_the_recipe(recipe, tmp_path):
     assert all(row.gap is None and row.spread is None and row.interval is None for row in found.rows)
 
 
-def test_a_variant_of_full_fine_tuning_keeps_its_own_rate(recipe, tmp_path):
+def test_a_variant_of_full_fine_tuning_keeps_its_own_rate(recipe, in_process, tmp_path):
     kinds = {"fast": {"method": "full", "training.learning_rate": 2e-3}, "full": {"method": "full"}}
     found = ak.compare(recipe, kinds, 1, out=tmp_path, grid=None, validation_size=32, quiet=True)
     assert found.document["learning_rates"] == {"fast": 2e-3, "full": FULL_RATE}
 
 
-def test_no_time_left_says_what_is_missing_and_goes_on(recipe, tmp_path):
+def test_no_time_left_says_what_is_missing_and_goes_on(recipe, in_process, tmp_path):
     call = {"out": tmp_path, "rates": {"lora": 1e-3, "ia3": 1e-2}, "validation_size": 32, "quiet": True}
     with pytest.raises(TrainingError, match="max_minutes=0 left no time"):
         ak.compare(recipe, ["lora", "ia3"], 2, max_minutes=0, **call)
@@ -174,7 +195,7 @@ def test_no_time_left_says_what_is_missing_and_goes_on(recipe, tmp_path):
     assert "the same call goes on" in str(partly)
 
 
-def test_a_method_that_fails_costs_its_own_row_only(recipe, tmp_path, monkeypatch):
+def test_a_method_that_fails_costs_its_own_row_only(recipe, in_process, tmp_path):
     kinds = {"lora": {}, "too long": {"training.max_length": 500}}
     found = ak.compare(recipe, kinds, 1, out=tmp_path, rates=dict.fromkeys(kinds, 1e-3), validation_size=32, quiet=True)
     assert [row.label for row in found.rows] == ["lora"]
@@ -251,7 +272,7 @@ def test_the_interval_holds_the_mean(differences):
     assert low <= statistics.fmean(differences) + 1e-12 and statistics.fmean(differences) <= high + 1e-12
 
 
-def test_language_models_compare_perplexity(tmp_path):
+def test_language_models_compare_perplexity(in_process, tmp_path):
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": row["text"]} for row in small.sentiment(64)])
     given = ak.Recipe(
         model=str(small.model("llama")), task="causal-lm", data=str(tmp_path / "train.jsonl"), training=TRAINING
