@@ -1,8 +1,11 @@
-# make demo: the main job on a small real model and real data.   make test: the tests.
+# make demo: the main job on a small real model and real data.   make test: the tests.   make quick: a minute of them.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes of one thread each: the tests are many small models, not a few large ones. A process that has nothing
+# left to do takes tests from the other.
+PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint types clean
+.PHONY: demo test quick lint types package lowest newest fuzz clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -13,9 +16,12 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
-# Two processes of one thread each: the tests are many small models, not a few large ones.
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# Every test once, with the first of its parameters, less the slow ones.
+quick: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m quick
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -24,5 +30,17 @@ lint: .venv/.installed
 types: .venv/.installed
 	$(BIN)/mypy
 
+# The wheel and the source distribution: built, checked, and the tests of the latter collected.
+package: .venv/.installed
+	.ci/package
+
+# make quick with the oldest versions that pyproject.toml allows, and with the newest there are.
+lowest newest:
+	.ci/versions $@ $(PYTHON)
+
+# Ten thousand inputs over everything that reads what others wrote. (make test tries 500.)
+fuzz: .venv/.installed
+	FUZZ_INPUTS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fuzz
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

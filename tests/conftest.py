@@ -15,6 +15,16 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m quick`: every test once, with the first of its parameters, less the slow ones. All rooms are in it."""
+    seen = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if test not in seen and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+        seen.add(test)
+
+
 @pytest.fixture(scope="session")
 def real():
     """`real(name) -> Path`: a small real model or data set of examples/assets.py, fetched if need be.

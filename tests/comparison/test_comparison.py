@@ -64,29 +64,29 @@ def in_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compared(recipe, tmp_path_factory):
-    """Four kinds, two seeds, rates searched."""
+    """Three kinds, two seeds, rates searched."""
     out = tmp_path_factory.mktemp("comparison")
-    methods = ["full", "lora", "pfeiffer", "lora+prefix"]
+    methods = ["full", "lora", "lora+prefix"]
     return ak.compare(recipe, methods, 2, out=out, grid=(1, 10), validation_size=32, quiet=True)
 
 
 def test_every_method_has_a_row_with_its_costs(compared, recipe):
     rows = {row.label: row for row in compared.rows}
-    assert set(rows) == {"full", "lora", "pfeiffer", "lora+prefix"}
+    assert set(rows) == {"full", "lora", "lora+prefix"}
     assert [row.score for row in compared.rows] == sorted((row.score for row in compared.rows), reverse=True)
     total = rows["full"].costs["total_params"]
     assert rows["full"].costs["trainable_params"] == total
     assert rows["full"].gap is None and rows["full"].merge is None
     # AdamW keeps two fp32 numbers for each trained one, and a step count a tensor.
     assert 8 * total <= rows["full"].costs["optimizer_bytes"] <= 8.1 * total
-    for label in ("lora", "pfeiffer", "lora+prefix"):
+    for label in ("lora", "lora+prefix"):
         row = rows[label]
         assert row.seeds == 2 and row.interval[0] <= row.gap <= row.interval[1]
         assert row.costs["trainable_params"] < total / 2
         assert row.costs["adapter_bytes"] >= 4 * row.costs["trainable_params"]
         assert row.costs["tokens_per_second"] > 0 and row.costs["seconds"] > 0 and row.costs["peak_bytes"] > 0
     assert rows["lora"].merge["largest"] <= 8 * rows["lora"].merge["floor"]
-    assert rows["pfeiffer"].merge is None
+    assert rows["lora+prefix"].merge is None
 
 
 def test_the_gap_is_paired_by_seed(compared):
@@ -95,8 +95,8 @@ def test_the_gap_is_paired_by_seed(compared):
         label: {seed: cell["scores"]["accuracy"] for seed, cell in found.items()}
         for label, found in document["cells"].items()
     }
-    gaps = [score["pfeiffer"][seed] - score["full"][seed] for seed in ("0", "1")]
-    row = next(row for row in compared.rows if row.label == "pfeiffer")
+    gaps = [score["lora+prefix"][seed] - score["full"][seed] for seed in ("0", "1")]
+    row = next(row for row in compared.rows if row.label == "lora+prefix")
     assert row.gap == pytest.approx(statistics.fmean(gaps))
     # Student's t with one degree of freedom has its 97.5 % point at 12.706.
     half = 12.7062 * statistics.stdev(gaps) / math.sqrt(2)
@@ -105,7 +105,7 @@ def test_the_gap_is_paired_by_seed(compared):
 
 def test_the_folder_tells_everything(compared):
     report = (compared.path / "report.md").read_text()
-    for text in ("gap to full", "± ", "validation rows", "pfeiffer", "score_and_parameters.png", "torch "):
+    for text in ("gap to full", "± ", "validation rows", "lora+prefix", "score_and_parameters.png", "torch "):
         assert text in report
     for name in ("score_and_parameters.png", "score_and_cost.png"):
         assert (compared.path / name).stat().st_size > 5_000
@@ -121,7 +121,7 @@ def test_the_folder_tells_everything(compared):
 def test_again_nothing_is_trained(compared, recipe, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (compared.path / "cells").iterdir()}
     monkeypatch.setattr(subprocess, "Popen", None)  # no worker may start
-    methods = ["full", "lora", "pfeiffer", "lora+prefix"]
+    methods = ["full", "lora", "lora+prefix"]
     again = ak.compare(recipe, methods, 2, out=compared.path, grid=(1, 10), validation_size=32, quiet=True)
     assert {path: path.stat().st_mtime_ns for path in (compared.path / "cells").iterdir()} == before
     assert [row.score for row in again.rows] == [row.score for row in compared.rows]

@@ -16,6 +16,8 @@ from adapters_kit.kernels.lora import LoraLinear
 from tests.support import tiny
 from tests.support.fused import gradients, lora, relative
 
+KINDS = ["ddp", "fsdp", "fsdp parts"]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -29,50 +31,66 @@ def model_and_batch():
     return model, tiny.inputs(model, batch=4, labels=True)
 
 
-def worker(rank, port, kind, folder):
+def step(rank, kind):
+    """Gradients of this rank's half of the batch, all-reduced, and the projections of each node that ran."""
+    model, batch = model_and_batch()
+    half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
+    nodes = []
+    real = LoraLinear.apply
+    LoraLinear.apply = lambda *args: nodes.append(len(args[5])) or real(*args)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+        for _ in range(2):  # the second step fails if the first left a gradient unreduced
+            model.zero_grad()
+            wrapped(**half).loss.backward()
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        if kind == "fsdp parts":  # every linear its own unit: its weight is sharded when the LoRA layer looks at it
+            for module in list(model.modules()):
+                if type(module) is torch.nn.Linear:
+                    fully_shard(module, mesh=mesh)
+        for block in model.base_model.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(**half).loss.backward()
+    LoraLinear.apply = real
+    found = {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        for name, grad in ((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
+    }
+    return found, nodes
+
+
+def worker(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        model, batch = model_and_batch()
-        half = {key: value[2 * rank : 2 * rank + 2] for key, value in batch.items()}
-        nodes = []
-        real = LoraLinear.apply
-        LoraLinear.apply = lambda *args: nodes.append(len(args[5])) or real(*args)
-        if kind == "ddp":
-            wrapped = DistributedDataParallel(model)
-            for _ in range(2):  # the second step fails if the first left a gradient unreduced
-                model.zero_grad()
-                wrapped(**half).loss.backward()
-        else:
-            mesh = init_device_mesh("cpu", (2,))
-            if kind == "fsdp parts":  # every linear its own unit: its weight is sharded when the LoRA layer looks at it
-                for module in list(model.modules()):
-                    if type(module) is torch.nn.Linear:
-                        fully_shard(module, mesh=mesh)
-            for block in model.base_model.model.model.layers:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            model(**half).loss.backward()
-        found = {
-            name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            for name, grad in ((n, p.grad) for n, p in model.named_parameters() if p.requires_grad)
-        }
-        if rank == 0:
-            torch.save((found, nodes), folder / "found.pt")
+        for kind in KINDS:
+            made = step(rank, kind)
+            if rank == 0:
+                torch.save(made, folder / f"{kind}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp parts"])
-def test_two_processes(kind, tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes found, a file a kind: they are started once, for all kinds."""
+    made = tmp_path_factory.mktemp("two")
+    mp.spawn(worker, (free_port(), made), nprocs=2)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(kind, folder):
     model, batch = model_and_batch()
     halves = [{key: value[i : i + 2] for key, value in batch.items()} for i in (0, 2)]
     (sum(model(**half).loss for half in halves) / 2).backward()
     expected = gradients(model)
-    mp.spawn(worker, (free_port(), kind, tmp_path), nprocs=2)
-    found, nodes = torch.load(tmp_path / "found.pt")
+    found, nodes = torch.load(folder / f"{kind}.pt")
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert relative(found[name], grad) < 1e-5, name
