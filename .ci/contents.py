@@ -11,7 +11,10 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOT_SHIPPED = {".pre-commit-config.yaml", ".gitignore"}  # of use in a repository only; the source distribution may lack them
+NOT_SHIPPED = {
+    ".pre-commit-config.yaml",
+    ".gitignore",
+}  # of use in a repository only; the source distribution may lack them
 
 
 def tracked() -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,11 +80,19 @@ def _take_recipe_flags(verb: argparse.ArgumentParser, arguments: list[str]) -> l
     return taken
 
 
+def _version() -> str:
+    try:
+        return version("adapters-kit")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
+
+
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="adapters-kit",
         description="Freeze a Hugging Face model, train a small module on it, ship exactly what was trained.",
     )
+    parser.add_argument("--version", action="version", version=f"adapters-kit {_version()}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
     def verb(function: Callable, name: str = "", recipe_keys: bool = False) -> _Parser:

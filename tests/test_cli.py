@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import adapters_kit as ak
 from adapters_kit import cli
 
 
@@ -17,6 +18,11 @@ def run(capsys, *words):
         status = stop.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def test_version(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert (status, out) == (0, f"adapters-kit {ak.__version__}\n")
 
 
 MISTAKES = {

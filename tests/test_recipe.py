@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters_kit import recipe as recipe_module
 from adapters_kit import registry
 from adapters_kit.errors import RecipeError
 from adapters_kit.recipe import TASKS, Recipe, TrainingSpec, known_flags, schema
