@@ -24,6 +24,8 @@ def quiet() -> None:
     """Install the filters; more than once does no harm."""
     # peft asks transformers for a property under its old name, once for every model that it wraps.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # It looks for a config.json inside the base, which a .gguf file cannot have.
+    warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ", UserWarning)
     for name, start in _NOISE.items():
         logger = logging.getLogger(name)
         if not any(isinstance(known, _StartsWith) for known in logger.filters):

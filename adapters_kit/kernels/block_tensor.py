@@ -73,6 +73,20 @@ class BlockTensor(torch.Tensor):
         whole = dequantize(self.raw, self.kind, dtype or self.dtype)
         return whole.t() if self.turned else whole
 
+    def requires_grad_(self, requires_grad: bool = True) -> "BlockTensor":
+        """As a tensor's; a parameter in blocks stays frozen: no optimizer could step to values that blocks can hold.
+
+        Raises:
+            ModelError: asked to train it.
+        """
+        if requires_grad and isinstance(self, torch.nn.Parameter):
+            raise ModelError(
+                f"A weight {tuple(self.shape)} lies in {self.format} blocks and cannot be trained as a whole (full "
+                "fine-tuning, modules_to_save). Train an adapter on it, or the method 'blocks'; or load the model "
+                'without quantize="keep".'
+            )
+        return super().requires_grad_(requires_grad)  # type: ignore[return-value]
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTr
 
 from adapters_kit.artifacts.source import Source
 from adapters_kit.errors import ModelError
+from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading.lazy import read_lazily
 from adapters_kit.quantization import KINDS, check_kind, modules_to_leave
 
@@ -97,7 +98,11 @@ def read_gguf_in_blocks(
     options = {key: value for key, value in options.items() if key != "gguf_file"}
     with read_gguf_lazily(file, skeleton, keep=True) as state_dict:
         options |= {"config": skeleton.config, "state_dict": state_dict}
-        return _from_pretrained(type(skeleton), None, source, labels, options)
+        model, info = _from_pretrained(type(skeleton), None, source, labels, options)
+    for entry in model.parameters():
+        if isinstance(entry, BlockTensor):
+            entry.requires_grad = False
+    return model, info
 
 
 def _needs_transformers(options) -> bool:

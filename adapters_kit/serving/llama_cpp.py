@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
-from adapters_kit.artifacts.dtypes import GGUF, name_of
+from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.source import locate
@@ -41,7 +41,7 @@ def write_gguf(
             llama.cpp ignores rank-stabilised scaling and patterns).
         out: the file.
         dtype: "float16", "bfloat16", "float32" or "q8_0".
-        base: for an adapter, the folder of its base; None takes the one that it names.
+        base: for an adapter, its base: a folder or the .gguf file; None takes the one that it names.
 
     Raises:
         ShippingError: the converter refuses the model (its own words are repeated).
@@ -53,6 +53,14 @@ def write_gguf(
     out = Path(os.path.abspath(out))
     if out.exists() and not overwrite:
         raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
+    if (source / CONFIG).is_file():
+        adapter = read_adapter(source)
+        named = locate(base if base is not None else adapter.base or "")
+        if named.suffix == ".gguf":
+            from adapters_kit.serving.lora_gguf import write_lora_gguf
+
+            write_lora_gguf(adapter, named, out, as_dtype(dtype))
+            return out
     folder = converters()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +70,6 @@ def write_gguf(
     try:
         made = work / "made.gguf"
         if (source / CONFIG).is_file():
-            adapter = read_adapter(source)
-            named = locate(base if base is not None else adapter.base or "")
             config, weights, _ = canonicalise(adapter)
             write_json(work / "canonical" / CONFIG, config)
             write_tensors(work / "canonical" / WEIGHTS, weights)

@@ -98,3 +98,13 @@ def test_methods_that_would_move_the_weights_are_refused(tmp_path):
     kept, _ = pair(tmp_path, "llama", "Q4_1", {})
     with pytest.raises(AdapterError, match="pissa"):
         ak.wrap(kept, "pissa")
+
+
+def test_a_weight_in_blocks_is_not_trained_as_a_whole(tmp_path):
+    kept, _ = pair(tmp_path, "llama", "Q4_1", {})
+    assert not any(entry.requires_grad for entry in kept.parameters() if isinstance(entry, BlockTensor))
+    with pytest.raises(ModelError, match="full fine-tuning"):
+        kept.requires_grad_(True)
+    with pytest.raises(ModelError, match="modules_to_save"):
+        ak.wrap(kept, "lora", modules_to_save=["lm_head"])
+    assert not hasattr(kept, "peft_config") and type(kept.lm_head) is torch.nn.Linear
