@@ -39,8 +39,9 @@ FLOORS = {
     "inference": 8,
     "comparison": 8,
     "verbs": 9,
-    "cli": 10,
-    "__main__": 11,
+    "arguments": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 # The ground floor is one folder, whose files may use each other. What it is for: nothing there imports these.
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy"}

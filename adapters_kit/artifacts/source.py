@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE
+from adapters_kit.artifacts.hub import copy_without_hub
 from adapters_kit.errors import MissingPackageError, ModelError, ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.names import is_adapter_folder, looks_like_path
 
@@ -29,6 +30,12 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    try:
+        kept = copy_without_hub(str(name), revision)
+    except UnknownNameError as error:
+        raise ShippingError(f"The base model: {error} Say where it is with base=.") from error
+    if kept is not None:
+        return kept
     try:
         try:
             return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
@@ -159,7 +166,8 @@ def find(name: str | os.PathLike) -> Source:
         beside = sorted(entry.name for entry in path.parent.iterdir()) if text and path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside) if beside else f"{path.parent} is empty or does not exist."
         raise UnknownNameError(f"No model at {text!r}. {hint}" if text else "The model has no name.")
-    return Source(text, text)
+    kept = copy_without_hub(text)
+    return Source(text, text if kept is None else str(kept), local=kept is not None)
 
 
 def _holds(folder: Path) -> str:

@@ -1,0 +1,94 @@
+"""Verbs that look: methods, inspect, plan, check, doctor."""
+
+from __future__ import annotations
+
+import argparse
+
+from adapters_kit.errors import AdapterError
+from adapters_kit.verbs.shown import Shown, console, print_table
+
+
+def methods(options: argparse.Namespace) -> Shown:
+    """Every method: what it trains, whether it merges, where it was published."""
+    from adapters_kit.methods import table
+
+    found = table()
+    merges = {True: "yes", False: "no", None: "?"}
+    data = [
+        {
+            "name": one.name,
+            "config": one.config.partition(":")[2],
+            "trains": one.trains,
+            "merges": one.mergeable,
+            "paper": one.paper,
+        }
+        for one in found
+    ]
+    rows = [[one["name"], one["config"], one["trains"], merges[one["merges"]], one["paper"]] for one in data]
+    return Shown(data, lambda: print_table(["name", "config", "trains", "merges", "paper"], rows))
+
+
+def inspect(options: argparse.Namespace) -> Shown:
+    """Blocks, branches and linears of a model, and how much each method would train; reads no weights."""
+    import copy
+
+    from adapters_kit import registry
+    from adapters_kit.anatomy import map_model, tree
+    from adapters_kit.kernels.fuse import fuse
+    from adapters_kit.loading import skeleton
+    from adapters_kit.wrapping import wrap
+
+    bare = skeleton(options.model, options.task)
+    found = map_model(bare)
+    # What a start from the weights, or the length of a run, decides does not change the count.
+    needed = {"adalora": {"total_step": 1}, "pissa": {"init_lora_weights": True}, "olora": {"init_lora_weights": True}}
+    trained = []
+    for name in options.methods or registry.names():
+        try:
+            wrapped = wrap(copy.deepcopy(bare), name, fuse=False, **needed.get(name, {}))
+            some, total = wrapped.get_nb_trainable_parameters()
+            trained.append({"method": name, "trained_parameters": some, "total_parameters": total})
+        except AdapterError as error:
+            trained.append({"method": name, "refused": str(error).splitlines()[0]})
+    try:
+        fused = str(fuse(wrap(copy.deepcopy(bare), "lora", fuse=False)))
+    except AdapterError as error:  # a model without a linear layer
+        fused = f"no LoRA: {error}"
+
+    def show() -> None:
+        console().print(tree(found))
+        rows = [
+            [one["method"], "", "", one["refused"]]
+            if "refused" in one
+            else [
+                one["method"],
+                f"{one['trained_parameters']:,}",
+                f"{one['trained_parameters'] / one['total_parameters']:.2%}",
+                "",
+            ]
+            for one in trained
+        ]
+        print_table(["method", "trained parameters", "of all", "why not"], rows)
+        print(fused)
+
+    return Shown({"model": found, "methods": trained, "fused": fused}, show)
+
+
+def plan(options: argparse.Namespace) -> Shown:
+    """What a recipe will train, the memory that a step takes, and whether it fits; reads no weights."""
+    from adapters_kit.verbs.training import recipe_of
+
+    recipe = recipe_of(options)
+    from adapters_kit.training.plan import plan as make_plan
+
+    made = make_plan(recipe, options.gpu)
+    return Shown(made, lambda: print(made))
+
+
+def check(options: argparse.Namespace) -> Shown:
+    """Whether an adapter or a merged model loads in a server, and every reason if not."""
+    from adapters_kit.serving.check import check as look
+
+    report = look(options.folder, options.target, max_lora_rank=options.max_lora_rank)
+    data = {"path": str(report.path), "target": report.target, "ok": bool(report), "problems": report.problems}
+    return Shown(data, str(report), status=0 if report else 1)

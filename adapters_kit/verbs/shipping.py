@@ -1,0 +1,72 @@
+"""Verbs that ship what was trained: merge, combine, export, convert, push, pull."""
+
+from __future__ import annotations
+
+import argparse
+
+from adapters_kit.verbs.shown import Shown
+
+
+def merge(options: argparse.Namespace) -> Shown:
+    """Fold an adapter, or several, into the base model's weights, and prove that both compute the same."""
+    from adapters_kit.merging.merge import merge as fold
+
+    report = fold(
+        options.adapters if len(options.adapters) > 1 else options.adapters[0],
+        options.out,
+        **_mixing(options),
+        base=options.base,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        verify=options.verify,
+        overwrite=options.overwrite,
+        force=options.force,
+    )
+    return Shown(report, str(report))
+
+
+def combine(options: argparse.Namespace) -> Shown:
+    """Write one LoRA adapter that stands for several of the same base."""
+    from adapters_kit.serving.combine import combine as join
+
+    kinds = {"rank": options.rank, "overwrite": options.overwrite}
+    report = join(options.adapters, options.out, **_mixing(options), **kinds)
+    return Shown(report, str(report))
+
+
+def _mixing(options: argparse.Namespace) -> dict[str, object]:
+    return {name: getattr(options, name) for name in ("weights", "method", "density", "seed")}
+
+
+def export(options: argparse.Namespace) -> Shown:
+    """Write an adapter or a merged model in the form that a server takes."""
+    from adapters_kit.serving.export import export as write
+
+    kinds = {"format": options.format, "canonical": options.canonical, "rank": options.rank, "dtype": options.dtype}
+    report = write(options.source, options.out, base=options.base, overwrite=options.overwrite, **kinds)
+    return Shown(report, str(report))
+
+
+def convert(options: argparse.Namespace) -> Shown:
+    """Turn an adapter saved by AdapterHub's `adapters` into a peft adapter folder."""
+    from adapters_kit.loading import load
+    from adapters_kit.methods.adapterhub.folder import convert_folder
+
+    path = convert_folder(options.source, load(options.base, task=options.task), options.out)
+    return Shown({"path": path}, f"Converted to {path}")
+
+
+def push(options: argparse.Namespace) -> Shown:
+    """Send a run's adapter or a merged model to the model hub, with a card that tells base, data and scores."""
+    from adapters_kit.serving.hub import push as send
+
+    sent = send(options.folder, options.repo, private=options.private, license=options.license)
+    return Shown(sent, str(sent))
+
+
+def pull(options: argparse.Namespace) -> Shown:
+    """Fetch an adapter or a model from the hub into a folder."""
+    from adapters_kit.serving.hub import pull as fetch
+
+    path = fetch(options.repo, options.out, revision=options.revision)
+    return Shown({"path": path}, f"{options.repo} is in {path}")

@@ -1,0 +1,140 @@
+"""Verbs that train: init, train, compare, sweep."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters_kit.errors import DataError, RecipeError, did_you_mean
+from adapters_kit.recipe import DATA_SUFFIXES, Recipe
+from adapters_kit.verbs.shown import Shown, metrics_text
+
+if TYPE_CHECKING:
+    from adapters_kit.training.run import Run
+
+
+def is_data(path: Path) -> bool:
+    """Whether a path given where a recipe is expected is the data itself."""
+    return path.suffix.lower() in DATA_SUFFIXES or path.is_dir()
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments describe: a YAML file, or a data file with the rest in flags; flags go over both.
+
+    Raises:
+        RecipeError: every problem, each with its line or flag.
+    """
+    path: Path | None = options.recipe
+    if path is None or not is_data(path):
+        return Recipe.read(path, options.flags)
+    if not path.exists():
+        near = did_you_mean(path.name, [one.name for one in path.parent.glob("*")])
+        raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], "the arguments")
+    given = {flag.partition("=")[0] for flag in options.flags if flag.startswith("--")}
+    missing = [key for key in ("task", "model") if f"--{key}" not in given]
+    if missing:
+        from adapters_kit.task_table import TASKS
+
+        what = {
+            "task": f"what to learn, --task {'|'.join(TASKS)}",
+            "model": "from which model, --model FOLDER-OR-HUB-ID",
+        }
+        raise RecipeError(
+            [
+                f"{path} is data, so say {' and '.join(what[key] for key in missing)}; "
+                f"or let `adapters-kit init {path}` propose a recipe"
+            ],
+            "the arguments",
+        )
+    return Recipe.read(None, ["--data.train", str(path), *options.flags])
+
+
+def default_out(options: argparse.Namespace, otherwise: str) -> Path:
+    """`runs/` and the name of the recipe or data file."""
+    return options.out or Path("runs") / (options.recipe.stem if options.recipe else otherwise)
+
+
+def init(options: argparse.Namespace) -> Shown:
+    """Look at a data file and write a recipe for it: task, columns, model and method, each with its reason."""
+    out = options.out or Path(f"{Path(options.data).stem or 'recipe'}.yaml")
+    if out.exists() and not options.overwrite:
+        raise DataError(f"{out} exists already. Choose another --out, or give --overwrite to replace it.")
+    from adapters_kit.artifacts.files import write_text
+    from adapters_kit.training.propose import propose
+
+    made = propose(options.data, task=options.task, model=options.model, method=options.method)
+    write_text(out, made.text)
+    told = [*made.reasons, f"Written to {out}. Next: adapters-kit plan {out}, then adapters-kit train {out}"]
+    return Shown({"recipe": str(out), "fields": made.fields, "reasons": made.reasons}, "\n".join(told))
+
+
+def train(options: argparse.Namespace) -> Shown | None:
+    """Train a recipe, or a data file with --task and --model. Every key of the recipe is a flag: --method.r 16"""
+    recipe = recipe_of(options)
+    if options.print_recipe:
+        return Shown(recipe, recipe.to_yaml().rstrip())
+    out = default_out(options, Path(recipe.method.label).name)
+    from accelerate import PartialState
+
+    from adapters_kit.training.train import train as run_training
+
+    run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)
+    if not PartialState().is_main_process:
+        return None
+    return Shown(
+        {"path": run.path, "adapter": run.adapter, "metrics": run.metrics},
+        f"{metrics_text(run.metrics)}\nRun folder: {run.path}   adapter: {run.adapter}\n{_next(run)}",
+    )
+
+
+def _next(run: Run) -> str:
+    ask = f"adapters-kit {'chat' if run.recipe.task == 'causal-lm' else 'predict'} {run.path}"
+    page = run.path / "report.html"
+    return f"Look: {page}   ask: {ask}" if page.is_file() else f"Ask: {ask}"
+
+
+def compare(options: argparse.Namespace) -> Shown:
+    """Methods beside full fine-tuning on one recipe, several seeds; or finished runs beside each other, best first."""
+    recipes = [path for path in options.paths if path.suffix in (".yaml", ".yml")]
+    if recipes:
+        if len(options.paths) > 1:
+            raise DataError(f"Give one recipe, or run folders: here are {', '.join(map(str, options.paths))}.")
+        return _compare_methods(options)
+    folders = [path for path in options.paths if path.is_dir()]
+    if missing := [path for path in options.paths if path not in folders]:
+        near = did_you_mean(missing[0].name, [path.name for path in missing[0].parent.glob("*/")])
+        raise DataError(f"No run folder {str(missing[0])!r}. {near}".rstrip())
+    if options.flags:
+        raise DataError(f"{options.flags[0]} changes a recipe; the runs in {folders[0]} are finished.")
+    from adapters_kit.training.table import as_text, compare_runs
+
+    rows = compare_runs(folders)
+    return Shown(rows, as_text(rows))
+
+
+def _compare_methods(options: argparse.Namespace) -> Shown:
+    recipe = Recipe.read(options.paths[0], options.flags)
+    out = options.out or Path("runs") / f"{options.paths[0].stem}-comparison"
+    given: dict[str, Any] = {
+        "methods": options.methods.split(",") if options.methods else None,
+        "metric": options.metric,
+        "grid": options.grid,
+        "max_minutes": options.max_minutes,
+    }
+    from adapters_kit.comparison import compare as run_comparison
+
+    given = {name: value for name, value in given.items() if value is not None}
+    found = run_comparison(recipe, seeds=options.seeds, out=out, **given)
+    return Shown(found.document, str(found))
+
+
+def sweep(options: argparse.Namespace) -> Shown:
+    """Train a recipe with every learning rate and rank, and print the runs beside each other, best first."""
+    recipe = recipe_of(options)
+    out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-sweep"
+    from adapters_kit.training.table import as_text
+    from adapters_kit.training.table import sweep as run_sweep
+
+    rows = run_sweep(recipe, out, learning_rates=options.learning_rates, ranks=options.ranks)
+    return Shown(rows, f"{as_text(rows)}\nRun folders: {out}")
