@@ -201,6 +201,7 @@ def _looking(verb: Adder) -> None:
     made = verb(models.plan, takes_keys=True)
     _recipe(made)
     made.add_argument("--gpu", metavar="SIZE", help="memory of the card, such as 24GB (default: this machine's)")
+    made.add_argument("--length", type=int, metavar="TOKENS", help="plan for inputs so long, without any data")
 
 
 def _training(verb: Adder) -> None:

@@ -24,6 +24,15 @@ from adapters_kit.kernels.pending import Pending
 _CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
 
 
+def _tokens_at_once(vocabulary: int, gpu: bool) -> int:
+    return max(16, (_GPU_LOGITS if gpu else _CPU_LOGITS) // vocabulary)
+
+
+def chunk_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:
+    """Bytes that the chunked loss of `tokens` tokens holds for a moment: its logits in float32, and once more."""
+    return 8 * vocabulary * min(tokens, _tokens_at_once(vocabulary, gpu))
+
+
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, str[] names, float[] values, int ignore_index, "
     "float label_smoothing, bool want_grad) -> (Tensor, Tensor)"
@@ -45,7 +54,7 @@ def _linear_cross_entropy(
     """Loss summed over the tokens, and its gradient on `hidden`. One opaque operation for torch.compile."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     vocabulary = weight.shape[0]
-    chunk = max(16, (_CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS) // vocabulary)
+    chunk = _tokens_at_once(vocabulary, hidden.device.type != "cpu")
     total = hidden.new_zeros((), dtype=exact)
     grad = torch.empty_like(hidden if want_grad else hidden[:0])
     for start in range(0, len(hidden), chunk):
@@ -316,6 +325,11 @@ def chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> LossRepor
     base.register_forward_pre_hook(_arm, with_kwargs=True)
     base.register_forward_hook(_disarm, always_call=True)
     return LossReport(True)
+
+
+def is_chunked(model: nn.Module) -> bool:
+    """Whether `chunked_loss` has changed `model`."""
+    return isinstance(getattr(base_model(model), "_loss_function", None), ChunkedLoss)
 
 
 def plain_loss(model: nn.Module) -> None:

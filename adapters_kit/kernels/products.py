@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _SLICE = 2**18  # elements converted at a time for a narrow product: 1 MB
 _BLOCK = 2**22  # and for a wide one: 16 MB, so that a long batch is not held in float32 as a whole
@@ -35,7 +36,7 @@ def _slow_at_bf16() -> bool:
 def blocks(x: Tensor, wide: torch.dtype) -> list[slice] | None:
     """The rows of `x (tokens, in)` to convert to `wide` at a time; None for all at once."""
     step = max(512, _BLOCK // max(1, x.shape[1]))
-    if wide == x.dtype or len(x) <= step:
+    if wide == x.dtype or len(x) <= step or isinstance(x, FakeTensor):
         return None
     return [slice(start, min(start + step, len(x))) for start in range(0, len(x), step)]
 
@@ -56,7 +57,7 @@ def _slices(x: Tensor, dtype: torch.dtype, positions: Tensor | None) -> Iterator
     They share memory, so each is to be used before the next; views of `x` itself if there was nothing to change.
     """
     rows, width = x.shape
-    count = max(1, -(-rows * width // _SLICE))
+    count = 1 if isinstance(x, FakeTensor) else max(1, -(-rows * width // _SLICE))  # without values there is no cache
     step = max(1, -(-rows // count))
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     copied = positions is not None or x.dtype != dtype

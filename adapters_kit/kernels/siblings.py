@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adapters_kit.anatomy import base_model, fake, probe_inputs, shape_dtype
+from adapters_kit.anatomy import base_model, fake, probe_inputs, shape_dtype, shapes_alone
 from adapters_kit.anatomy.structure import is_linear
 
 
@@ -89,7 +89,7 @@ def find_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tu
     if not isinstance(base, PreTrainedModel):
         return [], f"{type(base).__name__} is not a transformers model; fuse(model, inputs=batch) finds its siblings"
     try:
-        twin = _meta_twin(base)
+        twin = base if shapes_alone(base) else _meta_twin(base)
         with fake(twin, shape_dtype(twin)):
             groups, failure = _dry_run(twin, probe_inputs(twin))
     except Exception as error:

@@ -108,9 +108,7 @@ def load(
         )
     config = _read_config(source, revision, trust_remote_code)
     auto_class = _class_for(config, task, source)
-    _set_labels(config, labels)
-    if task == "question-answering":
-        config.num_labels = 2  # a start and an end, whatever the checkpoint classified before
+    _set_labels(config, task, labels)
     saved_as = _saved_kind(config)
     if quantize is not None and saved_as is not None:
         if quantize != saved_as:
@@ -247,7 +245,9 @@ def _check_labels(labels: Sequence[str] | None, task: str) -> None:
         raise ModelError(f"labels={list(labels)!r}: {twice[0]!r} is there twice.")
 
 
-def _set_labels(config: PreTrainedConfig, labels: Sequence[str] | None) -> None:
+def _set_labels(config: PreTrainedConfig, task: str | None, labels: Sequence[str] | None) -> None:
+    if task == "question-answering":
+        config.num_labels = 2  # a start and an end, whatever the checkpoint classified before
     if labels is None:
         return
     own = [config.id2label[index] for index in sorted(config.id2label)]
@@ -295,7 +295,7 @@ def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequen
     """
     source = find(name)
     config = _read_config(source, None, False)
-    _set_labels(config, labels)
+    _set_labels(config, task, labels)
     own = getattr(transformers, (config.architectures or [""])[0], None)
     if task is None and own is not None:
         with torch.device("meta"):

@@ -15,7 +15,7 @@ from adapters_kit.tasks import packing
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
 from adapters_kit.tasks.chat import as_messages, render, tokens_of_answers
 
-_LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
+LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
 
 
 class CausalLM(Task):
@@ -129,7 +129,7 @@ class CausalLM(Task):
         """Negative log-likelihood (nats, summed) and number of counted tokens of each example."""
         labels = batch.pop("labels")
         rows, length = labels.shape
-        at_once = max(_LOGITS_AT_ONCE // (length * model.config.get_text_config().vocab_size), 1)
+        at_once = max(LOGITS_AT_ONCE // (length * model.config.get_text_config().vocab_size), 1)
         found = []
         for start in range(0, rows, at_once):
             part = {key: value[start : start + at_once] for key, value in batch.items()}

@@ -1,22 +1,30 @@
 """How much memory a training step needs, without weights and without running it.
 
-The model is built on the meta device, gets its adapter, and runs once on fake tensors: every operation is dispatched,
-none is computed. What autograd would keep for the backward pass is counted byte by byte, each storage once. The count
-equals that of a real forward pass in the same dtype with the same kernels.
+The model is built on the meta device, gets its adapter, is cut down to the blocks that differ, and runs once on fake
+tensors: every operation is dispatched, none is computed. What autograd would keep for the backward pass is counted byte
+by byte, each storage once. The count equals that of a real forward pass in the same dtype with the same kernels.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from adapters_kit.anatomy import block_linears, blocks, fake
+from adapters_kit.anatomy import base_model, block_linears, blocks, fake, output_embeddings
+from adapters_kit.anatomy.structure import unwrap
 from adapters_kit.errors import UnknownNameError, did_you_mean
+from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked
+from adapters_kit.tasks.causal_lm import LOGITS_AT_ONCE
+from adapters_kit.training.gpu_rules import AllCount, GpuRules
 
+Batch = dict[str, torch.Tensor]
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa")
 # bitsandbytes keeps the state of smaller tensors in fp32, and one fp32 scale for so many 8-bit entries.
 _SMALLEST_8BIT = 4096
@@ -35,7 +43,9 @@ class Memory:
         gradients: of the trained parameters, fp32.
         optimizer: its state.
         activations: kept for the backward pass.
-        working: at most needed on top for a moment: the gradient of the largest kept tensor and a copy.
+        working: at most needed on top for a moment: the gradient of the largest kept tensor and a copy, a quantized
+            weight unpacked, or the pieces of the chunked loss.
+        evaluation: needed while scoring, when there are neither gradients nor activations: the logits of a pass.
     """
 
     weights: int
@@ -44,11 +54,13 @@ class Memory:
     optimizer: int
     activations: int
     working: int
+    evaluation: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+        """The most there is at one time."""
+        step = self.gradients + self.activations + self.working
+        return self.weights + self.adapter + self.optimizer + max(step, self.evaluation)
 
 
 @dataclass
@@ -56,64 +68,100 @@ class Kept:
     """What autograd keeps of one forward pass, in bytes.
 
     Attributes:
-        total: everything, each storage once.
+        outside: what is kept of everything but the blocks and of what they share, each storage once.
         by_block: what each block keeps.
         block_inputs: the size of each block's input: all that gradient checkpointing keeps of it.
         largest: the largest single tensor.
+        stands_for: for how many blocks of the whole model each one was counted (`anatomy.depth`); 1 where it is silent.
     """
 
-    total: int = 0
+    outside: int = 0
     by_block: dict[str, int] = field(default_factory=dict)
     block_inputs: dict[str, int] = field(default_factory=dict)
     largest: int = 0
+    stands_for: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.outside + self._all(self.by_block)
 
     @property
     def checkpointed(self) -> int:
         """With gradient checkpointing: the blocks' inputs, one block at a time, and what lies outside the blocks."""
-        if not self.by_block:
-            return self.total
-        outside = self.total - sum(self.by_block.values())
-        return outside + sum(self.block_inputs.values()) + max(self.by_block.values())
+        return self.outside + self._all(self.block_inputs) + max(self.by_block.values(), default=0)
+
+    def _all(self, by_block: dict[str, int]) -> int:
+        return sum(bytes_ * self.stands_for.get(path, 1) for path, bytes_ in by_block.items())
 
 
-def kept_for_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> Kept:
+def kept_for_backward(model: nn.Module, batch: Batch) -> Kept:
     """Runs the forward pass once and counts what autograd keeps of it, parameters and buffers left out.
 
     Works on a real model and on one of `fake`.
     """
     own = {storage_of(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found, alive, inside = Kept(), {}, [""]
+    base = base_model(model)
+    found, inside = Kept(), [""]
+    packed: dict[int, tuple[str, torch.Tensor]] = {}  # held, so that no storage's address is given away again
+    given: Counter[int] = Counter()
+    held: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()  # a graph that held itself would never be freed, since no backward pass follows
         key = storage_of(tensor)
-        if key not in own and key not in alive:
-            size = tensor.untyped_storage().nbytes()
-            alive[key] = tensor  # held, so that its storage's address is not given away again
-            found.total += size
-            found.largest = max(found.largest, size)
-            if inside[-1]:
-                found.by_block[inside[-1]] = found.by_block.get(inside[-1], 0) + size
+        if key not in own and key not in packed:
+            packed[key] = inside[-1], tensor
         return tensor
 
     with ExitStack() as stack:
         for path in blocks(base):
             block = base.get_submodule(path)
 
-            def enter(module: nn.Module, args: tuple, kwargs: dict, path: str = path) -> None:
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
                 inside.append(path)
                 hidden = args[0] if args else kwargs.get("hidden_states")
                 if isinstance(hidden, torch.Tensor):
                     found.block_inputs[path] = hidden.untyped_storage().nbytes()
+                tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                given.update({storage_of(tensor) for tensor in tensors})
+                held.extend(tensors)
+
+            def leave(*_: Any) -> None:
+                inside.pop()
 
             first = block.register_forward_pre_hook(enter, with_kwargs=True)
-            last = block.register_forward_hook(lambda *_: inside.pop() and None)
+            last = block.register_forward_hook(leave)
             stack.callback(first.remove)
             stack.callback(last.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         model(**batch)
+    for key, (path, tensor) in packed.items():
+        size = tensor.untyped_storage().nbytes()
+        found.largest = max(found.largest, size)
+        if path and given[key] < 2:
+            found.by_block[path] = found.by_block.get(path, 0) + size
+        else:  # what several blocks are given (rotary angles, a mask) is no block's own, whichever keeps it first
+            found.outside += size
     return found
+
+
+def kept_by_shapes(model: nn.Module, batch: Batch, dtype: torch.dtype, *, on_gpu: bool = False) -> Kept:
+    """`kept_for_backward` of a model of shapes alone.
+
+    Args:
+        model: wrapped, on the meta device, in the dtype that it is to be held in; in training mode.
+        batch: real tensors; only their shapes and dtypes matter.
+        dtype: of the arithmetic; a 16-bit one runs under autocast, as training does.
+        on_gpu: by the rules of CUDA's autocast and attention, not a CPU's.
+    """
+    with ExitStack() as stack:
+        mode = stack.enter_context(fake(model))
+        stack.enter_context(AllCount())
+        stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32))
+        if on_gpu:
+            stack.enter_context(GpuRules(dtype))
+        return kept_for_backward(model, {name: mode.from_tensor(tensor) for name, tensor in batch.items()})
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -128,15 +176,12 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
         model: wrapped, on any device (meta will do), in the dtype that it is to be held in.
         linears: paths in the base model of the layers that `quantize` is for.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    quantized = set()
-    if quantize:
-        for path in linears:
-            layer = base.get_submodule(path)
-            layer = getattr(layer, "base_layer", layer)
-            quantized.add(id(layer.weight))
-    weights, trained = 0.0, []
-    seen = set()
+    base = base_model(model)
+    paths = linears if quantize else ()
+    quantized = {id(unwrap(base.get_submodule(path)).weight) for path in paths}
+    weights = 0.0
+    trained: list[int] = []
+    seen: set[int] = set()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in seen:
             continue
@@ -144,7 +189,7 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
         if tensor.requires_grad and not (optimizer == "lora-fa" and "lora_A" in name):
             trained.append(tensor.numel())
         else:
-            each = QUANTIZED_BYTES[quantize] if id(tensor) in quantized else tensor.element_size()
+            each = QUANTIZED_BYTES[str(quantize)] if id(tensor) in quantized else tensor.element_size()
             weights += tensor.numel() * each
     return Memory(round(weights), 4 * sum(trained), 4 * sum(trained), state_bytes(optimizer, trained), 0, 0)
 
@@ -171,27 +216,72 @@ def state_bytes(name: str, sizes: Iterable[int], *, on_gpu: bool = True) -> int:
     return total
 
 
-def step_bytes(
-    model: nn.Module,
-    batch: dict[str, torch.Tensor],
-    *,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    optimizer: str,
-    quantize: str | None,
-) -> tuple[Memory, Kept]:
-    """The memory of one training step on `batch`.
+class StepMemory:
+    """A model in one setting, to be asked about batches.
 
     Args:
-        model: wrapped, on the meta device, in the dtype that it is to be held in; put into training mode.
-        batch: real tensors; only their shapes and dtypes matter.
-        dtype: of the arithmetic; a 16-bit one runs under autocast, as training does.
+        model: wrapped, on the meta device, whole, in the dtype that it is to be held in; put into training mode.
+        dtype, on_gpu: as for `kept_by_shapes`.
+        checkpointing: with gradient checkpointing.
+        optimizer: one of `OPTIMIZERS`.
+        quantize: how the linears of the blocks are held; None for `dtype`.
     """
-    model.train()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    linears = [path.removesuffix(".base_layer") for path in block_linears(base)]
-    fixed = fixed_bytes(model, optimizer, quantize, linears)
-    with fake(model) as mode, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        kept = kept_for_backward(model, {name: mode.from_tensor(tensor) for name, tensor in batch.items()})
-    activations = kept.checkpointed if checkpointing else kept.total
-    return replace(fixed, activations=activations, working=2 * kept.largest), kept
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        checkpointing: bool,
+        optimizer: str,
+        quantize: str | None,
+        on_gpu: bool = False,
+    ) -> None:
+        self.model, self.dtype, self.checkpointing = model.train(), dtype, checkpointing
+        self.optimizer, self.quantize, self.on_gpu = optimizer, quantize, on_gpu
+        base = base_model(model)
+        self.linears = block_linears(base)
+        self.quantizable = max((unwrap(base.get_submodule(path)).weight.numel() for path in self.linears), default=0)
+        # Worked out now: later the model may be cut short.
+        self.fixed = {
+            kind: fixed_bytes(model, optimizer, kind, self.linears) for kind in dict.fromkeys([quantize, "nf4"])
+        }
+
+    def kept(self, batch: Batch, stands_for: dict[str, int] | None = None) -> Kept:
+        """What a forward pass on `batch` keeps, as the model is now; `stands_for` of `anatomy.depth.shortened`."""
+        found = kept_by_shapes(self.model, batch, self.dtype, on_gpu=self.on_gpu)
+        return replace(found, stands_for=stands_for or {})
+
+    def of(self, batch: Batch, kept: Kept, *, checkpointing: bool | None = None, quantize: str | None = None) -> Memory:
+        """The memory of a step.
+
+        Args:
+            kept: of a forward pass on `batch`.
+            checkpointing, quantize: if not those of this setting; `quantize` may be "nf4".
+        """
+        checkpointing = self.checkpointing if checkpointing is None else checkpointing
+        quantize = quantize or self.quantize
+        unpacked = self.quantizable * self.dtype.itemsize if quantize else 0
+        loss, evaluation = 0, 0
+        base = base_model(self.model)
+        if output_embeddings(base) is not None and "labels" in batch and batch["labels"].ndim == 2:
+            rows, length = batch["labels"].shape
+            vocabulary = base.config.get_text_config().vocab_size
+            # The logits, a copy of them in a row, one in float32, their logarithms: 12 bytes each in 16 bit too.
+            scored = max(length * vocabulary, min(LOGITS_AT_ONCE, 2 * rows * length * vocabulary))
+            evaluation = 12 * scored
+            if is_chunked(self.model):
+                loss = chunk_bytes(rows * length, vocabulary, gpu=self.on_gpu)
+        return replace(
+            self.fixed[quantize],
+            activations=kept.checkpointed if checkpointing else kept.total,
+            working=max(2 * kept.largest + unpacked, loss),
+            evaluation=evaluation,
+        )
+
+
+def step_bytes(model: nn.Module, batch: Batch, **setting: Any) -> tuple[Memory, Kept]:
+    """The memory of one training step on `batch`, and what it keeps; `setting` as for `StepMemory`."""
+    asked = StepMemory(model, **setting)
+    kept = asked.kept(batch)
+    return asked.of(batch, kept), kept

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from adapters_kit.anatomy.depth import shortened
 from adapters_kit.artifacts.dtypes import DTYPES
-from adapters_kit.errors import RecipeError
+from adapters_kit.errors import AdapterError, RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
+from adapters_kit.kernels.fuse import fuse, unfuse
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
-from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.recipe import Recipe
-from adapters_kit.task_table import TASKS
-from adapters_kit.tasks.base import IGNORED, Features, Task
+from adapters_kit.training.batches import Batches, FromData, FromLength, histogram
 from adapters_kit.training.given import Given, recipe_from
-from adapters_kit.training.memory import Memory, step_bytes
-from adapters_kit.training.resolve import add_adapter, precision, prepare
-from adapters_kit.training.sampling import OrderedByEpoch
+from adapters_kit.training.memory import Batch, Kept, Memory, StepMemory
+from adapters_kit.training.resolve import add_adapter, precision
 
 GIB = 2**30
-# What a CUDA context and the allocator's rounding take of a card, besides tensors.
+# What a CUDA context takes of a card, and what the allocator cannot use of what is not weights: its pieces do not fit.
 CARD_RESERVE = int(0.75 * GIB)
+FRAGMENTS = 0.04
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Plan:
     """What a run will be.
 
     Attributes:
+        recipe: with its precision written out.
         groups: trained parameters by path (layer numbers written as *): tensors, parameters.
         trainable, total: parameters.
         memory: of one step on the longest batch, as the recipe says.
@@ -68,134 +68,167 @@ class Plan:
     advice: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.recipe.method.label} on {self.recipe.model} for {self.recipe.task}", ""]
-        lines.append(f"trains {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.2%}):")
-        lines += [f"  {path:<60} {tensors:>4} tensors {count:>12,}" for path, (tensors, count) in self.groups.items()]
-        lines += ["", f"memory of one step, {self.batch_size} x {self.max_length} tokens:"]
-        lines += [f"  {name:<12} {size(getattr(self.memory, name)):>10}" for name in Memory.__dataclass_fields__]
-        lines.append(f"  {'total':<12} {size(self.memory.total):>10}")
-        lines += [f"  {name:<40} {size(bytes_)}" for name, bytes_ in self.variants.items()]
+        held = f"in {self.recipe.training.precision}"
+        if self.recipe.quantize:
+            held = f"with weights in {self.recipe.quantize}, computed {held}"
+        lines = [f"{self.recipe.method.label} on {self.recipe.model} for {self.recipe.task}, {held}"]
         if self.card is not None:
             verdict = "fits" if self.fits else "does NOT fit"
-            lines += ["", f"{verdict} on a card of {size(self.card)}"]
+            lines += ["", f"{verdict} on a card of {size(self.card)}: a step takes {size(self.memory.total)}"]
             lines.append(f"  largest batch at {self.max_length} tokens: {self.largest_batch or 'none'}")
             lines.append(f"  longest input at batch {self.batch_size}: {self.longest or 'none'}")
             lines += [f"  -> {text}" for text in self.advice]
-        lines += ["", f"lengths in tokens ({self.padding:.1%} of the batches is padding):"]
-        most = max((count for *_, count in self.lengths), default=1)
-        lines += [
-            f"  {low:>5}-{high:<5} {count:>7} {'#' * round(40 * count / most)}" for low, high, count in self.lengths
-        ]
+        lines += ["", f"memory of one step, {self.batch_size} x {self.max_length} tokens:"]
+        lines += [f"  {name:<12} {size(getattr(self.memory, name)):>10}" for name in Memory.__dataclass_fields__]
+        lines.append(f"  {'at most':<12} {size(self.memory.total):>10}")
+        lines += [f"  {name:<40} {size(bytes_)}" for name, bytes_ in self.variants.items()]
+        lines += ["", f"trains {self.trainable:,} of {self.total:,} parameters ({self.trainable / self.total:.2%}):"]
+        lines += [f"  {path:<60} {tensors:>4} tensors {count:>12,}" for path, (tensors, count) in self.groups.items()]
+        if self.lengths:
+            lines += ["", f"lengths in tokens ({self.padding:.1%} of the batches is padding):"]
+            most = max(count for *_, count in self.lengths)
+            lines += [
+                f"  {low:>5}-{high:<5} {count:>7} {'#' * round(40 * count / most)}" for low, high, count in self.lengths
+            ]
         if self.example:
             marked = " ".join(f"[{token}]" if counted else token for token, counted in self.example[:60])
             lines += ["", "one example, [tokens that the loss counts]:", f"  {marked}"]
         return "\n".join(lines)
 
 
-def plan(recipe: Given, gpu: str | int | None = None) -> Plan:
+def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = None) -> Plan:
     """Reads the data, the tokenizer and the model's config, no weights.
 
     Args:
         recipe: as for `train`: a `Recipe`, the path of its YAML file, or a dict of its keys.
-        gpu: the card's memory, "24GB" or bytes; by default the first GPU of this machine, if there is one.
+        gpu: the card's memory, "24GB" or bytes; by default what is free on the first GPU of this machine, if there is
+            one. With a card named, `precision: auto` is bf16 as on a card, and the rules of CUDA's autocast hold.
+        length: plan for inputs of so many tokens: neither data nor a tokenizer is read, and `data` may be left out.
+
+    Raises:
+        RecipeError: an amount of memory or a length that is none.
+        ModelError, DataError: as training would.
     """
+    if length is not None and isinstance(recipe, Mapping):
+        recipe = {"data": "-", **recipe}  # not read
     recipe = recipe_from(recipe)
-    card = parse_size(gpu) if gpu is not None else _this_card()
-    task, splits = prepare(recipe)
-    bare = skeleton(recipe.model, recipe.task, labels=task.labels if TASKS[recipe.task].labelled else None)
-    task.bind(load_processor(recipe.model), bare)
-    features = task.training_features(task.encode(splits.train))
-    batch_size = min(recipe.training.batch_size, len(features))
-    training, dtype = recipe.training, DTYPES[precision(recipe)]
-    bare.to(dtype)
-
-    def build(**changes: Any) -> nn.Module:
-        changed = recipe.changed(**{f"training.{name}": value for name, value in changes.items()})
-        # How long the run is changes no size.
-        return add_adapter(copy.deepcopy(bare), changed, steps=10_000)
-
-    longest_rows = sorted(features, key=task.length)[-batch_size:]
-    model = build()  # one for all sizes: to find out which layers are fused takes longer than to count
+    card = _free_memory() if gpu is None else parse_size(gpu)
+    named = gpu is not None and recipe.training.precision == "auto"
+    recipe = recipe.changed(**{"training.precision": "bf16" if named else precision(recipe)})
+    batches: Batches = FromData(recipe) if length is None else FromLength(recipe, length)
+    training, dtype = recipe.training, DTYPES[recipe.training.precision]
+    batches.bare.to(dtype)
+    model = _wrapped(batches.bare, recipe)
     groups, trainable, total = _groups(model)
+    asked = StepMemory(
+        model,
+        dtype=dtype,
+        checkpointing=training.gradient_checkpointing,
+        optimizer=training.optimizer,
+        quantize=recipe.quantize,
+        on_gpu=card is not None,
+    )
+    made: dict[str, Any] = {
+        "recipe": recipe,
+        "groups": groups,
+        "trainable": trainable,
+        "total": total,
+        "batch_size": batches.rows,
+        "max_length": batches.length,
+        "padding": batches.padding,
+        "lengths": histogram(batches.lengths),
+        "example": batches.example,
+        "card": card,
+    }
+    try:
+        with shortened(model) as stands_for:
+            counted = _counted(recipe, model, asked, batches, card, stands_for)
+    except Exception:  # whatever a model raises that counts its layers in a way of its own
+        counted = _counted(recipe, model, asked, batches, card, {})
+    if counted.get("fits") is False and dtype == torch.float32:
+        half = plan(recipe.changed(**{"training.precision": "bf16"}), card, length=length)
+        text = f"training.precision: bf16 takes {size(half.memory.total)}"
+        counted["advice"].insert(0, f"{text}, which fits" if half.fits else text)
+    return Plan(**made, **counted)
 
-    def step(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Memory, Memory]:
-        """As the recipe says, and with checkpointing switched the other way."""
-        options = {"dtype": dtype, "optimizer": training.optimizer, "quantize": recipe.quantize}
-        ours, kept = step_bytes(model, batch, checkpointing=training.gradient_checkpointing, **options)
-        other = kept.total if training.gradient_checkpointing else kept.checkpointed
-        return ours, replace(ours, activations=other)
 
-    batch = _batch(task, longest_rows)
-    memory, switched = step(model, batch)
-    longest = max(task.length(feature) for feature in longest_rows)
+def _wrapped(bare: nn.Module, recipe: Recipe) -> nn.Module:
+    """With the recipe's adapter, not fused: which layers can be is found out later, on fewer of them."""
+    recipe = recipe.changed(**{"training.fuse": False})
+    steps = 10_000  # how long the run is changes no size
+    try:
+        with torch.device("meta"):  # starting values are of no interest, and take seconds
+            return add_adapter(bare, recipe, steps)
+    except AdapterError:  # a method that looks at them (a prefix that starts from words); the model is as it was
+        return add_adapter(bare, recipe, steps)
+
+
+def _counted(
+    recipe: Recipe,
+    model: nn.Module,
+    asked: StepMemory,
+    batches: Batches,
+    card: int | None,
+    stands_for: dict[str, int],
+) -> dict[str, Any]:
+    """The fields of a `Plan` that a forward pass on shapes tells.
+
+    Args:
+        model: not fused; whole, or as short as `stands_for` says.
+    """
+    training, rows, length = recipe.training, batches.rows, batches.length
+    if training.fuse:
+        fuse(model)
+
+    def step(rows: int, length: int) -> Memory:
+        batch = batches.batch(rows, length)
+        return asked.of(batch, asked.kept(batch, stands_for))
+
+    batch = batches.batch(rows, length)
+    kept = asked.kept(batch, stands_for)
+    memory = asked.of(batch, kept)
+    switched = asked.of(batch, kept, checkpointing=not training.gradient_checkpointing)
     variants = {_variant("gradient checkpointing", not training.gradient_checkpointing): switched.total}
-    other = build(fuse=not training.fuse)
-    variants[_variant("fused layers", not training.fuse)] = step(other, batch)[0].total
-    switches = {"recompute": ("cheap recomputing", recompute_cheap, recompute_nothing)}
+    switches: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
+        "fuse": ("fused layers", fuse, unfuse),
+        "recompute": ("cheap recomputing", recompute_cheap, recompute_nothing),
+    }
     if recipe.task == "causal-lm":
         switches["chunked_loss"] = ("chunked loss", chunked_loss, plain_loss)
     for name, (shown, on, off) in switches.items():
         now = bool(getattr(training, name))
         (off if now else on)(model)
-        variants[_variant(shown, not now)] = step(model, batch)[0].total
+        variants[_variant(shown, not now)] = step(rows, length).total
         (on if now else off)(model)
-    made = Plan(
-        recipe=recipe,
-        groups=groups,
-        trainable=trainable,
-        total=total,
-        memory=memory,
-        variants=variants,
-        batch_size=batch_size,
-        max_length=longest,
-        padding=_padding(task, recipe, features),
-        lengths=_histogram([task.length(feature) for feature in features]),
-        example=_example(task, features[0]),
-    )
+    found: dict[str, Any] = {"memory": memory, "variants": variants}
     if card is None:
-        return made
-    room = card - CARD_RESERVE
+        return found
+    known = {(rows, length): memory}
 
-    def resized(rows: int, length: int) -> int:
-        if (rows, length) == (batch_size, longest):
-            return memory.total
-        return step(model, _stretched(task, longest_rows, rows, length))[0].total
+    def needed(rows: int, length: int) -> int:
+        if (rows, length) not in known:
+            known[rows, length] = step(rows, length)
+        return room_needed(known[rows, length])
 
-    largest = _largest(lambda rows: resized(rows, longest), (batch_size, 16 * batch_size), room)
-    top = min(task.longest, 4096)
-    lengths = sorted({longest, top // 2, top} if longest not in (top // 2, top) else {top // 4, top // 2, top})
-    by_length = "input_ids" in batch and lengths[0] > 1
-    return replace(
-        made,
-        card=card,
-        fits=memory.total <= room,
-        largest_batch=largest,
-        longest=_largest(lambda n: resized(batch_size, n), lengths, room, task.longest) if by_length else None,
-        advice=[] if memory.total <= room else _advice(made, room),
-    )
+    largest = _largest(lambda rows: needed(rows, length), (rows, 16 * rows), card)
+    longest = None
+    if length > 1:
+        top = min(batches.longest, 4096)
+        points = sorted({length, top // 2, top} if length not in (top // 2, top) else {top // 4, top // 2, top})
+        longest = _largest(lambda n: needed(rows, n), points, card, batches.longest)
+    fits = room_needed(memory) <= card
+    advice = [] if fits else _advice(recipe, asked, batch, kept, card, variants, largest, longest)
+    return {**found, "fits": fits, "largest_batch": largest, "longest": longest, "advice": advice}
+
+
+def room_needed(memory: Memory) -> int:
+    """Bytes that a card has to have for a step: what it takes, what the allocator wastes, and the CUDA context."""
+    moving = memory.total - memory.weights - memory.adapter - memory.optimizer
+    return memory.total + round(FRAGMENTS * moving) + CARD_RESERVE
 
 
 def _variant(what: str, on: bool) -> str:
     return f"{'with' if on else 'without'} {what}"
-
-
-def _batch(task: Task, features: Features) -> dict[str, torch.Tensor]:
-    """A batch without what the model would not be given, and without a mask that masks nothing."""
-    batch = task.collate_training(features)
-    batch.pop("row", None)
-    if "attention_mask" in batch and bool(batch["attention_mask"].all()):
-        del batch["attention_mask"]  # a full mask is dropped inside the model, but only if its values can be seen
-    return batch
-
-
-def _stretched(task: Task, features: Features, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch of another size, made of the same examples repeated."""
-    batch = _batch(task, [features[i % len(features)] for i in range(rows)])
-    now = batch["input_ids"].shape[1] if "input_ids" in batch else None
-    if now is None or now == length:
-        return batch
-    columns = torch.arange(length) % now
-    return {k: v[:, columns] if v.ndim >= 2 and v.shape[1] == now else v for k, v in batch.items()}
 
 
 def _largest(cost: Callable[[int], int], points: Sequence[int], room: int, most: int = 1 << 24) -> int:
@@ -231,57 +264,46 @@ def _groups(model: nn.Module) -> tuple[dict[str, tuple[int, int]], int, int]:
     return groups, sum(count for _, count in groups.values()), total
 
 
-def _padding(task: Task, recipe: Recipe, features: Features) -> float:
-    lengths = [task.length(feature) for feature in features]
-    size_, group = recipe.training.batch_size, recipe.training.group_by_length
-    order = list(OrderedByEpoch(lengths, size_, recipe.training.seed, group=group))
-    area = sum(
-        max(lengths[i] for i in order[k : k + size_]) * len(order[k : k + size_]) for k in range(0, len(order), size_)
-    )
-    return 1 - sum(lengths) / area
-
-
-def _histogram(lengths: Sequence[int], bins: int = 10) -> list[tuple[int, int, int]]:
-    counts, edges = np.histogram(lengths, bins=min(bins, max(lengths) - min(lengths) + 1))
-    bounds = [int(np.ceil(edge)) for edge in edges]
-    return [
-        (low, high - (index < len(counts) - 1), int(count))
-        for index, (low, high, count) in enumerate(zip(bounds[:-1], bounds[1:], counts, strict=True))
-    ]
-
-
-def _example(task: Task, feature: dict[str, Any]) -> list[tuple[str, bool]]:
-    if "input_ids" not in feature or not hasattr(task.processor, "convert_ids_to_tokens"):
-        return []
-    tokens = task.processor.convert_ids_to_tokens([int(i) for i in feature["input_ids"]])
-    labels = feature.get("labels")
-    per_token = labels is not None and np.ndim(labels) == 1 and len(labels) == len(tokens)
-    return [(token, bool(per_token and labels[i] != IGNORED)) for i, token in enumerate(tokens)]
-
-
-def _advice(plan: Plan, room: int) -> list[str]:
-    training = plan.recipe.training
-    settings = {
-        "fused layers": "fuse: true",
-        "chunked loss": "chunked_loss: true",
-        "cheap recomputing": "recompute: cheap",
-        "gradient checkpointing": "gradient_checkpointing: true",
+def _advice(
+    recipe: Recipe,
+    asked: StepMemory,
+    batch: Batch,
+    kept: Kept,
+    card: int,
+    variants: dict[str, int],
+    largest: int,
+    longest: int | None,
+) -> list[str]:
+    """What to change, each with the bytes that are left then: what fits by itself comes first."""
+    training, now = recipe.training, asked.of(batch, kept)
+    totals = {
+        f"training.{setting}": variants.get(_variant(what, True))
+        for what, setting in {
+            "fused layers": "fuse: true",
+            "chunked loss": "chunked_loss: true",
+            "cheap recomputing": "recompute: cheap",
+            "gradient checkpointing": "gradient_checkpointing: true",
+        }.items()
     }
-    found = []
-    for what, setting in settings.items():
-        total = plan.variants.get(_variant(what, True))
-        if total is not None and total < plan.memory.total:
-            found.append(f"training.{setting} takes {size(total)}{'' if total > room else ', which fits'}")
-    if plan.recipe.quantize is None:
-        found.append(f"quantize: nf4 takes about {size(round(plan.memory.weights * 0.72))} off the weights")
-    if training.batch_size > 1:
-        found.append("a smaller training.batch_size with training.gradient_accumulation raised to match")
-    found.append("a smaller training.max_length")
-    return found
+    if recipe.quantize is None:
+        totals["quantize: nf4"] = asked.of(batch, kept, quantize="nf4").total
+        both = asked.of(batch, kept, quantize="nf4", checkpointing=True).total
+        totals["quantize: nf4 and training.gradient_checkpointing: true"] = both
+    spare = card - (room_needed(now) - now.total)
+    ordered = sorted((total, text) for text, total in totals.items() if total is not None and total < now.total)
+    fitting = [f"{text} takes {size(total)}, which fits" for total, text in ordered[::-1] if total <= spare]
+    short = [f"{text} takes {size(total)}" for total, text in ordered if total > spare]
+    if 0 < largest < training.batch_size:
+        more = -(-training.batch_size * training.gradient_accumulation // largest)
+        fitting.append(f"training.batch_size: {largest} fits, with training.gradient_accumulation: {more}")
+    if longest:
+        fitting.append(f"training.max_length: {longest} fits")
+    return fitting + short or ["a smaller model"]
 
 
-def _this_card() -> int | None:
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+def _free_memory() -> int | None:
+    """What is free on this machine's first GPU, in bytes; None without one."""
+    return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
 
 
 def parse_size(text: str | int) -> int:

@@ -78,10 +78,12 @@ def plan(options: argparse.Namespace) -> Shown:
     """What a recipe will train, the memory that a step takes, and whether it fits; reads no weights."""
     from adapters_kit.verbs.training import recipe_of
 
+    if options.length is not None and options.recipe is None and "--data" not in options.flags:
+        options.flags = [*options.flags, "--data", "-"]  # not read
     recipe = recipe_of(options)
     from adapters_kit.training.plan import plan as make_plan
 
-    made = make_plan(recipe, options.gpu)
+    made = make_plan(recipe, options.gpu, length=options.length)
     return Shown(made, lambda: print(made))
 
 

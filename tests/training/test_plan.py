@@ -85,6 +85,7 @@ def test_plan_says_what_is_trained_and_marks_the_answer(recipe):
 
 
 def test_what_fits_and_what_to_change(recipe):
+    recipe = recipe.changed(**{"training.precision": "fp32"})  # a card's rules and a CPU's are the same then
     roomy = ak.plan(recipe, gpu="24GB")
     assert roomy.memory == ak.plan(recipe).memory
     assert roomy.fits
