@@ -33,10 +33,10 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.methods.prefix.model import eject as eject
     from adapters_kit.methods.prefix.peft_prefix import from_peft_prefix as from_peft_prefix
     from adapters_kit.methods.prefix.peft_prefix import to_peft_prefix as to_peft_prefix
-    from adapters_kit.methods.together.build import activate as activate
-    from adapters_kit.methods.together.build import fold as fold
-    from adapters_kit.methods.together.build import stack as stack
     from adapters_kit.methods.together.config import CombinedConfig as CombinedConfig
+    from adapters_kit.methods.together.live import activate as activate
+    from adapters_kit.methods.together.live import fold as fold
+    from adapters_kit.methods.together.live import stack as stack
     from adapters_kit.recipe import Recipe as Recipe
     from adapters_kit.serving.check import check as check
     from adapters_kit.serving.combine import combine as combine
@@ -58,9 +58,9 @@ _HOME = {
     "from_peft_prefix": "adapters_kit.methods.prefix.peft_prefix",
     "to_peft_prefix": "adapters_kit.methods.prefix.peft_prefix",
     "CombinedConfig": "adapters_kit.methods.together.config",
-    "activate": "adapters_kit.methods.together.build",
-    "fold": "adapters_kit.methods.together.build",
-    "stack": "adapters_kit.methods.together.build",
+    "activate": "adapters_kit.methods.together.live",
+    "fold": "adapters_kit.methods.together.live",
+    "stack": "adapters_kit.methods.together.live",
     "Recipe": "adapters_kit.recipe",
     "Run": "adapters_kit.training.run",
     "evaluate": "adapters_kit.inference",

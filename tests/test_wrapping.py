@@ -129,7 +129,7 @@ def test_a_saved_adapter_folder(tmp_path):
 
 REFUSED = {
     "method": (("lroa",), {}, "Did you mean.*lora"),
-    "option": (("lora",), {"rank": 4}, "LoraConfig has no option 'rank'"),
+    "option": (("lora",), {"rank": 4}, "lora has no option 'rank'"),
     "one target of two": (("lora",), {"target_modules": ["q_proj", "v_porj"]}, "'v_porj' matches no module.*v_proj"),
     "regular expression": (("lora",), {"target_modules": r".*v_porj"}, "matches no module"),
     "broken expression": (("lora",), {"target_modules": "*.q"}, "not a regular expression"),
@@ -169,7 +169,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     ak.wrap(tiny.build("llama", hidden_size=32), "lora").save_pretrained(tmp_path)
     model = tiny.build("llama")
     before = fingerprint(model)
-    with pytest.raises(ModelError, match=r"does not fit this LlamaForCausalLM: size mismatch .* \(\d+ such tensors\)"):
+    with pytest.raises(ModelError, match=r"does not fit this LlamaForCausalLM: .* has shape .* \(\d+ such tensors\)"):
         ak.wrap(model, tmp_path)
     assert_untouched(model, before)
 

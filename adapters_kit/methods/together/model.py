@@ -64,6 +64,20 @@ class CombinedModel(BaseTuner):
         for parameter, flag in flags.values():
             parameter.requires_grad = flag
 
+    @classmethod
+    def around(cls, tuner: BaseTuner, configs: dict[str, CombinedConfig]) -> "CombinedModel":
+        """A combination whose adapters `tuner` has put into the model already, each as its only part."""
+        self = cls.__new__(cls)  # peft's own __init__ injects an adapter, and these are there
+        nn.Module.__init__(self)
+        self.model = tuner.model
+        self.targeted_module_names, self.targeted_parameter_names = [*tuner.targeted_module_names], []
+        tuner.peft_config = {name: next(iter(config.parts.values())) for name, config in configs.items()}
+        self.peft_config = self.model.peft_config = configs
+        self.active_adapter = tuner.active_adapter
+        self.tuners[str(next(iter(tuner.peft_config.values())).peft_type.value)] = tuner
+        self.training = tuner.training
+        return self
+
     @property
     def tuners(self) -> dict[str, BaseTuner]:
         """peft type -> the tuner of that part."""
