@@ -240,7 +240,14 @@ class Recipe(BaseModel):
                     ],
                     source=f"the recipe {path}",
                 )
-            fields, places, problems = parse_yaml(path.read_text(encoding="utf-8"))
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                where = f"byte {error.object[error.start]:#04x} at {error.start}"
+                raise RecipeError(
+                    [f"It is not UTF-8 text ({where}): save it as UTF-8."], f"the recipe {path}"
+                ) from None
+            fields, places, problems = parse_yaml(text)
         problems += parse_flags(flags, fields, places, known_flags())
         try:
             recipe = cls(**fields)

@@ -95,9 +95,16 @@ def read_config(folder: Path) -> Any:
             "If another package provides it, install that package."
         )
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # peft raises whatever the fields provoke
         raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
+    for name in ("target_modules", "modules_to_save", "target_parameters", "exclude_modules"):
+        value = getattr(config, name, None)
+        pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
+        names = isinstance(value, list | tuple | set) and all(isinstance(part, str) for part in value)
+        if not (value is None or pattern or names):
+            raise ShippingError(f"{folder / CONFIG}: {name} is {value!r}, where a list of module names belongs.")
+    return config
 
 
 def _read_raw(folder: Path) -> dict[str, Any]:
