@@ -45,7 +45,10 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], dict[Path, Place], list[tuple
     """The mapping in `text`, the line of each of its keys, and what is wrong with the text itself."""
     problems: list[tuple[Place, str]] = []
     places: dict[Path, Place] = {}
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that no YAML holds
+        return {}, places, [(Place("", 0), f"This is not valid YAML: {' '.join(str(error).split())}.")]
     try:
         node = loader.get_single_node()
         if node is None:

@@ -266,7 +266,7 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
 
             return read_config(source.location, source.gguf_file)
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and gguf raise whatever the fields of a damaged file provoke
         hint = "" if source.local else " If it is a local folder, check the path."
         raise ModelError(f"Cannot read the config of {source.name}: {gist(error)}{hint}") from error
 

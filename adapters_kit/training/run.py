@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adapters_kit.artifacts.adapter import read_json
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
@@ -49,6 +50,7 @@ class Run:
 
         Raises:
             TrainingError: there is none, or it has not finished.
+            ShippingError, RecipeError: its files are damaged.
         """
         path = Path(path)
         if not (path / "metrics.json").is_file():
@@ -56,9 +58,7 @@ class Run:
             raise TrainingError(
                 f"{path} is {'a run that has not finished: go on with resume=True' if started else 'no run folder'}."
             )
-        return cls(
-            path, json.loads((path / "metrics.json").read_text(encoding="utf-8")), Recipe.read(path / "recipe.yaml")
-        )
+        return cls(path, read_json(path / "metrics.json"), Recipe.read(path / "recipe.yaml"))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

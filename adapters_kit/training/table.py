@@ -37,14 +37,16 @@ def compare_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
     rows = []
     for run, recipe in zip(runs, recipes, strict=True):
-        scores = {name[5:]: run.metrics[name[5:]] for name in run.metrics if name.startswith("base_")}
+        metric = metric_of(run)
+        _check_numbers(run, (metric, f"base_{metric}"))
+        scores = {name[5:]: run.metrics.get(name[5:]) for name in run.metrics if name.startswith("base_")}
         rows.append(
             {
                 "run": str(run.path),
                 **{key: recipe.get(key) for key in differing},
                 **scores,
-                **{f"base_{name}": run.metrics[f"base_{name}"] for name in (metric_of(run),)},
-                **{name: run.metrics[name] for name in _COSTS},
+                f"base_{metric}": run.metrics[f"base_{metric}"],
+                **{name: run.metrics.get(name) for name in _COSTS},
             }
         )
     kind = tasks.get(kinds[0])
@@ -53,12 +55,21 @@ def compare_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row[metric], reverse=higher)
 
 
+def _check_numbers(run: Run, names: Iterable[str]) -> None:
+    """Refuses a run whose metrics.json does not hold them, as one that was edited by hand may not."""
+    for name in names:
+        if not isinstance(run.metrics.get(name), int | float):
+            raise TrainingError(
+                f"{run.path / 'metrics.json'}: {name} is {run.metrics.get(name)!r}, where a number belongs."
+            )
+
+
 def metric_of(run: Run) -> str:
     """The score by which a run's evaluations were compared."""
     chosen = tasks.get(run.recipe.task).metric
     if chosen in run.metrics:
         return chosen
-    return next(name for name in ("f1", "pearson", "loss") if name in run.metrics)
+    return next((name for name in ("f1", "pearson") if name in run.metrics), "loss")
 
 
 def sweep(

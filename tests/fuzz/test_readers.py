@@ -115,7 +115,9 @@ def place(tmp_path_factory) -> Path:
     for run in ("run", "other"):
         (root / run).mkdir()
         (root / run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (root / run / "metrics.json").write_text(json.dumps({"loss": 1.0, "steps": 3}), encoding="utf-8")
+        (root / run / "metrics.json").write_text(
+            json.dumps({"loss": 1.0, "base_loss": 2.0, "steps": 3}), encoding="utf-8"
+        )
     return root
 
 
