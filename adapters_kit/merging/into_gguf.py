@@ -1,21 +1,23 @@
-"""A `blocks` adapter into its GGUF file: a copy in which the trained fp16 numbers are new, and no other byte.
+"""An adapter into its GGUF file: a copy of the same size in which what the adapter changes is new, and no other byte.
 
-The rows of a layer may lie in another order in the file than in the model (q and k of Llama): they go back where they
-were. What was written is read again as a user would, and compared with base + adapter.
+What the method `blocks` trained goes in exactly: fp16 numbers. LoRA's update does not fit between the codes; the codes
+are chosen for the layers' outputs then (`lora_rounding`), and the report says what survived. The rows of a layer may
+lie in another order in the file than in the model (q and k of Llama): they go back where they were. What was written is
+read again as a user would, and compared with base + adapter.
 """
 
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor
 
 from adapters_kit.anatomy import probe_inputs
 from adapters_kit.artifacts.adapter import Adapter
@@ -28,61 +30,71 @@ from adapters_kit.kernels.block_update import updated
 from adapters_kit.kernels.ggml import FORMATS
 from adapters_kit.loading import load, skeleton
 from adapters_kit.loading.gguf import Kept, kept_weights
+from adapters_kit.merging.lora_rounding import calibration_tokens, round_in
 from adapters_kit.methods.blocks.layer import BlocksLayer
 
 SUFFIX = ".adapters_kit.json"  # beside the file, since not one byte inside it says what was trained
 COPY = 1 << 24  # bytes
+EXACT = 0.01  # nats: fp16 alone costs a thousandth of it
 
 
 @dataclass(frozen=True)
-class BlocksReport:
+class GgufReport:
     """What a merge into a GGUF file did; `print` it.
 
     Attributes:
         path: the written file.
-        tensors: number of tensors with new scales or minima.
-        numbers: fp16 values that are new.
+        tensors: number of tensors that changed.
         nbytes: size of the file, which is the base's.
         seconds: wall-clock time, without the verification.
         kl: mean Kullback–Leibler divergence of the written file's predictions from those of base + adapter, in nats;
             None if nothing was compared.
-        largest: largest difference of the logits, in units of their largest absolute value; None likewise.
+        kl_base: the same of the base's predictions: what is lost if nothing of the adapter arrives.
         notes: what a user should know.
     """
 
     path: Path
     tensors: int
-    numbers: int
     nbytes: int
     seconds: float
     kl: float | None = None
-    largest: float | None = None
+    kl_base: float | None = None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = (
-            f"Merged into {self.path}: {self.numbers:,} fp16 numbers of {self.tensors} tensors are new and every other "
-            f"byte is the base's; {self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s."
+            f"Merged into {self.path}: {self.tensors} tensors are new and every other byte is the base's; "
+            f"{self.nbytes / 1e6:.1f} MB in {self.seconds:.1f} s."
         )
-        check = "not verified (verify='off')"
-        if self.kl is not None:
+        check = "Not verified (verify='off')."
+        if self.kl is not None and self.kl_base is not None:
+            arrived = 1 - self.kl / self.kl_base if self.kl_base else 1.0
             check = (
-                f"The file, read again, against base + adapter: KL {self.kl:.1e} nats, largest difference of the "
-                f"logits {self.largest:.1e} of their largest value (rounding to fp16)."
+                f"The file, read again, against base + adapter: KL {self.kl:.1e} nats; the base alone is "
+                f"{self.kl_base:.1e} away, so that {arrived:.1%} of the change arrived."
             )
         return "\n".join([text, check, *self.notes])
 
 
 def merge_into_gguf(
-    adapter: Adapter, base: Path, out: Path, *, verify: bool = True, overwrite: bool = False, force: bool = False
-) -> BlocksReport:
+    adapter: Adapter,
+    base: Path,
+    out: Path,
+    *,
+    calibration: Sequence[str] | str | Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    force: bool = False,
+) -> GgufReport:
     """Write `out`, the file `base` with what the adapter trained.
 
     Args:
-        adapter: of the method `blocks`.
+        adapter: of the method `blocks`, or LoRA.
         base: the .gguf file that it was trained on.
         out: the file to write.
-        verify: load `out` and compare its logits with those of base + adapter.
+        calibration: for LoRA, text like that which the model will see: a file or some texts. None: the tuned model
+            writes it itself.
+        verify: load `out` and compare its predictions with those of base + adapter.
         overwrite: replace `out`.
         force: another base than the recorded one; the report says so.
 
@@ -90,12 +102,35 @@ def merge_into_gguf(
         ShippingError: another method, another base, a tensor that the file lacks or stores otherwise, values that fp16
             cannot hold, or a file that does not compute what was trained. `out` is then as it was.
     """
-    if adapter.method != "blocks":
+    _check(adapter, base, out, overwrite)
+    notes = _check_base(adapter, base, force)
+    begin = time.perf_counter()
+    table = kept_weights(base, skeleton(base))
+    with torch.no_grad(), replacing(out) as beside:
+        if adapter.method == "blocks":
+            new, judged = _exact(adapter, base, table), None
+        else:
+            new, judged, more = _rounded(adapter, base, calibration)
+            notes += more
+        _copy(base, beside)
+        with open(beside, "rb+") as file:
+            for path, raw in new.items():
+                kept = _place(table, path, adapter, base)
+                file.seek(kept.stored.offset)
+                file.write(_in_file_order(kept, raw))
+        seconds = time.perf_counter() - begin
+        kl, kl_base = _compare(adapter, base, beside, judged) if verify else (None, None)
+    names = sorted(table[f"{path}.weight"].stored.name for path in new)
+    write_json(Path(f"{out}{SUFFIX}"), _told(adapter, base, out) | {"tensors": names, "kl": kl, "kl_base": kl_base})
+    return GgufReport(out, len(new), out.stat().st_size, seconds, kl, kl_base, tuple(notes))
+
+
+def _check(adapter: Adapter, base: Path, out: Path, overwrite: bool) -> None:
+    if adapter.method not in ("blocks", "lora"):
         raise ShippingError(
-            f"{adapter.folder} is a {adapter.method} adapter, and a .gguf file's blocks can only take in what the "
-            f"method 'blocks' trains. Merge it into a folder, then export that: adapters-kit merge {adapter.folder} "
-            f"merged/ and adapters-kit export merged/ {out.name} --format gguf. Or ship it beside the file: "
-            f"adapters-kit export {adapter.folder} adapter.gguf --format gguf."
+            f"{adapter.folder} is a {adapter.method} adapter; a .gguf file takes in what 'blocks' or LoRA trained. "
+            f"Merge it into a folder, then export that: adapters-kit merge {adapter.folder} merged/ and adapters-kit "
+            f"export merged/ {out.name} --format gguf."
         )
     if base.suffix != ".gguf" or not base.is_file():
         raise ShippingError(f"{base} is no .gguf file. Name the file that {adapter.folder} was trained on with base=.")
@@ -103,37 +138,6 @@ def merge_into_gguf(
         raise ShippingError(f"{out} is the base itself. Choose another file: the base would be lost.")
     if out.exists() and not overwrite:
         raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
-    notes = _check_base(adapter, base, force)
-    begin = time.perf_counter()
-    changes = _changes(adapter)
-    table = kept_weights(base, skeleton(base))
-    numbers = 0
-    with replacing(out) as beside:
-        _copy(base, beside)
-        with open(beside, "rb+") as file:
-            for path, (minima, scales) in changes.items():
-                kept = table.get(f"{path}.weight")
-                if kept is None:
-                    raise ShippingError(f"{base} holds no blocks for {path}, which {adapter.folder} trains.")
-                file.seek(kept.stored.offset)
-                file.write(_new_blocks(kept, base, path, minima, scales))
-                numbers += sum(change.numel() for change in (minima, scales) if change is not None)
-        seconds = time.perf_counter() - begin
-        kl, largest = _compare(adapter, base, beside) if verify else (None, None)
-    write_json(
-        Path(f"{out}{SUFFIX}"),
-        {
-            "made_by": f"adapters-kit {version('adapters-kit')}",
-            "base": describe(base),
-            "base_sha256": base_hashes(base)[base.name],
-            "sha256": file_sha256(out),
-            "method": "blocks",
-            "trained": json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))["train"],
-            "tensors": sorted(table[f"{path}.weight"].stored.name for path in changes),
-            "kl": kl,
-        },
-    )
-    return BlocksReport(out, len(changes), numbers, out.stat().st_size, seconds, kl, largest, tuple(notes))
 
 
 def _check_base(adapter: Adapter, base: Path, force: bool) -> list[str]:
@@ -148,50 +152,88 @@ def _check_base(adapter: Adapter, base: Path, force: bool) -> list[str]:
     return [f"Forced onto another base than the recorded one: {line}." for line in found]
 
 
-def _changes(adapter: Adapter) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Path in the model -> Δm and s as saved matrices, `(out, blocks)` in float64, without a layer's own unit."""
-    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+def _place(table: Mapping[str, Kept], path: str, adapter: Adapter, base: Path) -> Kept:
+    kept = table.get(f"{path}.weight")
+    if kept is None:
+        raise ShippingError(f"{base} holds no blocks for {path}, which {adapter.folder} trains.")
+    return kept
+
+
+def _exact(adapter: Adapter, base: Path, table: Mapping[str, Kept]) -> dict[str, Tensor]:
+    """Path -> new blocks, rows in the model's order: the base's with fp16 numbers that a `blocks` adapter changed."""
+    fields: dict[str, dict[str, dict[str, Tensor]]] = {}
     for name, tensor in adapter.weights.items():
-        head, mark, tail = name.removeprefix("base_model.model.").partition(".blocks_")
+        path, mark, tail = name.removeprefix("base_model.model.").partition(".blocks_")
         if not mark:
             raise ShippingError(
                 f"{adapter.folder} also holds {name}, which no .gguf file takes in: the method 'blocks' ships alone."
             )
         field, _, part = tail.partition(".")
-        found.setdefault(head, {}).setdefault(field, {})[part] = tensor.double()
+        fields.setdefault(path, {}).setdefault(field, {})[part] = tensor.double()
     factor = float(adapter.raw.get("scale_factor", 0.1))
-    made: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-    for path, fields in found.items():
-        minima, scales = (_matrix(fields[name]) if name in fields else None for name in ("minima", "scales"))
-        made[path] = minima, None if scales is None else scales * factor
+    made = {}
+    for path, found in fields.items():
+        kept = _place(table, path, adapter, base)
+        raw, kind = kept.read(os.fspath(base)), int(kept.stored.kind)
+        changes = {name: _matrix(parts) for name, parts in found.items()}
+        shape = (raw.shape[0], raw.shape[1] // FORMATS[kind].nbytes)
+        for change in changes.values():
+            if change.shape != shape:
+                raise ShippingError(
+                    f"{path}: {adapter.folder} changes {tuple(change.shape)} blocks, {base} has {shape}."
+                )
+        minima, scales = changes.get("minima"), changes.get("scales")
+        made[path] = updated(
+            raw,
+            kind,
+            None if minima is None else minima * BlocksLayer.unit_of(raw, kind),
+            None if scales is None else scales * factor,
+        )
+        _check_finite(path, made[path], kind)
     return made
 
 
-def _matrix(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _matrix(parts: Mapping[str, Tensor]) -> Tensor:
     return parts["full"] if "full" in parts else parts["B"] @ parts["A"]
 
 
-def _new_blocks(
-    kept: Kept, base: Path, path: str, minima: torch.Tensor | None, scales: torch.Tensor | None
-) -> memoryview:
-    """The tensor's bytes in the file's order of rows."""
-    kind = int(kept.stored.kind)
-    raw = kept.read(os.fspath(base))
-    blocks = raw.shape[1] // FORMATS[kind].nbytes
-    for change in (minima, scales):
-        if change is not None and change.shape != (raw.shape[0], blocks):
-            raise ShippingError(
-                f"{path}: the adapter changes {tuple(change.shape)} blocks, {base} holds {(raw.shape[0], blocks)}."
-            )
-    if minima is not None:
-        minima = minima * BlocksLayer.unit_of(raw, kind)
-    new = updated(raw, kind, minima, scales)
-    for offset in (FORMATS[kind].scale, FORMATS[kind].minimum):
+def _check_finite(path: str, raw: Tensor, kind: int) -> None:
+    given = FORMATS[kind]
+    blocks = raw.view(raw.shape[0], -1, given.nbytes)
+    for offset in (given.scale, given.minimum):
         if offset is not None:
-            values = new.view(raw.shape[0], blocks, -1)[..., offset : offset + 2].contiguous().view(torch.float16)
+            values = blocks[..., offset : offset + 2].contiguous().view(torch.float16)
             if not values.isfinite().all():
                 raise ShippingError(f"{path}: what was trained does not fit into fp16. The training diverged.")
-    array = new.numpy()
+
+
+def _rounded(
+    adapter: Adapter, base: Path, calibration: Sequence[str] | str | Path | None
+) -> tuple[dict[str, Tensor], Tensor, list[str]]:
+    """Path -> new blocks for a LoRA adapter; tokens that were not used to choose them; notes."""
+    model = _tuned(adapter, base)
+    tokens = calibration_tokens(model, base, calibration)
+    chosen_by, judged = tokens[::2], tokens[1::2]
+    new, left = round_in(model, chosen_by)
+    notes = []
+    if left:
+        notes.append(
+            f"The update of {len(left)} of {len(new) + len(left)} layers was left out, such as {left[0]}: their "
+            "weights lie in no blocks, or in a format whose codes are not evenly spaced."
+        )
+    if not new:
+        raise ShippingError(
+            f"None of the layers of {adapter.folder} lies in a format that takes in updates: {notes[0]}"
+        )
+    return new, judged, notes
+
+
+def _tuned(adapter: Adapter, base: Path) -> PeftModel:
+    return PeftModel.from_pretrained(load(base, quantize="keep", dtype="float32"), str(adapter.folder)).eval()
+
+
+def _in_file_order(kept: Kept, raw: Tensor) -> memoryview:
+    array = raw.numpy()
     if kept.order is not None:
         in_file = np.empty_like(array)
         in_file[kept.order] = array
@@ -205,25 +247,37 @@ def _copy(source: Path, target: Path) -> None:
             write.write(piece)
 
 
-def _compare(adapter: Adapter, base: Path, made: Path) -> tuple[float, float]:
-    """The file against base + adapter, float32, on random tokens."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+def _compare(adapter: Adapter, base: Path, made: Path, tokens: Tensor | None) -> tuple[float, float]:
+    """KL of the file's predictions from those of base + adapter, and that of the base's; float32, in nats a token."""
+    tuned = _tuned(adapter, base)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        trained: nn.Module = load(base, quantize="keep", dtype="float32")
-        inputs = [probe_inputs(trained) for _ in range(2)]
-        wrapped = PeftModel.from_pretrained(trained, str(adapter.folder)).eval()
-        expected = [wrapped(**batch).logits.float() for batch in inputs]
-        shipped = load(made, quantize="keep", dtype="float32")
-        got = [shipped(**batch).logits.float() for batch in inputs]
-    largest = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got, strict=True))
-    kls = []
-    for a, b in zip(expected, got, strict=True):
-        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-        kls.append(float((log_a.exp() * (log_a - log_b)).sum(-1).mean()))
-    kl = sum(kls) / len(kls)
-    if not kl < 0.01:
+        batch = probe_inputs(tuned) if tokens is None else {"input_ids": tokens}
+    expected = tuned(**batch).logits.log_softmax(-1)
+    with tuned.disable_adapter():
+        plain = tuned(**batch).logits.log_softmax(-1)
+    got = load(made, quantize="keep", dtype="float32")(**batch).logits.log_softmax(-1)
+    kl, kl_base = (float((expected.exp() * (expected - other)).sum(-1).mean()) for other in (got, plain))
+    if adapter.method == "blocks" and not kl < EXACT:
         raise ShippingError(
-            f"The written file does not compute what was trained (KL {kl:.2e} nats). It was not kept; the numbers may "
+            f"The written file does not compute what was trained (KL {kl:.2e} nats), and was not kept: the numbers may "
             "have grown beyond what fp16 resolves."
         )
-    return kl, largest
+    if not kl <= max(kl_base, EXACT):
+        raise ShippingError(
+            f"Rounded into {base.name}'s blocks, the model is further from what was trained (KL {kl:.2e} nats) than "
+            f"the base is ({kl_base:.2e}), and was not kept. Ship the adapter beside the file: adapters-kit export "
+            f"{adapter.folder} adapter.gguf --format gguf."
+        )
+    return kl, kl_base
+
+
+def _told(adapter: Adapter, base: Path, out: Path) -> dict[str, Any]:
+    return {
+        "made_by": f"adapters-kit {version('adapters-kit')}",
+        "base": describe(base),
+        "base_sha256": base_hashes(base)[base.name],
+        "sha256": file_sha256(out),
+        "method": adapter.method,
+        "trained": adapter.raw.get("train"),
+    }

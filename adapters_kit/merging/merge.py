@@ -30,7 +30,7 @@ from adapters_kit.merging.writing import write
 
 # Building the model's skeleton imports transformers and peft, which takes longer than a plain merge: see `direct`.
 if TYPE_CHECKING:
-    from adapters_kit.merging.into_gguf import BlocksReport
+    from adapters_kit.merging.into_gguf import GgufReport
     from adapters_kit.merging.job import Job
     from adapters_kit.merging.mixing import Mix
     from adapters_kit.merging.requantize import Survival
@@ -97,9 +97,10 @@ def merge(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     verify: str = "sample",
+    calibration: Sequence[str] | str | os.PathLike | None = None,
     overwrite: bool = False,
     force: bool = False,
-) -> MergeReport | BlocksReport:
+) -> MergeReport | GgufReport:
     """Write a model folder that computes what base + adapter computes, without building either.
 
     Weights are read, merged in float32, rounded once and written a few rows at a time; what the adapter does not touch
@@ -117,8 +118,9 @@ def merge(
             arXiv:2311.03099) drops values at random and scales up the rest.
         density: share of the values that "ties" and "dare" keep, above 0 and up to 1.
         seed: of DARE's choice.
-        out: the folder to write; it must not exist or be empty, unless `overwrite`. For the method `blocks`, a .gguf
-            file: the base's, with new scales and minima and every other byte unchanged.
+        out: the folder to write; it must not exist or be empty, unless `overwrite`. Or a .gguf file, for an adapter on
+            one: the base's, of the same size, with exactly what the method `blocks` trained, or for LoRA with the codes
+            that keep its outputs best.
         base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
             takes that one without the quantization of the training.
         dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own (for a quantized
@@ -128,6 +130,8 @@ def merge(
         verify: "sample" compares the outputs of merged and base + adapter on two small batches; "full" on sixteen, and
             reads every written tensor again: copied ones must be the base's, changed ones what peft computes once
             more; "off" compares nothing. Weights lie in memory for one block at a time.
+        calibration: LoRA into a .gguf file: text like that which the model will see, a file or some texts; by default
+            the tuned model writes it itself.
         overwrite: replace what `out` holds, in one step at the end.
         force: merge into a base whose tensors differ from those recorded at training; the report says which.
 
@@ -157,7 +161,13 @@ def merge(
         from adapters_kit.merging.into_gguf import merge_into_gguf
 
         return merge_into_gguf(
-            read, base_of(read, base), Path(out), verify=verify != "off", overwrite=overwrite, force=force
+            read,
+            base_of(read, base),
+            Path(out),
+            calibration=calibration,
+            verify=verify != "off",
+            overwrite=overwrite,
+            force=force,
         )
     if read.method == "blocks":
         raise ShippingError(
