@@ -34,7 +34,7 @@ class Row:
 TASKS: dict[str, Row] = {
     "causal-lm": Row(
         "adapters_kit.tasks.causal_lm:CausalLM",
-        roles=("text", "prompt", "completion", "messages"),
+        roles=("text", "prompt", "completion", "messages", "input", "history", "system", "tools"),
         auto_class="AutoModelForCausalLM",
         task_type="CAUSAL_LM",
         pipeline="text-generation",

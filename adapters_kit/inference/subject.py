@@ -149,6 +149,8 @@ def make_task(recipe: Recipe, rows: Dataset, *, answers: bool) -> Task:
     if not answers:
         needs = tuple(tuple(role for role in roles if role not in kind.targets) for roles in kind.needs)
         given = {role: column for role, column in given.items() if role not in kind.targets}
+    if answers:
+        kind.refuse(rows, given)
     try:
         columns = data.recognise(rows, given, needs, kind.optional)
     except DataError as error:

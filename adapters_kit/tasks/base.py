@@ -53,6 +53,14 @@ class Task:
         self.processor: Any = None
         self.max_length = recipe.training.max_length or 512
 
+    @classmethod
+    def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
+        """Refuses data that is made for another task, before columns are recognised; `given` is what the user mapped.
+
+        Raises:
+            DataError: with what to do.
+        """
+
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks the rows and learns what they say about the task (the classes). Raises DataError."""
 
@@ -69,6 +77,10 @@ class Task:
             raise ModelError(
                 f"training.max_length is {self.max_length}; {self.recipe.model} takes at most {self.longest} tokens."
             )
+        config = model.config
+        if getattr(config, "pad_token_id", None) is None and getattr(processor, "pad_token_id", None) is not None:
+            # Models look for it: where the last token of a row is, what stands for a label that no loss counts.
+            config.pad_token_id = processor.pad_token_id
         self.adapt(model)
 
     def adapt(self, model: nn.Module) -> None:
@@ -247,8 +259,8 @@ def outputs_of(model: nn.Module) -> list[str]:
 
 def longest_input(processor: Any, model: nn.Module) -> int:
     """Tokens that the model can take, from its position embeddings and its tokenizer; huge if neither says."""
-    sizes = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    sizes = [size for size in sizes if isinstance(size, int) and size > 0]
+    told = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    sizes = [size for size in told if isinstance(size, int) and size > 0]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
             # RoBERTa's kind counts positions from behind the padding index.
@@ -259,7 +271,7 @@ def longest_input(processor: Any, model: nn.Module) -> int:
     return min(sizes, default=10**9)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> torch.Tensor:
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str = "right") -> torch.Tensor:
     """Rows of different length as one int64 tensor (rows, longest)."""
     width = max(len(row) for row in rows)
     out = torch.full((len(rows), width), value, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Causal language modelling: plain text, prompt and completion, or chat messages; the loss on the answer only."""
+"""Causal language modelling: plain text, prompt and completion, or conversations; the loss on the answer only."""
 
 from __future__ import annotations
 
@@ -7,109 +7,171 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 
 from adapters_kit.errors import DataError
+from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
-from adapters_kit.tasks.chat import as_messages, render, tokens_of_answers
+from adapters_kit.tasks.conversation import Conversation, conversation, past_turns, refuse_preferences, with_input
+from adapters_kit.tasks.generation import Limits, set_stops, tokenizer_of, written
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.template import Answer, ChatTemplate
+from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
 
 
 class CausalLM(Task):
+    """Writing on: of texts as they are, or of answers to prompts and in conversations.
+
+    Attributes:
+        template: how the model's tokenizer writes conversations; None where it has no chat template.
+        limits: how long a prompt and an answer may be.
+    """
+
     name = "causal-lm"
     needs = (("messages",), ("prompt", "completion"), ("text",))
+    optional = ("input", "history", "system", "tools")
     targets = ("completion",)
     metric = "loss"
     generates = True
 
+    def __init__(
+        self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
+    ) -> None:
+        if "text" in columns:  # beside a text, `input` or `system` is just another column
+            columns = {"text": columns["text"]}
+        elif "messages" in columns:
+            columns = {role: name for role, name in columns.items() if role in ("messages", "system", "tools")}
+        super().__init__(recipe, columns, labels, notes)
+        self.template: ChatTemplate | None = None
+        self.limits = Limits(recipe.max_new_tokens, self.max_length)
+
+    @classmethod
+    def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
+        """Refuses preference pairs, before any column is taken for another. Raises DataError."""
+        kinds = data.features.items()
+        booleans = [name for name, kind in kinds if isinstance(kind, Value) and kind.dtype == "bool"]
+        refuse_preferences(data.column_names, given, booleans=booleans)
+
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         for data in (train, test) if test is not None else (train,):
-            for role in ("text", "prompt", "completion"):
-                if role in self.columns:
+            if "text" in self.columns:
+                self.text(data, "text")
+                continue
+            # One column of numbers is told from the whole of it, before any row is looked at.
+            for role in ("prompt", "completion"):
+                if role in self.columns and isinstance(data.features[self.columns[role]], Value):
                     self.text(data, role)
-            if "messages" in self.columns:
-                for index, value in enumerate(data[self.columns["messages"]]):
-                    as_messages(value, index)
+            for index, row in enumerate(data):
+                conversation(row, self.columns, index, answer="completion" in self.columns)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
-        super().bind(processor, model)
-        if "messages" in self.columns and not getattr(processor, "chat_template", None):
+        super().bind(tokenizer_of(processor), model)
+        self.limits = Limits(self.recipe.max_new_tokens, self.max_length, self.longest)
+        if getattr(self.processor, "chat_template", None):
+            self.template = ChatTemplate(self.processor, self.recipe.model)
+        elif "messages" in self.columns:
             raise DataError(
                 f"The tokenizer of {self.recipe.model} has no chat template, which the column "
                 f"{self.columns['messages']!r} needs. Give prompt and completion columns, or an instruct model."
             )
+        set_stops(model, self.processor, self.template.stops if self.template is not None else [])
         if self.recipe.training.packing and next(model.parameters()).device.type != "meta":
             packing.check(model, self.recipe.model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        features = [
-            {"row": row, "input_ids": compact(ids), "labels": compact(labels)}
-            for row, ids, labels in (self._examples(data) if answers else self._prompts(data))
-        ]
-        if answers and not any((feature["labels"][1:] != IGNORED).any() for feature in features):
+        if not answers:
+            return self._prompts(data)
+        cuts, features, learned_from = Cuts(), [], set()
+        for row, (ids, learned) in self._samples(data, cuts):
+            if any(learned[1:]):
+                labels = [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+                features.append({"row": row, "input_ids": compact(ids), "labels": compact(labels)})
+                learned_from.add(row)
+        if not features:
             raise DataError(
-                f"No example has an answer token left within max_length {self.max_length}: raise training.max_length."
+                "None of the rows has anything to learn: no assistant turn, no completion, or nothing left of it "
+                f"within max_length {self.max_length} (training.max_length raises that)."
             )
+        self._tell(cuts, [row for row in range(len(data)) if row not in learned_from], len(data))
         return features
 
-    def _examples(self, data: Dataset) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(row, ids, labels); a long plain text gives several pieces, a long prompt loses its beginning."""
-        end = [self.processor.eos_token_id] if self.processor.eos_token_id is not None else []
+    def _tell(self, cuts: Cuts, left_out: list[int], rows: int) -> None:
+        if left_out:
+            first = ", ".join(str(row + 1) for row in left_out[:5])
+            self.notes.say(
+                f"{len(left_out):,} of {rows:,} rows have no answer to learn from and were left out (rows {first}"
+                f"{', …' if left_out[5:] else ''}).",
+                rows_left_out=len(left_out),
+            )
+        cuts.tell(self.notes, self.max_length)
+
+    def _samples(self, data: Dataset, cuts: Cuts) -> Iterator[tuple[int, Sample]]:
+        """(row, sample); a long text gives several pieces, a conversation as many samples as its template asks for."""
         if "text" in self.columns:
-            for row, ids in enumerate(self.processor(self.text(data, "text"))["input_ids"]):
-                ids = ids if ids[-1:] == end else ids + end
+            for row, text in enumerate(self.text(data, "text")):
+                ids = self._ended(self.processor(text)["input_ids"])
                 for start in range(0, len(ids), self.max_length):
                     piece = ids[start : start + self.max_length]
-                    if len(piece) > 1:
-                        yield row, piece, piece
+                    yield row, (piece, [True] * len(piece))
             return
-        for row in range(len(data)):
-            ids, answer = self._conversation(data[row], end)
-            cut = max(len(ids) - self.max_length, 0)
-            if cut and True in answer:
-                first = answer.index(True)
-                # Keep the answer: drop from the front, but never more than leaves one token before it.
-                front = min(cut, max(first - 1, 0))
-                ids, answer = ids[front:][: self.max_length], answer[front:][: self.max_length]
-            counted = answer if self.recipe.answer_only else [True] * len(ids)
-            yield row, ids, [token if keep else IGNORED for token, keep in zip(ids, counted, strict=True)]
+        for index, row in enumerate(data):
+            if self.template is None:
+                found = fitted(self._plain(row), self.max_length, cuts)
+                made = [(found.ids, [False] * len(found.context) + [True] * len(found.answer))]
+            else:
+                talk = conversation(row, self.columns, index, answer=True)
+                made = samples(self.template, talk, self.max_length, index, cuts)
+            for ids, learned in made:
+                yield index, (ids, learned if self.recipe.answer_only else [True] * len(ids))
 
-    def _conversation(self, row: Mapping[str, Any], end: list[int]) -> tuple[list[int], list[bool]]:
-        """Token ids, and for each whether it belongs to an answer."""
-        if "messages" in self.columns:
-            return tokens_of_answers(self.processor, as_messages(row[self.columns["messages"]]))
-        prompt, completion = row[self.columns["prompt"]], row[self.columns["completion"]]
-        if getattr(self.processor, "chat_template", None):
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return tokens_of_answers(self.processor, turns)
-        before = self.processor(prompt)["input_ids"]
-        if before[-1:] == end:
-            before = before[:-1]
-        after = self.processor(completion, add_special_tokens=False)["input_ids"] + end
-        return before + after, [False] * len(before) + [True] * len(after)
+    def _plain(self, row: Mapping[str, Any]) -> Answer:
+        """Prompt and completion as text, for a tokenizer without a chat template."""
+        completion = self.processor(row[self.columns["completion"]], add_special_tokens=False)["input_ids"]
+        return Answer(self._plain_prompt(row), self._ended(list(completion)))
 
-    def _prompts(self, data: Dataset) -> Iterator[tuple[int, list[int], list[int]]]:
-        room = max(self.max_length - self.recipe.max_new_tokens, 1)
-        for row in range(len(data)):
-            ids = self.prompt_ids(data[row])[-room:]
-            yield row, ids, [IGNORED] * len(ids)
+    def _plain_prompt(self, row: Mapping[str, Any]) -> list[int]:
+        role = "prompt" if "prompt" in self.columns else "text"
+        text = with_input(row[self.columns[role]], row.get(self.columns.get("input", "")))
+        before = [turn["content"] for turn in past_turns(row.get(self.columns.get("history", "")), "The history")]
+        system = row.get(self.columns.get("system", ""))
+        if isinstance(system, str) and system.strip():
+            before.insert(0, system)
+        ids = list(self.processor("\n\n".join([*before, text]))["input_ids"])
+        ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
+        return ids or [self._first_token()]
 
-    def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """The tokens after which the model is to continue: the conversation up to the last answer, or the text."""
-        if "messages" in self.columns:
-            turns = as_messages(row[self.columns["messages"]])
-            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-            text = render(self.processor, turns, add_generation_prompt=True)
-            return self.processor(text, add_special_tokens=False)["input_ids"]
-        prompt = row[self.columns.get("prompt", self.columns.get("text"))]
-        if "prompt" in self.columns and getattr(self.processor, "chat_template", None):
-            text = render(self.processor, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-            return self.processor(text, add_special_tokens=False)["input_ids"]
-        ids = self.processor(prompt)["input_ids"]
-        return ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
+    def _first_token(self) -> int:
+        """Stands before an answer to nothing: a model continues something."""
+        special = (self.processor.bos_token_id, self.processor.eos_token_id, self.processor.pad_token_id)
+        return next((token for token in special if token is not None), 0)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        end = self.processor.eos_token_id
+        return list(ids) if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _prompts(self, data: Dataset) -> Features:
+        cuts, features = Cuts(), []
+        for index, row in enumerate(data):
+            if self.template is not None and "text" not in self.columns:
+                talk = self._asked(row, index)
+                ids = prompt(self.template, talk, self.limits.prompt, index, cuts)
+            else:
+                ids = self._plain_prompt(row)
+                cuts["prompts_cut"] += len(ids) > self.limits.prompt
+                ids = ids[-self.limits.prompt :]
+            features.append({"row": index, "input_ids": compact(ids), "labels": compact([IGNORED] * len(ids))})
+        with self.notes.about("prompts to answer"):
+            cuts.tell(self.notes, self.max_length)
+        return features
+
+    def _asked(self, row: Mapping[str, Any], index: int) -> Conversation:
+        """The conversation up to the last answer."""
+        talk = conversation(row, self.columns, index, answer=False)
+        return talk.without_answer() if "messages" in self.columns else talk
 
     def training_features(self, features: Features) -> Features:
         return packing.pack(features, self.max_length) if self.recipe.training.packing else features
@@ -130,7 +192,7 @@ class CausalLM(Task):
         labels = batch.pop("labels")
         rows, length = labels.shape
         at_once = max(LOGITS_AT_ONCE // (length * model.config.get_text_config().vocab_size), 1)
-        found = []
+        found: list[tuple[float, int]] = []
         for start in range(0, rows, at_once):
             part = {key: value[start : start + at_once] for key, value in batch.items()}
             logits = model(**part, use_cache=False).logits[:, :-1]
@@ -150,21 +212,13 @@ class CausalLM(Task):
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         features = self.encode(data, answers=False)
         results = self.run(model, features, batch_size, self.generate, lambda f: self.collate(f, side="left"))
-        shown = []
-        for feature, text in zip(features, results, strict=True):
-            row = data[feature["row"]]
-            given = "messages" if "messages" in self.columns else "prompt" if "prompt" in self.columns else "text"
-            shown.append({given: row[self.columns[given]], "answer": text})
-        return shown
+        given = next(role for role in ("messages", "prompt", "text") if role in self.columns)
+        asked = [row[self.columns[given]] for row in data]
+        if given == "messages":  # without what no template sees, such as the time of a turn
+            asked = [conversation(row, self.columns, index, answer=False).turns for index, row in enumerate(data)]
+        return [{given: asked[f["row"]], "answer": text} for f, text in zip(features, results, strict=True)]
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        out = model.generate(
-            **inputs,
-            max_new_tokens=self.recipe.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.processor.pad_token_id,
-            **options,
-        )
-        new = out[:, batch["input_ids"].shape[1] :]
-        return self.processor.batch_decode(new, skip_special_tokens=True)
+        out = model.generate(**inputs, max_new_tokens=self.limits.answer, do_sample=False, **options)
+        return [written(self.processor, ids, model) for ids in out[:, batch["input_ids"].shape[1] :].tolist()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Seq2Seq(Task):
                 feature["labels"], feature["target"] = compact(ids), text
         return features
 
-    def length(self, feature: dict[str, Any]) -> int:
+    def length(self, feature: Mapping[str, Any]) -> int:
         return len(feature["input_ids"]) + len(feature.get("labels", ()))
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
     """
     kind = tasks.get(recipe.task)
     found = data.read(recipe.data)
+    kind.refuse(found.train, recipe.data.columns)
     columns = data.recognise(found.train, recipe.data.columns, kind.needs, kind.optional)
     if found.test is not None:
         data.recognise(found.test, columns, kind.needs, kind.optional)

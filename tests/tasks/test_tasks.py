@@ -272,7 +272,7 @@ def test_answers_compare_as_in_squad(guess, truth, f1):
             {"question": "q", "context": "c", "answers": "a"},
             "'rome' does not stand in the context",
         ),
-        ("causal-lm", {"m": [{"who": "me"}]}, {"messages": "m"}, "A turn of a conversation is"),
+        ("causal-lm", {"m": [{"who": "me"}]}, {"messages": "m"}, "turn 1: no role in {'who': 'me'}"),
         ("image-classification", {"i": "nowhere.png", "l": "a"}, {"image": "i", "label": "l"}, "one class only"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Writing answers: where they stop, how long they and their prompts may be, and which part of them is text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+_NO_THINKING = re.compile(r"\A\s*(?:<think>)?\s*</think>\s*")
+
+
+class Limits:
+    """How many tokens a prompt and an answer may have.
+
+    They are the same for every row, so that a row gets the same answer alone and among others. An answer may go beyond
+    `max_length`, which is about training, but never beyond the positions that a model has.
+
+    Attributes:
+        prompt: longest prompt; longer ones lose their beginning.
+        answer: longest answer.
+    """
+
+    def __init__(self, max_new_tokens: int, max_length: int, positions: int = 10**9) -> None:
+        self.prompt = max(max_length - max_new_tokens, max_length // 2, 1)
+        self.answer = max(min(max_new_tokens, positions - self.prompt), 1)
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor for text and images, with the processor's chat template; a tokenizer as it is."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not getattr(tokenizer, "chat_template", None) and getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer
+
+
+def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int]) -> None:
+    """Lets `model.generate` stop at the tokenizer's end of text and at the template's ends of turns as well.
+
+    The generation config says so, which is saved with the adapter.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    known = config.eos_token_id
+    ids = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, *marks]
+    stops = list(dict.fromkeys(index for index in ids if index is not None))
+    config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+
+
+def written(tokenizer: Any, ids: Sequence[int], model: nn.Module) -> str:
+    """What was written, as text: up to where it stopped, without special tokens and an empty block of thinking."""
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    stops = set(stop if isinstance(stop, list) else [stop])
+    end = next((place for place, index in enumerate(ids) if index in stops), len(ids))
+    return _NO_THINKING.sub("", tokenizer.decode(ids[:end], skip_special_tokens=True))
