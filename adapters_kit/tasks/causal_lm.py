@@ -18,7 +18,7 @@ from adapters_kit.tasks.conversation import Conversation, conversation, past_tur
 from adapters_kit.tasks.generation import Limits, set_stops, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
-from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples
+from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
 
@@ -124,7 +124,11 @@ class CausalLM(Task):
                 made = [(found.ids, [False] * len(found.context) + [True] * len(found.answer))]
             else:
                 talk = conversation(row, self.columns, index, answer=True)
-                made = samples(self.template, talk, self.max_length, index, cuts)
+                made = (
+                    samples(self.template, talk, self.max_length, index, cuts)
+                    if self.recipe.answer_only
+                    else [whole(self.template, talk, self.max_length, index, cuts)]
+                )
             for ids, learned in made:
                 yield index, (ids, learned if self.recipe.answer_only else [True] * len(ids))
 

@@ -95,8 +95,14 @@ class ChatTemplate:
         turn = dict(turn)
         if turn["role"] == "developer" and not self._knows_developers:
             turn["role"] = "system"
+        thought = _THINKING.match(turn["content"] or "")
+        if turn["role"] == "assistant" and thought and thought[1] in ("think", None) and self._takes_thinking_apart:
+            turn |= {
+                "reasoning_content": thought[2].strip("\n"),
+                "content": turn["content"][thought.end() :].lstrip("\n"),
+            }
         if "tool_calls" in turn:
-            as_text, empty = self._call_spelling
+            as_text, empty = self._call_spelling or (False, "")
             if as_text:
                 turn["tool_calls"] = [_with_text_arguments(call) for call in turn["tool_calls"]]
             turn["content"] = turn["content"] or empty
@@ -122,15 +128,23 @@ class ChatTemplate:
         return text is not None and _TOLD in text
 
     @cached_property
-    def _call_spelling(self) -> tuple[bool, str | None]:
-        """Whether arguments are text, and what an empty content is, so that the template shows a tool call."""
+    def _takes_thinking_apart(self) -> bool:
+        """Whether the template writes the thinking of a turn from a field of its own."""
+        content = [{"type": "text", "text": _TOLD}] if self._wants_parts else _TOLD
+        text = self._try([_user(_ASKED), {"role": "assistant", "content": content, "reasoning_content": _NAME}])
+        return text is not None and _NAME in text
+
+    @cached_property
+    def _call_spelling(self) -> tuple[bool, str | None] | None:
+        """Whether arguments are text, and what an empty content is, so that the template shows a tool call; None if it
+        shows none."""
         for as_text, empty in product((False, True), ("", None)):
             call = _CALL if not as_text else _with_text_arguments(_CALL)
             content: Any = [] if self._wants_parts else empty
             text = self._try([_user(_ASKED), {"role": "assistant", "content": content, "tool_calls": [call]}], _TOOLS)
             if text is not None and _NAME in text.partition(_ASKED)[2] and _TOLD in text and '\\"' + _KEY not in text:
                 return as_text, empty
-        return False, ""
+        return None
 
     def check(self, talk: Conversation, row: int) -> int:
         """How many turns of a conversation the template leaves out.
@@ -138,9 +152,9 @@ class ChatTemplate:
         Raises:
             DataError: it leaves out a tool, a call or a result: the model would learn to call what it cannot see.
         """
-        text = self.render(talk, row=row)
         called = [call["function"]["name"] for turn in talk.turns for call in turn.get("tool_calls", ())]
         offered = [tool["function"].get("name", "") for tool in talk.tools or ()]
+        text = self.render(talk, row=row) if not called or self._call_spelling is not None else ""
         for kind, names in (("tool calls", called), ("tools", offered)):
             unseen = [name for name in names if name not in text]
             if unseen:

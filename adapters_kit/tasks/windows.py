@@ -26,6 +26,8 @@ class Cuts(Counter[str]):
     SENTENCES: ClassVar[dict[str, str]] = {
         "answers_without_oldest_turns": "{n} answers stand in conversations longer than max_length {limit}: they are "
         "learned without the oldest turns, which were cut.",
+        "texts_without_oldest_turns": "{n} conversations are longer than max_length {limit}: "
+        "their oldest turns were cut.",
         "prompts_without_oldest_turns": "{n} conversations are longer than the {limit} tokens that a prompt may have: "
         "their oldest turns were cut.",
         "prompts_cut": "{n} prompts are longer than max_length {limit} leaves room for: their beginning was cut.",
@@ -71,16 +73,28 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
 
 def prompt(template: ChatTemplate, talk: Conversation, limit: int, row: int, cuts: Cuts) -> list[int]:
     """Token ids of at most `limit` tokens, after which the model is to answer."""
+    return _rendered(template, talk, limit, row, cuts, asking=True)
 
+
+def whole(template: ChatTemplate, talk: Conversation, limit: int, row: int, cuts: Cuts) -> Sample:
+    """A conversation of which all is learned, the user's turns too, in at most `limit` tokens."""
+    cuts["turns_not_shown"] += template.check(talk, row)
+    ids = _rendered(template, talk, limit, row, cuts, asking=False)
+    return ids, [True] * len(ids)
+
+
+def _rendered(
+    template: ChatTemplate, talk: Conversation, limit: int, row: int, cuts: Cuts, *, asking: bool
+) -> list[int]:
     def ids(seen: Conversation) -> list[int]:
-        return template.ids(template.render(seen, prompt=True, row=row))
+        return template.ids(template.render(seen, prompt=asking, row=row))
 
     found = ids(talk)
     if len(found) > limit:
         end = len(talk.turns)
         places = _starts(talk, talk.leading, end)
         start = _first_short(places, (limit,), lambda place: len(ids(_from(talk, place, end))), talk.leading)
-        cuts["prompts_without_oldest_turns"] += bool(places)
+        cuts["prompts_without_oldest_turns" if asking else "texts_without_oldest_turns"] += bool(places)
         talk = _from(talk, start, end)
         found = ids(talk)
     if len(found) > limit:

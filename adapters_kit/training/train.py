@@ -115,9 +115,12 @@ def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bo
     }
     tuned_samples = task.predict(trainer.model, shown, batch) if len(shown) else []
     trainer.save_model(str(out / "adapter"))
+    ends = getattr(trainer.model, "generation_config", None) if task.generates else None
     if PartialState().is_main_process:
         samples = [{"base": before, "tuned": after} for before, after in zip(base_samples, tuned_samples, strict=True)]
         (out / "adapter" / "training_args.bin").unlink(missing_ok=True)
+        if ends is not None:  # where its answers stop, for whoever generates with it
+            write_json(out / "adapter" / "generation_config.json", ends.to_diff_dict())
         # Which bytes the adapter was trained on: merging it into anything else is refused.
         record_base(out / "adapter", recipe.model, trainer.model)
         if pictures.available():
