@@ -45,8 +45,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.training.plan import Plan as Plan
     from adapters_kit.training.plan import plan as plan
     from adapters_kit.training.run import Run as Run
+    from adapters_kit.training.sweep import sweep as sweep
     from adapters_kit.training.table import compare_runs as compare_runs
-    from adapters_kit.training.table import sweep as sweep
     from adapters_kit.training.train import train as train
     from adapters_kit.wrapping import wrap as wrap
 
@@ -71,7 +71,7 @@ _HOME = {
     "Comparison": "adapters_kit.comparison",
     "compare": "adapters_kit.comparison",
     "compare_runs": "adapters_kit.training.table",
-    "sweep": "adapters_kit.training.table",
+    "sweep": "adapters_kit.training.sweep",
     "train": "adapters_kit.training.train",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",

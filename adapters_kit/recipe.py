@@ -32,7 +32,9 @@ from adapters_kit.task_table import TASKS, tasks_with
 # Files of rows, which are no recipes.
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md")
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+_STRICT = ConfigDict(
+    extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+)
 
 
 def _known_task(name: str) -> str:
@@ -133,7 +135,7 @@ class TrainingSpec(BaseModel):
     which learns slowly enough without that noise."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to at most this norm; 0 leaves them alone."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the split, the new parameters, the order of the examples and dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Dtype of the frozen weights and of the arithmetic; auto is bf16 on a GPU that has it, else fp32. Adapter
@@ -169,6 +171,16 @@ class TrainingSpec(BaseModel):
     """Held-out examples whose predictions, base beside tuned, are written to `samples.jsonl`."""
 
 
+class CardSpec(BaseModel):
+    """What the model card says, beside what was trained, on what and how well."""
+
+    model_config = _STRICT
+
+    samples: bool = False
+    """Put the first samples onto the card, which travels with the adapter: they are rows of your data, and answers.
+    The run folder has them in `samples.jsonl` in any case."""
+
+
 class Recipe(BaseModel):
     """One training run, completely described.
 
@@ -200,6 +212,8 @@ class Recipe(BaseModel):
     """Generation: longest answer in tokens."""
     training: TrainingSpec = TrainingSpec()
     """How to train."""
+    card: CardSpec = CardSpec()
+    """What the model card says."""
 
     def __init__(self, **fields: Any) -> None:
         problems = _cross_checks(fields)
@@ -333,7 +347,13 @@ Problem = tuple[tuple[str, ...], str]  # dotted path, sentence
 
 
 # The mappings inside a recipe; "" is the recipe itself.
-_SECTIONS: dict[str, type[BaseModel]] = {"": Recipe, "data": DataSpec, "method": MethodSpec, "training": TrainingSpec}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": Recipe,
+    "data": DataSpec,
+    "method": MethodSpec,
+    "training": TrainingSpec,
+    "card": CardSpec,
+}
 
 
 def _explain(error: ValidationError) -> list[Problem]:

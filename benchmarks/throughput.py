@@ -47,8 +47,9 @@ from transformers.trainer_callback import PrinterCallback
 from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.recipe import Recipe
+from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.loop import AdapterTrainer
-from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare
+from adapters_kit.training.resolve import filled_in, prepare, resolve
 
 CONTESTANTS = ("peft fp32", "peft bf16", "ours fp32", "ours bf16")
 
@@ -154,6 +155,7 @@ def docstrings(out: Path) -> Path:
 
 def race(recipe: Recipe, bases: dict[str, nn.Module], rounds: int) -> dict[str, Any]:
     """All contestants, round by round, on one set of texts."""
+    recipe = resolve(recipe)
     task, splits = prepare(recipe)
     some = next(iter(bases.values()))
     task.bind(bases["processor"], some)
@@ -222,7 +224,7 @@ def main() -> None:
             for name in options.data
         }
         first = next(iter(recipes.values()))
-        base, processor = load_base(first, prepare(first)[0])
+        base, processor = load_base(resolve(first), prepare(first)[0])
         bases: dict[str, Any] = {dtype: copy.deepcopy(base).to(DTYPES[dtype]) for dtype in ("fp32", "bf16")}
         bases["processor"] = processor
         found = {}

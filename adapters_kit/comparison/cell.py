@@ -26,9 +26,10 @@ from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
+from adapters_kit.training.assembly import add_adapter, load_base, set_dropout
 from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import AdapterTrainer, total_steps
-from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare, set_dropout
+from adapters_kit.training.resolve import filled_in, prepare, resolve
 
 FULL, BASE = "full", "base"
 
@@ -123,14 +124,14 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     recipe = Recipe(**cell.recipe)
     before = _resident()
     task, rows = rows_of(recipe, cell.validation_size)
-    seeded = recipe.changed(**{"training.seed": cell.seed, "training.learning_rate": cell.learning_rate})
+    seeded = resolve(recipe.changed(**{"training.seed": cell.seed, "training.learning_rate": cell.learning_rate}))
     # Weights in 16 bits lose updates that are smaller than their last digit: full fine-tuning holds fp32 weights and
     # computes in the recipe's precision under autocast, as is usual.
     precise = {"training.precision": "fp32"} if cell.kind == FULL else {}
     model, processor = load_base(seeded.changed(**precise), task)
     seeded = filled_in(seeded, task)
     scored = task.encode(rows[cell.part])
-    batch = recipe.training.eval_batch_size or 2 * recipe.training.batch_size
+    batch = seeded.training.eval_batch_size
     if cell.kind == BASE:
         return {"scores": task.score(task.run(model, scored, batch), scored)}
     train_features = task.training_features(task.encode(rows["train"]))

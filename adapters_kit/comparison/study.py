@@ -25,7 +25,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration
 from adapters_kit.training.given import Given, recipe_from
-from adapters_kit.training.resolve import base_dropout, learning_rate
+from adapters_kit.training.resolve import resolve
 from adapters_kit.wrapping import build_config
 
 METHODS = ("full", "lora", "dora", "ia3", "pfeiffer", "houlsby", "parallel", "prefix", "mam")
@@ -232,10 +232,11 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
         plain = recipe.changed(**rest, method={"name": "lora"}, quantize=None)
         return Variant(label, plain, FULL, plain.training.learning_rate or FULL_RATE)
     changed = recipe.changed(**changes)
-    # Written out, as the rate is: a default that moves is another cell.
-    changed = changed.changed(**{"training.base_dropout": base_dropout(changed)})
+    # Written out: a default that moves is another cell.
+    resolved = resolve(changed).training
+    changed = changed.changed(**{"training.base_dropout": resolved.base_dropout})
     config = build_config(shapes(changed.model, changed.task), changed.method.name, **changed.method.options)
-    return Variant(label, changed, "adapter", learning_rate(changed), config)
+    return Variant(label, changed, "adapter", resolved.learning_rate, config)
 
 
 def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:

@@ -21,7 +21,9 @@ from adapters_kit.recipe import DATA_SUFFIXES, Recipe
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
-from adapters_kit.training.resolve import load_base
+from adapters_kit.training.assembly import load_base
+from adapters_kit.training.resolve import resolve
+from adapters_kit.training.run import recipe_of
 from adapters_kit.wrapping import wrap
 
 NO_DATA = "(none)"
@@ -47,10 +49,9 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     path = Path(name)
     folder = adapter_folder(path)
     if (folder / CONFIG).is_file():
-        for place in (folder / "recipe.yaml", folder.parent / "recipe.yaml"):
-            if place.is_file():
-                recipe = _with_problem(Recipe.read(place), folder.parent / "metrics.json")
-                return (recipe.changed(**recipe_keys) if recipe_keys else recipe), folder
+        if (found_recipe := recipe_of(folder)) is not None:
+            recipe = _with_problem(found_recipe, folder.parent / "metrics.json")
+            return (recipe.changed(**recipe_keys) if recipe_keys else recipe), folder
         base = read_json(folder / CONFIG).get("base_model_name_or_path")
         if not base and "model" not in recipe_keys:
             raise ModelError(f"{folder} does not say which model it sits on: give model=BASE.")
@@ -179,7 +180,7 @@ def load_subject(recipe: Recipe, task: Task, adapter: Path | None, *, trained: b
     torch.manual_seed(recipe.training.seed)
     if adapter is not None:
         check_base(adapter, recipe.model)
-    model, _ = load_base(recipe, task)
+    model, _ = load_base(resolve(recipe, trains=False), task)
     if trained:
         _check_head(recipe, adapter, model)
     if adapter is not None:

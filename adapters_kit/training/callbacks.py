@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, reduce
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters_kit import system
+from adapters_kit.artifacts.files import write_text
 from adapters_kit.training.sampling import OrderedByEpoch
 
 
@@ -27,8 +32,10 @@ def peak_memory() -> int:
 class Steering(TrainerCallback):
     """Sets the epoch of the order, extra checkpoints, and stops when evaluations no longer get better."""
 
-    def __init__(self, sampler: OrderedByEpoch, save_every: int | None, patience: int | None) -> None:
-        self.sampler, self.save_every, self.patience = sampler, save_every, patience
+    def __init__(
+        self, sampler: OrderedByEpoch, save_every: int | None, patience: int | None, saves_last: bool = True
+    ) -> None:
+        self.sampler, self.save_every, self.patience, self.saves_last = sampler, save_every, patience, saves_last
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -42,7 +49,8 @@ class Steering(TrainerCallback):
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.save_every and state.global_step % self.save_every == 0:
+        last = self.saves_last and state.global_step >= state.max_steps
+        if last or (self.save_every and state.global_step % self.save_every == 0):
             control.should_save = True
         if control.should_save:
             # Logged losses are means since the last line; a line at every checkpoint makes a resumed run's lines equal.
@@ -58,6 +66,42 @@ class Steering(TrainerCallback):
             control.should_training_stop = True
 
 
+class Interruption(TrainerCallback):
+    """Ctrl-C and SIGTERM: the step that is being made ends, and is saved. A second one ends the process at once.
+
+    In a run of several processes the signal reaches each at another step, where no common checkpoint can be made: there
+    it ends the run as usual, and the last checkpoint holds.
+
+    Attributes:
+        name: of the signal that came, "SIGINT"; None as long as none has.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        alone = PartialState().num_processes == 1
+        if alone and threading.current_thread() is threading.main_thread():
+            kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name)]
+            self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt(self.name)
+        self.name = signal.Signals(number).name
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.name is not None:
+            control.should_save = control.should_training_stop = True
+
+
 class Record(TrainerCallback):
     """Writes `metrics.jsonl`: one line a log, one an evaluation. A resumed run drops the lines after its checkpoint."""
 
@@ -71,7 +115,7 @@ class Record(TrainerCallback):
         if state.global_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_text(self.path, "".join(kept))  # written beside, then renamed: killed here, the old lines are still there
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
@@ -87,12 +131,78 @@ class Record(TrainerCallback):
 
 
 class Meter(TrainerCallback):
-    """Counts tokens, padding left out, and the seconds spent training, evaluations left out."""
+    """What adds up over a run, and goes on adding up when it is resumed: a checkpoint holds `state()`.
+
+    Attributes:
+        tokens: trained on, padding left out.
+        seconds: spent training, evaluations left out.
+        loss: sum of the losses of all optimizer steps.
+        steps: their number.
+        peak: most memory in bytes, of earlier processes too.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self.loss = 0.0
+        self.steps = 0
+        self.peak = 0
         self._since: float | None = None
+        self._begun = time.perf_counter()
+        self._earlier = 0.0  # seconds of the processes that this one goes on from
+        self._losses: list[torch.Tensor] = []  # of the steps since they were last added up
+
+    def add(self, loss: torch.Tensor) -> None:
+        """The loss of one forward pass, divided by the number of passes to a step; read from the device later."""
+        self._losses.append(loss.detach())
+        if len(self._losses) == 256:
+            self._add_up()
+
+    def elapsed(self) -> float:
+        """Seconds since training began, those before a resume included."""
+        return self._earlier + time.perf_counter() - self._begun
+
+    def peak_bytes(self) -> int:
+        """The most memory that the run ever took, those processes included that it was resumed from."""
+        return max(self.peak, peak_memory())
+
+    def mean_loss(self) -> float:
+        """The mean of the losses of all optimizer steps; NaN before the first."""
+        self._add_up()
+        return self.loss / self.steps if self.steps else float("nan")
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        self._add_up()
+        self.rate()
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "loss": self.loss,
+            "steps": self.steps,
+            "peak_bytes": self.peak_bytes(),
+            "elapsed": self.elapsed(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from what a checkpoint holds."""
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.loss, self.steps, self.peak = state["loss"], state["steps"], state["peak_bytes"]
+        self._earlier, self._begun = state["elapsed"], time.perf_counter()
+
+    def share(self) -> None:
+        """Makes the sum of the losses the mean over all processes; every process calls it."""
+        self._add_up()
+        if PartialState().num_processes > 1:
+            device = PartialState().device
+            total = reduce(torch.tensor(self.loss, dtype=torch.float32, device=device), "mean")
+            self.loss = float(total)
+
+    def _add_up(self) -> None:
+        # One after the other: the sum does not depend on when it is made, so that a resumed run's is the same.
+        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+            self.loss += loss
+        self._losses = []
 
     def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Adds a batch that is about to be trained on."""
@@ -122,8 +232,10 @@ class Meter(TrainerCallback):
             self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if control.should_evaluate or control.should_save:
+        self.steps += 1
+        if control.should_evaluate or control.should_save or control.should_log:
             self._pause()
+            self._add_up()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._pause()
@@ -138,6 +250,40 @@ class RankAllocation(TrainerCallback):
         tuner = getattr(extract_model_from_parallel(model), "base_model", None)
         if hasattr(tuner, "update_and_allocate"):
             tuner.update_and_allocate(state.global_step)
+
+
+class TensorBoard(TrainerCallback):
+    """Writes the metrics for TensorBoard, and nothing else: transformers' own callback also writes every argument,
+    paths included, and TensorBoard puts the name of the machine into the name of the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run wrote after its last checkpoint is taken back.
+            self.writer = SummaryWriter(self.folder, purge_step=state.global_step + 1 if state.global_step else None)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+    ) -> None:
+        for name, value in (logs or {}).items() if self.writer is not None else ():
+            if isinstance(value, int | float):
+                part, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                self.writer.add_scalar(f"{part}/{name}", value, state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.writer is None:
+            return
+        self.writer.close()
+        self.writer = None
+        host = f".{socket.gethostname()}."
+        for file in self.folder.glob("events.out.tfevents.*"):
+            if host in file.name:
+                file.rename(file.with_name(file.name.replace(host, ".local.")))
 
 
 class Screen(TrainerCallback):

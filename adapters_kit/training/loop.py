@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,17 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import MissingPackageError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
-from adapters_kit.training.callbacks import Meter, RankAllocation, Record, Screen, Steering
+from adapters_kit.training import checkpoints
+from adapters_kit.training.callbacks import Interruption, Meter, RankAllocation, Record, Screen, Steering, TensorBoard
 from adapters_kit.training.optimizers import build_optimizer
-from adapters_kit.training.resolve import precision, processes
+from adapters_kit.training.resolve import processes
 from adapters_kit.training.sampling import OrderedByEpoch
-
-CHECKPOINTS = "checkpoints"
 
 
 class AdapterTrainer(Trainer):
@@ -40,10 +41,19 @@ class AdapterTrainer(Trainer):
         processor: Any,
         out: Path,
         console: Console,
+        *,
+        durable: bool = True,
     ) -> None:
-        self.task, self.recipe, self.test_features = task, recipe, test_features
+        """Everything the loop needs.
+
+        Args:
+            recipe: resolved.
+            out: folder of checkpoints, `metrics.jsonl` and TensorBoard's files.
+            durable: whether the last step is saved as a checkpoint too, so that nothing that comes after the training
+                can lose it.
+        """
+        self.task, self.recipe, self.test_features, self.out = task, recipe, test_features, out
         self.kept_results: dict[int, list[Any]] = {}
-        self.mean_loss = float("nan")
         training = recipe.training
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         args = arguments(recipe, task, out, len(train_features))
@@ -54,18 +64,18 @@ class AdapterTrainer(Trainer):
             group=training.group_by_length,
         )
         self.meter = Meter()
+        self.interruption = Interruption()
         self.screen = Screen(self.meter, task.metric, console)
         callbacks = [
-            Steering(self.order, training.save_every, training.early_stopping),
+            Steering(self.order, training.save_every, training.early_stopping, durable),
+            self.interruption,
             self.meter,
             RankAllocation(),
             Record(out / "metrics.jsonl", self.meter),
             self.screen,
         ]
         if "tensorboard" in training.log_to:
-            board = TensorBoardCallback()
-            board.logging_dir = str(out / "tensorboard")  # by default among the checkpoints, which do not stay
-            callbacks.append(board)
+            callbacks.append(TensorBoard(out / "tensorboard"))
         super().__init__(
             model=model,
             args=args,
@@ -82,6 +92,12 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(
             model, task.collate_training([train_features[0]])
         )
+
+    def go(self, checkpoint: Path | None) -> None:
+        """Trains, from a checkpoint or from the start."""
+        if checkpoint is not None and (checkpoint / checkpoints.PROGRESS).is_file():
+            self.meter.restore(json.loads((checkpoint / checkpoints.PROGRESS).read_text(encoding="utf-8")))
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedByEpoch:
         return self.order
@@ -120,10 +136,17 @@ class AdapterTrainer(Trainer):
             )
         return outcome
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass; its loss is added up."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.add(loss)
+        return loss
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The task's metrics on the held-out part."""
+        self.check_finite()
         results = self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
         scores = self.task.score(results, self.test_features)
         self.kept_results = {self.state.best_global_step: self.kept_results.get(self.state.best_global_step, [])}
@@ -133,8 +156,49 @@ class AdapterTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def check_finite(self) -> None:
+        """Raises TrainingError if the last step has left a number that is none: no later loss would tell."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise TrainingError(
+                    f"After step {self.state.global_step} the parameter {name} is no longer finite. Lower "
+                    f"training.learning_rate (now {self.args.learning_rate:g})"
+                    + (", or use bf16 instead of fp16." if self.args.fp16 else ".")
+                )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Trainer's checkpoint, with the trained numbers themselves, with what adds up, and sealed at the end."""
+        folder = checkpoints.folder_of(self.out, self.state.global_step)
+        self.meter.share()
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # a torn one of the same step
+            write_json(folder / checkpoints.PROGRESS, self.meter.state())
+            if not self._is_sharded():
+                checkpoints.save_trained(self.accelerator.unwrap_model(self.model), folder)
+        PartialState().wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            checkpoints.seal(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if self._is_sharded() or not checkpoints.load_trained(unwrapped, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # By its step: the path that Trainer remembers is wrong once the run folder has been moved.
+        folder = checkpoints.folder_of(self.out, self.state.best_global_step)
+        self.state.best_model_checkpoint = str(folder)
+        if self._is_sharded() or not checkpoints.load_trained(self.accelerator.unwrap_model(self.model), folder):
+            super()._load_best_model()
+
+    def _is_sharded(self) -> bool:
+        """Whether the parameters are spread over processes, so that only Trainer can save and load them."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def results_of_kept(self) -> list[Any]:
         """Predictions of the parameters that were kept: remembered from their evaluation, or made now."""
+        self.check_finite()
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
         step = self.state.best_global_step if best else self.state.global_step
         found = self.kept_results.get(step)
@@ -165,7 +229,7 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
     evaluate_every = max(math.ceil(steps_per_epoch / training.evals_per_epoch), 1) if training.evals_per_epoch else None
     # Fewer steps than one interval: still one evaluation, at the end.
     evaluate_every = min(evaluate_every, steps) if evaluate_every else None
-    kind = precision(recipe)
+    kind = training.precision
     with_warmup = training.scheduler == "constant" and training.warmup > 0
     scheduler = "constant_with_warmup" if with_warmup else training.scheduler
     # transformers renamed the argument; the old name warns where the new one is known.
@@ -173,11 +237,11 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     checkpointing = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
-        output_dir=str(out / CHECKPOINTS),
+        output_dir=str(out / checkpoints.CHECKPOINTS),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size or 2 * training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
         lr_scheduler_type=scheduler,

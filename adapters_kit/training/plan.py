@@ -18,10 +18,11 @@ from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.fuse import fuse, unfuse
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
 from adapters_kit.recipe import Recipe
+from adapters_kit.training.assembly import add_adapter
 from adapters_kit.training.batches import Batches, FromData, FromLength, histogram
 from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.memory import Batch, Kept, Memory, StepMemory
-from adapters_kit.training.resolve import add_adapter, precision
+from adapters_kit.training.resolve import resolve
 
 GIB = 2**30
 # What a CUDA context takes of a card, and what the allocator cannot use of what is not weights: its pieces do not fit.
@@ -114,7 +115,7 @@ def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = No
     recipe = recipe_from(recipe)
     card = _free_memory() if gpu is None else parse_size(gpu)
     named = gpu is not None and recipe.training.precision == "auto"
-    recipe = recipe.changed(**{"training.precision": "bf16" if named else precision(recipe)})
+    recipe = resolve(recipe.changed(**{"training.precision": "bf16"}) if named else recipe, trains=False)
     batches: Batches = FromData(recipe) if length is None else FromLength(recipe, length)
     training, dtype = recipe.training, DTYPES[recipe.training.precision]
     batches.bare.to(dtype)

@@ -1,26 +1,65 @@
-"""From a recipe to a task with checked rows, and to a base model: what training, evaluation and plan share."""
+"""What a recipe leaves open is decided here, once; every later room reads the fields.
+
+1. `resolve(recipe)`: from the recipe and the machine alone: precision, rates, dropout, batch of the evaluations.
+2. `prepare(recipe)`: the task and its rows, checked; reads no model.
+3. `filled_in(recipe, task)`: what rows and model have told: classes, columns, length. That is the recipe of the run
+   folder: training it again gives the same run.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 
 from adapters_kit import tasks
-from adapters_kit.artifacts.dtypes import DTYPES
-from adapters_kit.kernels.cross_entropy import chunked_loss
-from adapters_kit.loading import load, load_processor
+from adapters_kit.errors import RecipeError
 from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
 from adapters_kit.training.given import rows_from
-from adapters_kit.wrapping import wrap
+from adapters_kit.training.optimizers import HEAD_RATE
+
+
+def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
+    """The recipe with everything filled in that it leaves to the method and the machine. Resolved once more, it stays.
+
+    Args:
+        trains: whether the recipe is to be trained on this machine; to predict, any precision does.
+
+    Raises:
+        RecipeError: a precision in which this machine cannot train.
+    """
+    if trains:
+        _check_precision(recipe)
+    training = recipe.training
+    rate = training.learning_rate if training.learning_rate is not None else learning_rate(recipe)
+    return recipe.changed(
+        **{
+            "training.precision": _precision(recipe),
+            "training.base_dropout": _base_dropout(recipe),
+            "training.learning_rate": rate,
+            # Full copies (a task head, embeddings) do not stand the rates that suit a prefix.
+            "training.head_learning_rate": training.head_learning_rate or min(rate, HEAD_RATE),
+            "training.eval_batch_size": training.eval_batch_size or 2 * training.batch_size,
+        }
+    )
+
+
+def filled_in(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe with what the rows and the model have told."""
+    return recipe.changed(
+        **{
+            "labels": task.labels,
+            **({"problem": getattr(task, "problem", None)} if recipe.task == "text-classification" else {}),
+            "data.columns": task.columns,
+            "training.max_length": task.max_length,
+        }
+    )
 
 
 def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
@@ -46,83 +85,26 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
     )
 
 
-def precision(recipe: Recipe) -> str:
+def _precision(recipe: Recipe) -> str:
     """fp32, bf16 or fp16: the recipe's choice, or what this machine and the quantization ask for."""
-    chosen = recipe.training.precision
-    if chosen != "auto":
-        return chosen
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if recipe.training.precision != "auto":
+        return recipe.training.precision
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if on_gpu or recipe.quantize else "fp32"
 
 
-def processes() -> dict[str, Any]:
-    """How accelerate is to join the processes of a launcher, as arguments of PartialState.
-
-    Left to find out by itself that there is no GPU, it would leave them apart. Asked for a CPU, it would not use
-    DeepSpeed, which is told what carries its messages instead.
-    """
-    if torch.cuda.is_available():
-        return {"cpu": False}
-    on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return {"cpu": False, "backend": "gloo"} if on_deepspeed else {"cpu": True}
-
-
-def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
-    """The base model with the task's head, in the recipe's precision, and its processor; the task is bound to both."""
-    torch.manual_seed(recipe.training.seed)  # a new head starts from the seed
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(
-        recipe.model,
-        recipe.task,
-        labels=task.labels,
-        quantize=recipe.quantize,
-        dtype=DTYPES[precision(recipe)],
-        device_map={"": torch.cuda.current_device()} if recipe.quantize and device.type == "cuda" else None,
-    )
-    processor = load_processor(recipe.model)
-    task.bind(processor, model)
-    if not recipe.quantize:
-        model.to(device)
-    return model, processor
+def _check_precision(recipe: Recipe) -> None:
+    """Refuses what the training loop would refuse after the base model has been loaded and scored."""
+    chosen = recipe.training.precision
+    if chosen == "fp16" and not torch.cuda.is_available():
+        other = "bf16 (or auto)" if recipe.quantize else "bf16 or fp32 (or auto)"
+        raise RecipeError([f"training.precision: fp16 needs a GPU, and there is none here. Set it to {other}."])
+    if chosen == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        card = torch.cuda.get_device_name()
+        raise RecipeError([f"training.precision: {card} has no bf16. Set it to fp16 or fp32 (or auto)."])
 
 
-def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
-    """The model with the recipe's adapter on it. What is trained is held in fp32, whatever the base model's dtype.
-
-    Args:
-        steps: optimizer steps of the run, for methods that plan ahead (AdaLoRA).
-    """
-    torch.manual_seed(recipe.training.seed)
-    options = recipe.method.options
-    if isinstance(recipe.method.name, str) and not Path(recipe.method.name).is_dir():
-        config = find_method(recipe.method.name).config_class
-        if "total_step" in {field.name for field in dataclasses.fields(config)}:
-            options.setdefault("total_step", steps)
-    training = recipe.training
-    set_dropout(model, base_dropout(recipe))
-    wrapped = wrap(model, recipe.method.name, fuse=training.fuse, recompute=training.recompute, **options)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    if recipe.task == "causal-lm" and training.chunked_loss:
-        chunked_loss(wrapped)
-    return wrapped
-
-
-def set_dropout(model: nn.Module, probability: float | None) -> None:
-    """Give every dropout of `model` this probability: `nn.Dropout` modules, and the numbers that attention modules keep
-    for the functional form; what is read from the config at each step stays (Falcon). None leaves all as they are."""
-    if probability is None:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = probability
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, probability)
-
-
-def base_dropout(recipe: Recipe) -> float | None:
+def _base_dropout(recipe: Recipe) -> float | None:
     """The recipe's, or the one that suits the method; None for the model's own."""
     name = recipe.method.name
     if recipe.training.base_dropout is not None or not isinstance(name, str) or Path(name).is_dir():
@@ -131,9 +113,7 @@ def base_dropout(recipe: Recipe) -> float | None:
 
 
 def learning_rate(recipe: Recipe) -> float:
-    """The recipe's, or the one that suits the method."""
-    if recipe.training.learning_rate is not None:
-        return recipe.training.learning_rate
+    """The peak learning rate that suits the recipe's method and task."""
     names = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
     generates = tasks.get(recipe.task).generates
 
@@ -147,19 +127,16 @@ def learning_rate(recipe: Recipe) -> float:
     return min(map(own, names))
 
 
-def filled_in(recipe: Recipe, task: Task) -> Recipe:
-    """The recipe with the choices that were left to us written out; training it again gives the same run."""
-    return recipe.changed(
-        **{
-            "labels": task.labels,
-            **({"problem": getattr(task, "problem", None)} if recipe.task == "text-classification" else {}),
-            "data.columns": task.columns,
-            "training.learning_rate": learning_rate(recipe),
-            "training.precision": precision(recipe),
-            "training.base_dropout": base_dropout(recipe),
-            "training.max_length": task.max_length,
-        }
-    )
+def processes() -> dict[str, Any]:
+    """How accelerate is to join the processes of a launcher, as arguments of PartialState.
+
+    Left to find out by itself that there is no GPU, it would leave them apart. Asked for a CPU, it would not use
+    DeepSpeed, which is told what carries its messages instead.
+    """
+    if torch.cuda.is_available():
+        return {"cpu": False}
+    on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return {"cpu": False, "backend": "gloo"} if on_deepspeed else {"cpu": True}
 
 
 def rows_of(source: Any) -> Dataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 
-from adapters_kit.artifacts.adapter import read_json
+from adapters_kit.artifacts.adapter import CONFIG, read_json
 from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
-from adapters_kit.task_table import TASKS
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -65,6 +63,22 @@ class Run:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def recipe_of(adapter: Path) -> Recipe | None:
+    """The recipe that an adapter folder was trained with: its run folder's, or the one that travels with it.
+
+    The one that travels has names in place of paths: the base is then where the adapter's config says.
+    """
+    beside, inside = adapter.parent / "recipe.yaml", adapter / "recipe.yaml"
+    in_its_run = adapter.name == "adapter" and (adapter.parent / "metrics.json").is_file()
+    for place in (beside, inside) if in_its_run else (inside, beside):
+        if place.is_file():
+            recipe = Recipe.read(place)
+            base = read_json(adapter / CONFIG).get("base_model_name_or_path")
+            is_name = "/" not in recipe.model and not Path(recipe.model).exists()
+            return recipe.changed(model=base) if is_name and base and Path(base).exists() else recipe
+    return None
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware that the numbers were made with."""
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -78,85 +92,3 @@ def environment() -> dict[str, Any]:
     found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return found
-
-
-def card(
-    recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]], layers: str = ""
-) -> str:
-    """The model card: data, recipe, scores and how to load, with the front matter that the hub reads.
-
-    Args:
-        layers: which layers computed how, as `FuseReport` says it.
-    """
-    scores = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
-    rows = "\n".join(f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in scores)
-    task = TASKS[recipe.task]
-    auto = task.auto_class
-    options = f", num_labels={len(recipe.labels)}" if recipe.labels else ""
-    options += ", ignore_mismatched_sizes=True" if recipe.labels else ""
-    hub_name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
-    examples = "\n".join(f"- `{json.dumps(sample, ensure_ascii=False)}`" for sample in samples[:3])
-    return f"""---
-base_model: {hub_name}
-library_name: peft
-pipeline_tag: {task.pipeline}
-tags: [adapters-kit, {recipe.method.label if "/" not in recipe.method.label else "adapter"}]
----
-
-# {recipe.method.label} adapter of {hub_name} for {recipe.task}
-
-Trained with adapters_kit: {metrics["trainable_params"]:,} of
-{metrics["total_params"]:,} parameters, {metrics["train_examples"]:,} examples, {metrics["steps"]:,} steps.
-
-## Scores on {metrics["test_examples"]:,} held-out examples
-
-| metric | base model | with this adapter |
-|---|---|---|
-{rows}
-
-The adapter kept is {_kept(recipe, metric)}.
-{_computed(layers)}{_notes(metrics)}
-## Load
-
-```python
-from peft import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained("{hub_name}"{options})
-model = PeftModel.from_pretrained(base, "adapter")
-```
-
-## Data
-
-`{recipe.data.train}`{f", held out: `{recipe.data.test}`" if recipe.data.test else ""}
-
-{"## Samples" if examples else ""}
-
-{examples}
-
-## Recipe
-
-```yaml
-{recipe.to_yaml().rstrip()}
-```
-"""
-
-
-def _kept(recipe: Recipe, metric: str) -> str:
-    training = recipe.training
-    best = training.keep_best and training.evals_per_epoch
-    return f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
-
-
-def _notes(metrics: Mapping[str, Any]) -> str:
-    """What was done to the rows, as a list; nothing where nothing was."""
-    lines = "\n".join(f"- {note}" for note in metrics.get("notes", ()))
-    return f"\n## What was done to the data\n\n{lines}\n" if lines else ""
-
-
-def _computed(layers: str) -> str:
-    return f"\nHow its layers computed while it was trained:\n\n```\n{layers}\n```\n" if layers else ""
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

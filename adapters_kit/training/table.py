@@ -1,27 +1,39 @@
-"""Runs beside each other: comparing run folders, and sweeping learning rate and rank."""
+"""Finished runs beside each other, best first, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from adapters_kit import tasks
-from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import TrainingError
-from adapters_kit.recipe import Recipe
-from adapters_kit.training.given import Given, recipe_from
+from adapters_kit.recipe_changes import flat
 from adapters_kit.training.run import Run
-from adapters_kit.training.train import flat, train
 
 _COSTS = ("trainable_params", "train_seconds", "tokens_per_second", "peak_memory_bytes")
 
+# Fields that another one decides unless they are given: they differ because it does.
+_FOLLOWS = {"training.head_learning_rate": "training.learning_rate", "training.eval_batch_size": "training.batch_size"}
 
-def compare_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+
+class Table(list[dict[str, Any]]):
+    """Rows as dicts, and what has to be said about them.
+
+    Attributes:
+        notes: sentences that belong under the table: why it is not ranked.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], notes: Sequence[str] = ()) -> None:
+        super().__init__(rows)
+        self.notes = list(notes)
+
+
+def compare_runs(paths: Iterable[str | Path]) -> Table:
     """One row a run: its name, the recipe fields in which the runs differ, its scores, parameters, time and memory.
 
-    Rows are sorted by the task's metric, best first.
+    Rows are sorted by the task's metric, best first; runs that were scored on different rows stay in the order given,
+    and `notes` says so.
 
     Raises:
         TrainingError: a folder without a finished run, fewer than two runs, or runs of different tasks.
@@ -35,24 +47,37 @@ def compare_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     recipes = [flat(run.recipe.model_dump()) for run in runs]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
-    rows = []
-    for run, recipe in zip(runs, recipes, strict=True):
-        metric = metric_of(run)
-        _check_numbers(run, (metric, f"base_{metric}"))
-        scores = {name[5:]: run.metrics.get(name[5:]) for name in run.metrics if name.startswith("base_")}
-        rows.append(
-            {
-                "run": str(run.path),
-                **{key: recipe.get(key) for key in differing},
-                **scores,
-                f"base_{metric}": run.metrics[f"base_{metric}"],
-                **{name: run.metrics.get(name) for name in _COSTS},
-            }
-        )
-    kind = tasks.get(kinds[0])
+    differing = [key for key in differing if _FOLLOWS.get(key) not in differing]
+    rows = [_row(run, {key: recipe.get(key) for key in differing}) for run, recipe in zip(runs, recipes, strict=True)]
+    if notes := _other_rows(runs, differing):
+        return Table(rows, notes)
     metric = metric_of(runs[0])
-    higher = kind.higher_is_better or metric != "loss"
-    return sorted(rows, key=lambda row: row[metric], reverse=higher)
+    higher = tasks.get(kinds[0]).higher_is_better or metric != "loss"
+    return Table(sorted(rows, key=lambda row: row[metric], reverse=higher))
+
+
+def _row(run: Run, differing: dict[str, Any]) -> dict[str, Any]:
+    metric = metric_of(run)
+    _check_numbers(run, (metric, f"base_{metric}"))
+    scores = {name[5:]: run.metrics.get(name[5:]) for name in run.metrics if name.startswith("base_")}
+    costs = {name: run.metrics.get(name) for name in _COSTS}
+    return {"run": str(run.path), **differing, **scores, f"base_{metric}": run.metrics[f"base_{metric}"], **costs}
+
+
+def _other_rows(runs: Sequence[Run], differing: Sequence[str]) -> list[str]:
+    """Why the scores of these runs do not rank them: they were held against different rows."""
+    held_out = [key for key in differing if key in ("data.test", "data.test_size", "data.test_limit", "data.subset")]
+    if any(run.recipe.data.test is None for run in runs):
+        # The held-out part is taken out of the training rows, by the seed.
+        held_out += [key for key in differing if key in ("data.train", "training.seed")]
+    if len({run.metrics.get("test_examples") for run in runs}) > 1:
+        held_out.append("test_examples")
+    if not held_out:
+        return []
+    return [
+        f"These runs were scored on different held-out rows ({', '.join(held_out)} differ): they are not ranked. "
+        "To compare them, score all on the same rows: adapters-kit eval RUN --data FILE."
+    ]
 
 
 def _check_numbers(run: Run, names: Iterable[str]) -> None:
@@ -72,61 +97,6 @@ def metric_of(run: Run) -> str:
     return next((name for name in ("f1", "pearson") if name in run.metrics), "loss")
 
 
-def sweep(
-    recipe: Given,
-    out: str | Path,
-    *,
-    learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
-    ranks: Sequence[int] = (),
-    quiet: bool = False,
-) -> list[dict[str, Any]]:
-    """Trains every learning rate with every rank; returns the table of `compare_runs`, also in `out`/sweep.json.
-
-    A run that has finished already is not trained again, so that an interrupted sweep goes on where it stopped.
-
-    Args:
-        out: folder of the run folders, `lr0.001-r8` and so on.
-        ranks: values of the method's option `r`; none leaves the recipe's own.
-
-    Raises:
-        RecipeError: a rate that no recipe can have; before anything is trained.
-        TrainingError: a run that is there was made with another recipe.
-    """
-    out = Path(out)
-    recipe = recipe_from(recipe, out / "data")
-    recipes = {}
-    for rate, rank in product(learning_rates, ranks or [None]):
-        name = f"lr{rate:g}" + ("" if rank is None else f"-r{rank}")
-        changes = {"training.learning_rate": rate} | ({} if rank is None else {"method.r": rank})
-        recipes[out / name] = recipe.changed(**changes)
-    for path, given in recipes.items():
-        if (path / "metrics.json").is_file():
-            _check_same(Run.open(path), given)
-        else:
-            train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
-    runs = list(recipes)
-    table = compare_runs(runs) if len(runs) > 1 else [{"run": str(runs[0]), **Run.open(runs[0]).metrics}]
-    write_json(out / "sweep.json", table)
-    return table
-
-
-# What `train` fills in when the recipe leaves it open, and what `auto_batch` may change.
-_FOUND_OUT = ("labels", "problem", "data.columns", "training.precision", "training.max_length")
-_BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
-
-
-def _check_same(run: Run, recipe: Recipe) -> None:
-    free = _FOUND_OUT + (_BY_MEMORY if recipe.training.auto_batch else ())
-    before, now = flat(run.recipe.model_dump()), flat(recipe.model_dump())
-    told = [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in {**before, **now}
-        if not key.startswith(free) and before.get(key) != now.get(key)
-    ]
-    if told:
-        raise TrainingError(f"{run.path} was trained with another recipe; sweep into a new folder. {'; '.join(told)}.")
-
-
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of text."""
 
@@ -135,7 +105,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *[[shown(row.get(key, "")) for key in columns] for row in rows]]
-    return aligned(cells)
+    return "\n".join([aligned(cells), *getattr(rows, "notes", ())])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

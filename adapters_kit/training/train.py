@@ -1,10 +1,19 @@
-"""train(): one recipe, one run folder. Hugging Face's Trainer does the training."""
+"""train(): one recipe, one run folder. Hugging Face's Trainer does the training.
+
+In the order of the text below: the place is taken, the recipe resolved, the rows read, the base scored, the adapter put
+on, trained, scored, saved. From then on nothing can be lost: the adapter comes first, then its metrics, then what is
+drawn from them, and only when all is there do the checkpoints go.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,165 +21,248 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset
 from rich.console import Console
 from torch import nn
 
+from adapters_kit import system
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
-from adapters_kit.kernels.fuse import fuse_report
+from adapters_kit.kernels.fuse import FuseReport, fuse_report
 from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_changes import differences, left_open, without_paths
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.tasks.metrics import confusion
-from adapters_kit.training import pictures
-from adapters_kit.training import run as report
-from adapters_kit.training.callbacks import peak_memory
+from adapters_kit.training import checkpoints, pictures
+from adapters_kit.training.assembly import add_adapter, load_base
+from adapters_kit.training.card import advice, card
+from adapters_kit.training.data import Splits
+from adapters_kit.training.folder import Place, held
 from adapters_kit.training.given import Given, recipe_from
-from adapters_kit.training.loop import CHECKPOINTS, AdapterTrainer, check_trackers, total_steps
-from adapters_kit.training.resolve import add_adapter, filled_in, load_base, prepare, processes
-from adapters_kit.training.run import Run
+from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
+from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
+from adapters_kit.training.run import Run, environment
+
+# What may be another when a run goes on: it changes what is written down, not what is trained.
+_FREE = ("training.log_every", "training.log_to", "training.samples", "card.")
+_BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
 
 
 def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
     """Trains what the recipe describes and writes the run folder.
 
-    The base model is scored on the held-out data before training, the adapter after it.
+    The base model is scored on the held-out data before training, the adapter after it. Ctrl-C and SIGTERM end the step
+    that is being made and save it.
 
     Args:
         recipe: a `Recipe`, the path of its YAML file, or a dict of its keys. In a dict, `data` may be rows in memory: a
             frame, a `datasets.Dataset`, a list of dicts; they are written to `data/HASH.parquet` beside the run folder.
-        out: the run folder, made here.
+        out: the run folder, made here, locked as long as the run is written.
         resume: go on from the last checkpoint in `out`; the run ends as if it had never stopped. Starts from the
-            beginning if there is no checkpoint yet.
-        overwrite: delete a run that is in `out` already.
+            beginning if there is no checkpoint yet; a finished run is opened.
+        overwrite: replace a run that is in `out` already, once the new one is complete.
         quiet: print nothing.
 
     Raises:
         RecipeError, DataError, ModelError, UnknownNameError, MissingPackageError: before anything is written.
         TrainingError: a loss that is not finite, no memory left, or a folder that holds another run.
+        WriteError: `out` cannot be written: no space, no permission, or another process writes there.
+        KeyboardInterrupt: the run was stopped; what it had trained is saved.
     """
     out = Path(out)
-    recipe = recipe_from(recipe, out.parent / "data")
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
-    _check_folder(out, resume, overwrite)
-    check_trackers(recipe)
-    task, splits = prepare(recipe)
-    model, processor = load_base(recipe, task)
-    recipe = filled_in(recipe, task)
-    if resume:
-        recipe = _begun_recipe(out, recipe)
-    with task.notes.about("training data"):
-        train_features = task.training_features(task.encode(splits.train))
-    with task.notes.about("held-out data"):
-        test_features = task.encode(splits.test)
-    console.print(
-        f"{recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out",
-        highlight=False,
-        soft_wrap=True,
+    asked = recipe_from(recipe, out.parent / "data")
+    resolved = resolve(asked)
+    check_trackers(resolved)
+    with (
+        system.writing(out, "What was saved so far is kept: resume=True goes on."),
+        held(out, resume=resume, overwrite=overwrite) as place,
+    ):
+        if place.is_finished:
+            return _opened(out, asked, console)
+        return _Training(resolved, place, resume, console).run()
+
+
+def _opened(out: Path, asked: Recipe, console: Console) -> Run:
+    """The finished run, if it is of the recipe that was to be resumed."""
+    run = Run.open(out)
+    free = (*_FREE, *left_open(asked), *(_BY_MEMORY if asked.training.auto_batch else ()))
+    if changed := differences(run.recipe, asked, free):
+        raise TrainingError(f"{out} holds a finished run of another recipe. Changed: {'; '.join(changed)}.")
+    console.print(f"{out}: this run has finished already.", highlight=False, soft_wrap=True, markup=False)
+    return run
+
+
+@dataclass
+class _Base:
+    """What the untrained model says: the tuned one is shown beside it."""
+
+    results: list[Any]
+    scores: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+class _Training:
+    """One run while it is made; `run` reads from top to bottom."""
+
+    def __init__(self, recipe: Recipe, place: Place, resume: bool, console: Console) -> None:
+        self.place, self.path, self.resume, self.console = place, place.path, resume, console
+        self.tell: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        self.main = PartialState().is_main_process
+        self.task, self.splits = prepare(recipe)
+        self.model, self.processor = load_base(recipe, self.task)
+        recipe = filled_in(recipe, self.task)
+        self.recipe = _begun(self.path, recipe) if resume else recipe
+
+    def run(self) -> Run:
+        """Everything from the rows to the complete folder."""
+        task = self.task
+        train_features, test_features = self._encoded(self.splits)
+        shown = self.splits.test.select(range(min(self.recipe.training.samples, len(self.splits.test))))
+        base = self._base(test_features, shown)
+        self.model = add_adapter(self.model, self.recipe, total_steps(self.recipe, len(train_features))[0])
+        trainable, total = self.model.get_nb_trainable_parameters()
+        self.tell(f"{self.recipe.method.label}: {trainable:,} of {total:,} parameters are trained")
+        fused = fuse_report(self.model)
+        layers = str(fused) if fused.fused or fused.plain else ""
+        if layers:
+            self.tell(layers)
+        self._begin(fused)
+
+        trainer = _fit(self, train_features, test_features)
+        self.recipe = recipe = trainer.recipe
+        results = trainer.results_of_kept()
+        trainer.meter.share()
+        metrics: dict[str, Any] = {
+            **{f"base_{name}": value for name, value in base.scores.items()},
+            **task.score(results, test_features),
+            "train_loss": trainer.meter.mean_loss(),
+            "trainable_params": trainable,
+            "total_params": total,
+            "train_examples": len(self.splits.train),
+            "test_examples": len(self.splits.test),
+            "steps": trainer.state.global_step,
+            "train_seconds": round(trainer.meter.elapsed(), 3),
+            "tokens_per_second": round(trainer.meter.rate(), 1),
+            "peak_memory_bytes": trainer.meter.peak_bytes(),
+            "notes": task.notes.sentences,
+            "counts": task.notes.counts,
+        }
+        metrics["advice"] = advice(
+            metrics, task.metric, task.higher_is_better, _majority(task, results, test_features), recipe
+        )
+        self._save(trainer, metrics)
+        tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
+        if self.main:
+            samples = [{"base": b, "tuned": t} for b, t in zip(base.samples, tuned, strict=True)]
+            text = card(recipe, metrics, task.metric, samples, layers)
+            write_text(self.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+            write_text(self.path / "README.md", text)
+            write_text(self.path / "adapter" / "README.md", text)
+            if pictures.available():
+                history = Run(self.path, metrics, recipe).history()
+                pictures.curves(history, base.scores, task.metric, self.path / "curves.png")
+            _write_confusion(self.path, task, base.results, results, test_features)
+            checkpoints.drop(
+                self.path
+            )  # last of all: while they are there, resuming does all that follows training again
+            self.place.publish()
+        PartialState().wait_for_everyone()
+        for line in metrics["advice"]:
+            self.tell(line)
+        return Run(self.place.out, metrics, recipe)
+
+    def _encoded(self, splits: Splits) -> tuple[Features, Features]:
+        """The rows as the model takes them; what was done to them is said."""
+        with self.task.notes.about("training data"):
+            train_features = self.task.training_features(self.task.encode(splits.train))
+        with self.task.notes.about("held-out data"):
+            test_features = self.task.encode(splits.test)
+        self.tell(f"{self.recipe.model}: {len(splits.train):,} examples to train on, {len(splits.test):,} held out")
+        for note in self.task.notes.fresh():
+            self.tell(note)
+        return train_features, test_features
+
+    def _base(self, test_features: Features, shown: Dataset) -> _Base:
+        """Scores the model before anything is put on it."""
+        batch, task = _eval_batch(self.recipe), self.task
+        results = task.run(self.model, test_features, batch)
+        scores = task.score(results, test_features)
+        self.tell(f"base model: held-out {task.metric} {scores[task.metric]:.4f}")
+        return _Base(results, scores, task.predict(self.model, shown, batch) if len(shown) else [])
+
+    def _begin(self, fused: FuseReport) -> None:
+        """From here on there is a run folder."""
+        if self.main:
+            write_text(self.path / "recipe.yaml", self.recipe.to_yaml())
+            kernels = {"fused_layers": len(fused.fused), "plain_layers": fused.plain}
+            write_json(self.path / "environment.json", {**environment(), **kernels})
+        PartialState().wait_for_everyone()
+
+    def _save(self, trainer: AdapterTrainer, metrics: dict[str, Any]) -> None:
+        """The adapter, whole or not at all, then the metrics: a folder with metrics.json is a finished run."""
+        unfinished, adapter = self.path / ".adapter.part", self.path / "adapter"
+        trainer.save_model(str(unfinished))
+        if self.main:
+            (unfinished / "training_args.bin").unlink(missing_ok=True)
+            ends = getattr(trainer.model, "generation_config", None) if self.task.generates else None
+            if ends is not None:  # where its answers stop, for whoever generates with it
+                write_json(unfinished / "generation_config.json", ends.to_diff_dict())
+            # Which bytes the adapter was trained on: merging it into anything else is refused.
+            record_base(unfinished, self.recipe.model, trainer.model)
+            recipe_file = write_text(unfinished / "recipe.yaml", without_paths(self.recipe).to_yaml())
+            for file in unfinished.iterdir():
+                file.chmod(recipe_file.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
+            shutil.rmtree(adapter, ignore_errors=True)
+            os.rename(unfinished, adapter)
+            write_json(self.path / "metrics.json", metrics)
+        PartialState().wait_for_everyone()
+
+
+def _begun(path: Path, recipe: Recipe) -> Recipe:
+    """The recipe that the run was begun with; another one is refused: the result would be neither's."""
+    if not (path / "recipe.yaml").is_file():
+        return recipe
+    begun = resolve(Recipe.read(path / "recipe.yaml"), trains=False)
+    changed = differences(begun, recipe, (*_FREE, *(_BY_MEMORY if recipe.training.auto_batch else ())))
+    if changed:
+        told = "; ".join(changed)
+        raise TrainingError(f"{path} was begun with another recipe, and resuming needs the same. Changed: {told}.")
+    now = recipe.training
+    return begun.changed(
+        **{
+            "training.log_every": now.log_every,
+            "training.log_to": now.log_to,
+            "training.samples": now.samples,
+            "card.samples": recipe.card.samples,
+        }
     )
-    for note in task.notes.fresh():
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
-    batch = recipe.training.eval_batch_size or 2 * recipe.training.batch_size
-    base_results = task.run(model, test_features, batch)
-    base = task.score(base_results, test_features)
-    console.print(f"base model: held-out {task.metric} {base[task.metric]:.4f}", highlight=False, soft_wrap=True)
-    shown = splits.test.select(range(min(recipe.training.samples, len(splits.test))))
-    base_samples = task.predict(model, shown, batch) if len(shown) else []
-
-    model = add_adapter(model, recipe, total_steps(recipe, len(train_features))[0])
-    trainable, total = model.get_nb_trainable_parameters()
-    console.print(
-        f"{recipe.method.label}: {trainable:,} of {total:,} parameters are trained", highlight=False, soft_wrap=True
-    )
-    fused = fuse_report(model)
-    layers = str(fused) if fused.fused or fused.plain else ""
-    if layers:
-        console.print(layers, highlight=False, soft_wrap=True)
-    if PartialState().is_main_process:
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        write_text(out / "recipe.yaml", recipe.to_yaml())
-        kernels = {"fused_layers": len(fused.fused), "plain_layers": fused.plain}
-        write_json(out / "environment.json", {**report.environment(), **kernels})
-    PartialState().wait_for_everyone()
-
-    trainer, seconds = _fit(model, task, recipe, train_features, test_features, processor, out, resume, console)
-    recipe = trainer.recipe
-    results = trainer.results_of_kept()
-    metrics = {
-        **{f"base_{name}": value for name, value in base.items()},
-        **task.score(results, test_features),
-        "train_loss": trainer.mean_loss,
-        "trainable_params": trainable,
-        "total_params": total,
-        "train_examples": len(splits.train),
-        "test_examples": len(splits.test),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 3),
-        "tokens_per_second": round(trainer.meter.rate(), 1),
-        "peak_memory_bytes": peak_memory(),
-        "notes": task.notes.sentences,
-        "counts": task.notes.counts,
-    }
-    tuned_samples = task.predict(trainer.model, shown, batch) if len(shown) else []
-    trainer.save_model(str(out / "adapter"))
-    ends = getattr(trainer.model, "generation_config", None) if task.generates else None
-    if PartialState().is_main_process:
-        samples = [{"base": before, "tuned": after} for before, after in zip(base_samples, tuned_samples, strict=True)]
-        (out / "adapter" / "training_args.bin").unlink(missing_ok=True)
-        if ends is not None:  # where its answers stop, for whoever generates with it
-            write_json(out / "adapter" / "generation_config.json", ends.to_diff_dict())
-        # Which bytes the adapter was trained on: merging it into anything else is refused.
-        record_base(out / "adapter", recipe.model, trainer.model)
-        if pictures.available():
-            pictures.curves(Run(out, metrics, recipe).history(), base, task.metric, out / "curves.png")
-        _write_confusion(out, task, base_results, results, test_features)
-        write_text(out / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-        card = report.card(recipe, metrics, task.metric, samples, layers)
-        write_text(out / "README.md", card)
-        write_text(out / "adapter" / "README.md", card)
-        write_text(out / "adapter" / "recipe.yaml", recipe.to_yaml())
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        # Last of all: a folder with metrics.json is a finished run.
-        write_json(out / "metrics.json", metrics)
-    PartialState().wait_for_everyone()
-    return Run(out, metrics, recipe)
 
 
-def _write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], features: Features) -> None:
-    """Which class is taken for which, base beside tuned, for tasks with one class an example."""
-    if task.labels is None or getattr(task, "problem", "single-label") != "single-label" or np.ndim(tuned[0]) != 1:
-        return
-    truth = [feature["labels"] for feature in features]
-    before, after = (
-        confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
-    )
-    write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
-    if pictures.available():
-        pictures.confusion(before, after, task.labels, out / "confusion.png")
+def _eval_batch(recipe: Recipe) -> int:
+    return recipe.training.eval_batch_size or 2 * recipe.training.batch_size
 
 
-def _fit(
-    model: nn.Module,
-    task: Task,
-    recipe: Recipe,
-    train_features: Features,
-    test_features: Features,
-    processor: Any,
-    out: Path,
-    resume: bool,
-    console: Console,
-) -> tuple[AdapterTrainer, float]:
+def _fit(job: _Training, train_features: Features, test_features: Features) -> AdapterTrainer:
     """The training loop; with `auto_batch`, again at half the batch as long as memory runs out."""
+    model, path, recipe = job.model, job.path, job.recipe
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    checkpoint = _checkpoint(path, job.tell) if job.resume else None
+    if checkpoint is None and job.main:
+        checkpoints.drop(path)
     while True:
-        trainer = AdapterTrainer(model, task, recipe, train_features, test_features, processor, out, console)
-        begun = time.perf_counter()
+        trainer = AdapterTrainer(
+            model, job.task, recipe, train_features, test_features, job.processor, path, job.console
+        )
         try:
-            output = trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
-            trainer.mean_loss = output.training_loss
-            return trainer, time.perf_counter() - begun
+            with trainer.interruption:
+                trainer.go(checkpoint)
+                if trainer.interruption.name:
+                    _say_stopped(job, trainer)
+                    raise KeyboardInterrupt(trainer.interruption.name)
+            return trainer
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -182,20 +274,40 @@ def _fit(
         accumulation = recipe.training.gradient_accumulation * 2
         changes = {"training.batch_size": (size + 1) // 2, "training.gradient_accumulation": accumulation}
         recipe = recipe.changed(**changes)
-        console.print(f"out of memory: beginning again with {changes}", highlight=False, soft_wrap=True)
-        resume = False
-        if PartialState().is_main_process:
-            # Checkpoints of another batch size count other steps.
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-            write_text(out / "recipe.yaml", recipe.to_yaml())
+        job.tell(f"out of memory: beginning again with {changes}")
+        checkpoint = None
+        if job.main:
+            checkpoints.drop(path)  # those of another batch size count other steps
+            write_text(path / "recipe.yaml", recipe.to_yaml())
         del trainer
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.grad = None
-                if name in start:
-                    parameter.copy_(start[name])
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _restart(model, start)
+
+
+def _checkpoint(path: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; says which, and what is wrong with newer ones."""
+    found, told = checkpoints.newest(path)
+    for line in told:
+        tell(line)
+    tell(f"going on from {found.name}" if found else "there is no checkpoint yet: from the start")
+    return found
+
+
+def _say_stopped(job: _Training, trainer: AdapterTrainer) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    where = checkpoints.folder_of(job.path, step)
+    old = "" if job.path == job.place.out else f" The old run in {job.place.out} is as it was."
+    job.tell(f"Stopped at step {step} of {steps}, saved in {where}. resume=True (--resume) goes on from there.{old}")
+
+
+def _restart(model: nn.Module, start: dict[str, torch.Tensor]) -> None:
+    """The trained parameters as they were before the first step."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            if name in start:
+                parameter.copy_(start[name])
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _lower_what(recipe: Recipe) -> str:
@@ -210,53 +322,27 @@ def _lower_what(recipe: Recipe) -> str:
     return f"Out of memory. {advice}."
 
 
-def last_checkpoint(out: Path) -> str | None:
-    """The newest complete checkpoint. The Trainer writes trainer_state.json last: without it a checkpoint is torn."""
-    found = []
-    for folder in (out / CHECKPOINTS).glob("checkpoint-*"):
-        try:
-            found.append(
-                (json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], str(folder))
-            )
-        except (OSError, ValueError, KeyError):
-            continue
-    return max(found)[1] if found else None
+def _has_classes(task: Task, results: list[Any]) -> bool:
+    """Whether the task gives each example one class, and the results are a number for every class."""
+    single = getattr(task, "problem", "single-label") == "single-label"
+    return task.labels is not None and single and np.ndim(results[0]) == 1
 
 
-def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    if not out.exists() or not any(out.iterdir()):
+def _majority(task: Task, results: list[Any], features: Features) -> float | None:
+    """The accuracy of always giving the most frequent class of the held-out rows."""
+    if task.metric != "accuracy" or not _has_classes(task, results):
+        return None
+    return max(Counter(int(feature["labels"]) for feature in features).values()) / len(features)
+
+
+def _write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], features: Features) -> None:
+    """Which class is taken for which, base beside tuned, for tasks with one class an example."""
+    if task.labels is None or not _has_classes(task, tuned):
         return
-    is_run = (out / "recipe.yaml").is_file()
-    if not is_run:
-        raise TrainingError(f"{out} exists and is not a run folder. Choose another `out`.")
-    if (out / "metrics.json").is_file() and not overwrite:
-        raise TrainingError(f"{out} holds a finished run. Choose another `out`, or give overwrite=True to replace it.")
-    if not resume and not overwrite:
-        raise TrainingError(
-            f"{out} holds a run that has not finished: resume=True goes on, overwrite=True starts anew."
-        )
-
-
-def _begun_recipe(out: Path, recipe: Recipe) -> Recipe:
-    """The recipe that the run in `out` was begun with; another one is refused: the result would be neither's."""
-    if not (out / "recipe.yaml").is_file():
-        return recipe
-    begun = Recipe.read(out / "recipe.yaml")
-    before, now = flat(begun.model_dump()), flat(recipe.model_dump())
-    own = {"training.batch_size", "training.gradient_accumulation"} if recipe.training.auto_batch else set()
-    changed = [key for key in {**before, **now} if key not in own and before.get(key) != now.get(key)]
-    if changed:
-        told = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
-        raise TrainingError(f"{out} was begun with another recipe, and resuming needs the same. Changed: {told}.")
-    return begun
-
-
-def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields with dotted names."""
-    found = {}
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+    truth = [feature["labels"] for feature in features]
+    before, after = (
+        confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
+    )
+    write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
+    if pictures.available():
+        pictures.confusion(before, after, task.labels, out / "confusion.png")

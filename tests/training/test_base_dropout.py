@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import adapters_kit as ak
-from adapters_kit.training.resolve import add_adapter, set_dropout
+from adapters_kit.training.assembly import add_adapter, set_dropout
+from adapters_kit.training.resolve import resolve
 from tests.methods.test_prefix import logits
 from tests.support import small, tiny
 
@@ -46,7 +47,7 @@ def test_the_recipe_or_the_method_says_it(method, given, expected, tmp_path):
     )
     bare, _ = build("bert", 0.4)
     own = [module for module in bare.modules() if isinstance(module, torch.nn.Dropout)]
-    add_adapter(bare, recipe, steps=10)
+    add_adapter(bare, resolve(recipe), steps=10)
     assert own and {module.p for module in own} == {expected}
 
 

@@ -14,9 +14,10 @@ from adapters_kit import cli
 from adapters_kit.errors import RecipeError
 from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
+from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.memory import kept_for_backward, step_bytes, storage_of
 from adapters_kit.training.plan import parse_size
-from adapters_kit.training.resolve import add_adapter, load_base, prepare
+from adapters_kit.training.resolve import prepare, resolve
 from tests.support import small, tiny
 
 TASKS = {"encoder": "text-classification", "decoder": "causal-lm", "encoder-decoder": "seq2seq"}
@@ -126,6 +127,7 @@ def test_variants_are_the_bytes_of_a_real_step(recipe, precision):
         "without chunked loss": {"chunked_loss": False},
         "with cheap recomputing": {"recompute": "cheap"},
     }
+    recipe = resolve(recipe)
     task, splits = prepare(recipe)
     base, _ = load_base(recipe, task)
     features = sorted(task.encode(splits.train), key=task.length)[-4:]
@@ -201,6 +203,7 @@ def test_within_a_tenth_of_a_real_model(real, asset):
     method = {"name": "lora", "lora_dropout": dropout}
     recipe = Recipe(model=str(real(asset)), task=task, data=data, method=method, training=training)
     plan = ak.plan(recipe)
+    recipe = resolve(recipe)
     kind, splits = prepare(recipe)
     base, _ = load_base(recipe, kind)
     features = sorted(kind.encode(splits.train), key=kind.length)[-4:]

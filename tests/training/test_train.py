@@ -160,12 +160,14 @@ def test_killed_and_resumed_is_as_if_never_stopped(rows, tmp_path):
     (torn / "adapter_model.safetensors").write_bytes(b"half")
     resumed = train(given, out, resume=True)
     assert losses(resumed) == losses(whole)
-    skip = {"train_seconds", "tokens_per_second", "peak_memory_bytes", "train_loss"}
+    skip = {"train_seconds", "tokens_per_second", "peak_memory_bytes"}
     assert {k: v for k, v in resumed.metrics.items() if k not in skip} == {
         k: v for k, v in whole.metrics.items() if k not in skip
     }
-    with pytest.raises(TrainingError, match="finished run"):
-        train(given, out, resume=True)
+    assert resumed.metrics["train_seconds"] > 0
+    assert train(given, out, resume=True) == resumed, "a run that has finished is opened"
+    with pytest.raises(TrainingError, match=r"finished run of another recipe.*training\.seed: 0 -> 1"):
+        train(given.changed(**{"training.seed": 1}), out, resume=True)
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(rows, tmp_path, monkeypatch):

@@ -1,0 +1,113 @@
+"""The model card of a run: scores, what was done to the data, how to load it, the recipe.
+
+It travels with the adapter, to a hub too. So it holds no path, and rows of the user's data only where the recipe asks
+for them (`card.samples`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapters_kit.artifacts.card import render
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_changes import without_paths
+from adapters_kit.task_table import TASKS
+
+
+def card(
+    recipe: Recipe, metrics: Mapping[str, Any], metric: str, samples: Sequence[Mapping[str, Any]] = (), layers: str = ""
+) -> str:
+    """The card as Markdown, with the front matter that the hub reads.
+
+    Args:
+        recipe: of the run, with paths: they become names here.
+        metrics: what metrics.json holds.
+        metric: by which evaluations were compared.
+        samples: what the base and the adapter say to held-out rows; shown if `card.samples` is set.
+        layers: which layers computed how, as `FuseReport` says it.
+    """
+    shown = without_paths(recipe)
+    task = TASKS[recipe.task]
+    front = {
+        "base_model": shown.model,
+        "library_name": "peft",
+        "pipeline_tag": task.pipeline,
+        "tags": ["adapters-kit", shown.method.label],
+    }
+    lead = (
+        f"Trained with adapters_kit: {metrics['trainable_params']:,} of\n{metrics['total_params']:,} parameters, "
+        f"{metrics['train_examples']:,} examples, {metrics['steps']:,} steps."
+    )
+    if advice := metrics.get("advice"):
+        lead = "\n\n".join([*(f"**{line}**" for line in advice), lead])
+    examples = (
+        [f"- `{json.dumps(sample, ensure_ascii=False)}`" for sample in samples[:3]] if recipe.card.samples else []
+    )
+    held_out = f", held out: `{shown.data.test}`" if shown.data.test else ""
+    sections = [
+        (f"Scores on {metrics['test_examples']:,} held-out examples", _scores(recipe, metrics, metric, layers)),
+        ("What was done to the data", "\n".join(f"- {note}" for note in metrics.get("notes", ()))),
+        ("Load", _load(shown)),
+        ("Data", f"`{shown.data.train}`{held_out}"),
+        ("Samples", "\n".join(examples)),
+        ("Recipe", f"```yaml\n{shown.to_yaml().rstrip()}\n```"),
+    ]
+    title = f"{shown.method.label} adapter of {shown.model} for {recipe.task}"
+    return render(front, title, sections, lead)
+
+
+def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str) -> str:
+    names = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
+    lines = ["| metric | base model | with this adapter |", "|---|---|---|"]
+    lines += [f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in names]
+    best = recipe.training.keep_best and recipe.training.evals_per_epoch
+    kept = f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
+    lines += ["", f"The adapter kept is {kept}."]
+    if layers:
+        lines += ["", "How its layers computed while it was trained:", "", "```", layers, "```"]
+    return "\n".join(lines)
+
+
+def _load(recipe: Recipe) -> str:
+    auto = TASKS[recipe.task].auto_class
+    options = f", num_labels={len(recipe.labels)}, ignore_mismatched_sizes=True" if recipe.labels else ""
+    return f"""```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained("{recipe.model}"{options})
+model = PeftModel.from_pretrained(base, "adapter")
+```"""
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def advice(metrics: Mapping[str, Any], metric: str, higher: bool, majority: float | None, recipe: Recipe) -> list[str]:
+    """What a reader of the scores has to be told first: the adapter is no better than no adapter, and what to try.
+
+    Args:
+        majority: the score of always giving the most frequent class; None where there is no such thing.
+    """
+    tuned, base = metrics[metric], metrics[f"base_{metric}"]
+    better = tuned > base if higher else tuned < base
+    steps, rate = metrics["steps"], recipe.training.learning_rate
+    told = []
+    if not better:
+        how = "the same as" if tuned == base else "worse than"
+        told.append(f"The adapter is {how} the base model: held-out {metric} {tuned:.4f} against {base:.4f}.")
+    if majority is not None and tuned <= majority:
+        told.append(
+            f"It is not better than always giving the most frequent class, which scores {majority:.4f} here "
+            f"(the adapter: {tuned:.4f})."
+        )
+    if told:
+        few = f"more steps than {steps:,} (training.epochs, or a smaller training.batch_size), " if steps < 500 else ""
+        told.append(
+            f"What to try: {few}another training.learning_rate than {rate:.1e} (adapters-kit sweep tries several), "
+            "more training rows; and look at samples.jsonl whether columns and labels are what you mean."
+        )
+    return told
