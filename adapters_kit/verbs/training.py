@@ -133,8 +133,8 @@ def sweep(options: argparse.Namespace) -> Shown:
     """Train a recipe with every learning rate and rank, and print the runs beside each other, best first."""
     recipe = recipe_of(options)
     out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-sweep"
-    from adapters_kit.training.table import as_text
     from adapters_kit.training.sweep import sweep as run_sweep
+    from adapters_kit.training.table import as_text
 
     rows = run_sweep(recipe, out, learning_rates=options.learning_rates, ranks=options.ranks)
     return Shown(rows, f"{as_text(rows)}\nRun folders: {out}")
