@@ -19,6 +19,7 @@ FLOORS = {
     "registry": 0,
     "recipe": 0,
     "recipe_text": 0,
+    "recipe_changes": 0,
     "names": 0,
     "task_table": 0,
     "noise": 0,
