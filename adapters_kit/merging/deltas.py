@@ -175,7 +175,9 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
             replaced = dict.fromkeys(tied.get(name, (name,)), parameter.data) | replaced
     own = {id(tensor) for name, module in owners.items() for tensor in [getattr(module, name.rpartition(".")[2])]}
     named = dict(model.named_parameters())
-    saved = (parameter_prefixes()[peft_config.peft_type], ".modules_to_save.", ".trainable_tokens_delta.")
+    prefixes = parameter_prefixes()  # an adapter of several methods has parameters of each
+    of_method = [prefixes[peft_config.peft_type]] if peft_config.peft_type in prefixes else list(prefixes.values())
+    saved = (*of_method, ".modules_to_save.", ".trainable_tokens_delta.")
     missing = [
         name
         for name in result.missing_keys

@@ -1,4 +1,4 @@
-"""Run folders and adapters of the first release still load, score, predict and merge. tests/fixtures/old/make.py made them."""
+"""Run folders and adapters of commit 225c49d still load, score, predict and merge; tests/fixtures/old holds them."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_the_run_opens_scores_and_predicts_as_then(old):
 
 def test_the_run_merges_and_the_merged_model_answers_as_then(old):
     report = ak.merge(old / "run" / "adapter", old / "merged")
-    assert report.verified
+    assert report.check is not None and report.check.largest <= 8 * report.check.floor_largest
     model = AutoModelForSequenceClassification.from_pretrained(old / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(old / "merged")
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_the_run_merges_and_the_merged_model_answers_as_then(old):
 
 
 def test_the_run_can_be_trained_further(old):
-    recipe = ak.Run.open(old / "run").recipe.changed(**{"method.name": "run/adapter", "training.max_steps": 1})
+    recipe = ak.Run.open(old / "run").recipe.changed(method={"name": "run/adapter"}, **{"training.max_steps": 1})
     assert ak.train(recipe, old / "further", quiet=True).metrics["steps"] == 1
 
 
