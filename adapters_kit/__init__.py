@@ -14,6 +14,7 @@ from adapters_kit.noise import quiet
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds the two lists together
     from adapters_kit.anatomy import map_model as map_model
+    from adapters_kit.artifacts.record import record as record
     from adapters_kit.comparison import Comparison as Comparison
     from adapters_kit.comparison import compare as compare
     from adapters_kit.errors import AdapterError as AdapterError
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
 
 _HOME = {
     "AdapterError": "adapters_kit.errors",
+    "record": "adapters_kit.artifacts.record",
     "BottleneckConfig": "adapters_kit.methods.bottleneck.model",
     "PrefixConfig": "adapters_kit.methods.prefix.model",
     "eject": "adapters_kit.methods.prefix.model",

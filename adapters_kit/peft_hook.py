@@ -4,12 +4,15 @@
 methods: `PeftModel.from_pretrained(base, folder)` looks the type of the adapter up in tables inside peft.
 """
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Modules which register a peft method when they are imported.
 PLUGINS = (
@@ -40,6 +43,31 @@ def register() -> None:
     if "peft" in sys.modules and not half_way:
         for name in PLUGINS:
             importlib.import_module(name)
+        record_saves()
+
+
+def record_saves() -> None:
+    """From now on every `PeftModel.save_pretrained` (Trainer's, TRL's, `push_to_hub`'s …) leaves a record of the base
+    beside the adapter: see `artifacts.record`. What peft itself writes stays as it is."""
+    from peft import PeftModel
+
+    saving = PeftModel.save_pretrained
+    if getattr(saving, "records", False):
+        return
+
+    @functools.wraps(saving)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        result = saving(self, save_directory, *args, **kwargs)
+        given = inspect.signature(saving).bind(self, save_directory, *args, **kwargs).arguments
+        if given.get("is_main_process", True):
+            from adapters_kit.artifacts.record import record_saved
+
+            for name in given.get("selected_adapters") or list(self.peft_config):
+                record_saved(self, save_directory, name)
+        return result
+
+    save_pretrained.records = True  # type: ignore[attr-defined]
+    PeftModel.save_pretrained = save_pretrained
 
 
 class _PeftFinder(MetaPathFinder):

@@ -10,6 +10,7 @@ from torch import nn
 
 from adapters_kit import registry
 from adapters_kit.artifacts.identity import check_loaded
+from adapters_kit.artifacts.recorded import OURS
 from adapters_kit.errors import ModelError, UnknownNameError
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap

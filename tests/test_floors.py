@@ -26,7 +26,7 @@ FLOORS = {
     "system": 0,
     "anatomy": 1,
     "peft_plugin": 1,
-    "peft_hook": 1,
+    "peft_hook": 3,
     "artifacts": 2,
     "kernels": 2,
     "methods": 3,

@@ -4,25 +4,23 @@ Nothing of the model is built here. What cannot be trusted is refused: unknown m
 files, values that are not finite.
 """
 
-import json
+import math
 import pickle
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from adapters_kit.artifacts.checkpoint import open_file
+from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.recorded import read_record
 from adapters_kit.errors import ShippingError, did_you_mean
 from adapters_kit.names import ADAPTER_CONFIG
 
-CONFIG, WEIGHTS, PICKLE, RECORD = (
-    ADAPTER_CONFIG,
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapters_kit.json",
-)
+CONFIG = ADAPTER_CONFIG
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Adapter:
     Attributes:
         raw: the parsed `adapter_config.json`.
         weights: name -> tensor, as stored.
-        record: the parsed `adapters_kit.json` (see `record.record_base`), empty for an adapter trained elsewhere.
+        record: the checked `adapters_kit.json` (see `recorded`), empty for an adapter trained elsewhere.
     """
 
     folder: Path
@@ -47,10 +45,12 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
+        """The base model that the adapter's config names."""
         return self.raw.get("base_model_name_or_path") or None
 
     @property
     def method(self) -> str:
+        """peft's name of the method, in lower case."""
         return str(self.raw.get("peft_type")).lower()
 
 
@@ -59,19 +59,6 @@ def adapter_folder(folder: Path | str) -> Path:
     folder = Path(folder)
     inside = folder / "adapter"
     return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `ShippingError` that names the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ShippingError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ShippingError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise ShippingError(f"{path} is not a JSON object.")
-    return value
 
 
 def read_config(folder: Path) -> Any:
@@ -197,8 +184,56 @@ def open_adapter(folder: Path | str) -> Adapter:
     raw = _read_raw(folder)
     if str(raw.get("peft_type")).lower() != "lora":
         read_config(folder)  # an unknown method is told before anything about its weights
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    return Adapter(folder, raw, read_weights(folder), record)
+    _check_fields(folder, raw)
+    return Adapter(folder, raw, _tidy(folder, read_weights(folder)), read_record(folder))
+
+
+_TEXTS = ("base_model_name_or_path", "revision", "task_type")
+_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+
+
+def _check_fields(folder: Path, raw: dict[str, Any]) -> None:
+    """Refuse values of the wrong kind in what is read here; what only peft reads is peft's to refuse."""
+
+    def refuse(key: str, wanted: str) -> NoReturn:
+        raise ShippingError(f"{folder / CONFIG}: {key} is {str(raw[key])[:80]!r}; it has to be {wanted}.")
+
+    for key in _TEXTS:
+        if not isinstance(raw.get(key), str | None):
+            refuse(key, "a text")
+    for key in _NAMES:
+        value = raw.get(key)
+        listed = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
+        if value is not None and not isinstance(value, str) and not listed:
+            refuse(key, "a list of names")
+    for key in ("r", "lora_alpha"):
+        value = raw.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not isinstance(value, dict | list) and not number:
+            refuse(key, "a finite number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = raw.get(key)
+        numbers = isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
+        if value is not None and not (numbers and all(map(math.isfinite, value.values()))):
+            refuse(key, "a table of numbers")
+    if "r" in raw and isinstance(raw["r"], int) and raw["r"] < 1 and str(raw.get("peft_type")).lower() == "lora":
+        refuse("r", "1 or more")
+
+
+def _tidy(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without what peft saves twice: of an embedding in `modules_to_save` whose model was resized it writes
+    `X.weight`, `X.modules_to_save.weight` and `X.original_module.weight`, and reads the first."""
+    result = dict(weights)
+    for name in weights:
+        path, _, leaf = name.rpartition(".modules_to_save.")
+        plain = f"{path}.{leaf}"
+        if not path or plain not in weights:
+            continue
+        if not torch.equal(weights[name], weights[plain]):
+            raise ShippingError(f"{folder}: {name} and {plain} are one tensor saved twice, and differ. Save it again.")
+        del result[name]
+        result.pop(f"{path}.original_module.{leaf}", None)
+    return result
 
 
 def read_adapter(folder: Path | str) -> Adapter:

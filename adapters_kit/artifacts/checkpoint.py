@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from adapters_kit import system
 from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.errors import ShippingError
 
@@ -58,7 +60,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _parse_json(raw: bytes, path: Path, what: str) -> dict:
+def _parse_json(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -143,7 +145,7 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     return len(raw).to_bytes(8, "little") + raw
 
 
-def read_index(path: Path) -> tuple[dict[str, str], dict]:
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """The shard index: tensor name -> file name, and the index's metadata.
 
     Raises:
@@ -176,12 +178,14 @@ class Checkpoint:
         tensors: name -> where it lies, file by file, in the order of the bytes.
         metadata: file name -> that file's `__metadata__`.
         index: the metadata of the shard index, None for a single file.
+        stamps: file -> what tells its contents from others' (see `stamp`), taken before its header was read.
     """
 
     folder: Path
     tensors: dict[str, Stored]
     metadata: dict[str, dict[str, str]]
-    index: dict | None = None
+    index: dict[str, Any] | None = None
+    stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _open: dict[Path, int] = field(default_factory=dict, repr=False)
 
     @property
@@ -197,7 +201,7 @@ class Checkpoint:
     def descriptor(self, file: Path) -> int:
         """An open file descriptor for reading `file`; closed by `close`."""
         if file not in self._open:
-            self._open[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._open[file] = os.open(file, system.READ_BINARY)
         return self._open[file]
 
     def read(self, name: str) -> torch.Tensor:
@@ -214,7 +218,7 @@ class Checkpoint:
         stored = self.tensors[name]
         source, position = self.descriptor(stored.file), stored.start + start
         while target:
-            count = os.preadv(source, [target], position)
+            count = system.read_at(source, target, position)
             if not count:
                 raise _refuse(stored.file, f"the file ends inside tensor {name!r}")
             target, position = target[count:], position + count
@@ -227,7 +231,22 @@ class Checkpoint:
             self.fill(name, piece, start)
             yield piece
 
+    def check_unchanged(self) -> None:
+        """Refuse files that were written to, or replaced, since they were opened: a mixture of two states was read.
+
+        Raises:
+            ShippingError: naming the file.
+        """
+        for file, before in self.stamps.items():
+            opened = os.fstat(self._open[file]) if file in self._open else None
+            if stamp(file) != before or (opened is not None and _stamp(opened) != before):
+                raise ShippingError(
+                    f"{file} was changed while it was read, so that what was read is neither the old nor the new file. "
+                    "Nothing was written. Do it again when nothing writes there."
+                )
+
     def close(self) -> None:
+        """Close the files; a later read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -238,11 +257,25 @@ class Checkpoint:
         self.close()
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file's contents do: its number, size, and the times of its last writing and change of state,
+    in nanoseconds; zeros for a file that is not there."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return (0, 0, 0, 0)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def open_file(path: Path) -> Checkpoint:
     """One safetensors file as a checkpoint."""
     path = Path(path)
+    before = stamp(path)
     tensors, metadata = read_header(path)
-    return Checkpoint(path.parent, tensors, {path.name: metadata})
+    return Checkpoint(path.parent, tensors, {path.name: metadata}, stamps={path: before})
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -268,9 +301,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     weight_map, index_metadata = read_index(index)
     tensors: dict[str, Stored] = {}
     metadata: dict[str, dict[str, str]] = {}
+    stamps: dict[Path, tuple[int, ...]] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
             raise ShippingError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
+        stamps[folder / file] = stamp(folder / file)
         found, metadata[file] = read_header(folder / file)
         expected = {name for name, place in weight_map.items() if place == file}
         for problem, names in (("are missing", expected - found.keys()), ("are extra", found.keys() - expected)):
@@ -280,4 +315,4 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                     f"{min(names)!r}. Shards of two saves are mixed: fetch or save the model again."
                 )
         tensors.update(found)
-    return Checkpoint(folder, tensors, metadata, index_metadata)
+    return Checkpoint(folder, tensors, metadata, index_metadata, stamps)

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.artifacts.adapter import RECORD, read_config, read_json
-from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
+from adapters_kit.artifacts.adapter import read_config
+from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint, stamp
+from adapters_kit.artifacts.recorded import RECORD, read_record
 from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, locate, locate_here
 from adapters_kit.artifacts.staging import PIECE, file_sha256
 from adapters_kit.errors import ShippingError
@@ -42,13 +43,8 @@ def base_hashes(base: Path) -> dict[str, str]:
     Kept for the rest of the process, until a file changes its size or its time.
     """
     files = [base] if base.is_file() else sorted(path for path in base.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    stats = [(str(path.resolve()), *_version(path)) for path in files]
+    stats = [(str(path.resolve()), *stamp(path)) for path in files]
     return dict(_hashes(base, tuple(stats)))
-
-
-def _version(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=8)
@@ -84,8 +80,9 @@ def check_base(adapter: str | os.PathLike, base: str | os.PathLike | None = None
     folder = Path(adapter)
     if not (folder / RECORD).is_file():
         return
-    record = read_json(folder / RECORD)
-    source = locate(base if base is not None else record.get("base") or read_config(folder).base_model_name_or_path)
+    record = read_record(folder)
+    named = base if base is not None else read_config(folder).base_model_name_or_path
+    source = locate(named or record.get("base") or "")
     _compare(folder, record, source, base_hashes(source))
 
 
@@ -108,7 +105,7 @@ def check_loaded(adapter: str | os.PathLike, config: Any) -> None:
         hashes = base_hashes(source)
     except ShippingError:  # no weights there: a folder of GGUF files, a config
         return
-    _compare(folder, read_json(folder / RECORD), source, hashes)
+    _compare(folder, read_record(folder), source, hashes)
 
 
 def _compare(folder: Path, record: Mapping[str, Any], source: Path, hashes: Mapping[str, str]) -> None:

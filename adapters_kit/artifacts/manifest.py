@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.files import write_json
-from adapters_kit.artifacts.staging import file_sha256
+from adapters_kit.artifacts.staging import MANIFEST, file_sha256
 from adapters_kit.names import looks_like_path
-
-MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:

@@ -68,7 +68,10 @@ def base_of(adapter: Adapter, base: str | os.PathLike | None) -> Path:
     name = base if base is not None else adapter.base
     if name is None:
         raise ShippingError(f"{adapter.folder} does not say which model it was trained on. Say it with base=.")
-    return locate(name, adapter.raw.get("revision"))
+    beside = adapter.folder / name
+    if base is None and not Path(name).expanduser().exists() and beside.is_dir():
+        return beside  # a path that is relative to the adapter
+    return locate(name, adapter.raw.get("revision") or adapter.record.get("revision"))
 
 
 # What transformers reads weights from, in its order of preference.

@@ -4,37 +4,21 @@ The work is done in a hidden sibling of the target. When it is finished everythi
 puts it in place, so that a crash at any moment leaves either the old state or the new one.
 """
 
-import ctypes
 import errno
-import fcntl
 import hashlib
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from adapters_kit import system
 from adapters_kit.errors import ShippingError
 
-_LIBC = ctypes.CDLL(None) if os.name == "posix" else None  # elsewhere none of its calls are there
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_SYNC_FILE_RANGE_WRITE = 2
+MANIFEST = "manifest.json"
+_OTHER = "Choose another folder."
 PIECE = 1 << 18  # bytes: what is read stays in a core's cache until it is hashed or written
-
-
-def explain(error: OSError, out: Path) -> ShippingError:
-    """What a failed write means to the user. `out` is the folder that was to be written."""
-    reasons = {
-        errno.ENOSPC: "the disk is full: free some space or choose another disk",
-        errno.EDQUOT: "your disk quota is used up",
-        errno.EFBIG: "the file size limit of this process is too small (ulimit -f)",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "you may not write there",
-        errno.EPERM: "you may not write there",
-    }
-    reason = reasons.get(error.errno, error.strerror or str(error))
-    return ShippingError(f"Could not write {out}: {reason}. Nothing was changed.")
 
 
 def copy_range(
@@ -50,34 +34,12 @@ def copy_range(
     """
     buffer = memoryview(bytearray(min(PIECE, count)))
     while count:
-        done = os.preadv(source, [buffer[: min(PIECE, count)]], start)
+        done = system.read_at(source, buffer[: min(PIECE, count)], start)
         if not done:
             raise OSError(errno.EIO, "the source file became shorter while it was copied")
-        write_at(target, buffer[:done], at)
+        system.write_at(target, buffer[:done], at)
         written(at, at + done)
         start, at, count = start + done, at + done, count - done
-
-
-def write_at(target: int, data: bytes | memoryview, at: int) -> None:
-    """`pwrite` until everything is written."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(target, view, at)
-        view, at = view[done:], at + done
-
-
-def reserve(target: int, size: int) -> None:
-    """Make a file this long, so that a full disk is noticed now; where that cannot be asked for, at the write."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(target, 0, size)
-    else:
-        os.truncate(target, size)
-
-
-def start_writing(target: int, at: int, count: int) -> None:
-    """Ask the kernel to begin with the disk already; without it everything waits for the `fsync` at the end."""
-    if hasattr(_LIBC, "sync_file_range"):
-        _LIBC.sync_file_range(target, ctypes.c_int64(at), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE)
 
 
 def file_sha256(path: Path) -> str:
@@ -86,95 +48,65 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the kernel or the file system cannot."""
-    if not hasattr(_LIBC, "renameat2"):
-        return False
-    done = _LIBC.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    return done == 0
-
-
-def _publish(stage: Path, out: Path) -> None:
-    for folder, _, files in os.walk(stage):
-        for file in files:
-            _sync(Path(folder, file))
-        _sync(Path(folder))
-    if not out.exists():
-        os.rename(stage, out)
-    elif _exchange(stage, out):
-        shutil.rmtree(stage, ignore_errors=True)
-    else:
-        # No atomic swap here: for a moment there is no `out`, but never a mixed one; the old folder lies beside it.
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / "folder"
-        os.rename(out, old)
-        os.rename(stage, out)
-        shutil.rmtree(old.parent, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _sweep(out: Path) -> None:
-    """Put right what killed runs left behind. A living run holds a lock on its folder; a dead one's is free."""
-    for left in out.parent.glob(f".{out.name}.old-*/folder"):
-        if not out.exists():  # killed between the two renames of `_publish`
-            os.rename(left, out)
-        shutil.rmtree(left.parent, ignore_errors=True)
-    for left in out.parent.glob(f".{out.name}.partial-*"):
-        with suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-
-
 @contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, keep: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write into; on success it becomes `out`, on any error nothing has changed.
 
+    `out` is locked meanwhile: a second writer is refused. What killed runs left beside it is removed.
+
     Args:
-        overwrite: replace `out` if it holds something; without it that is refused.
+        overwrite: replace what `out` holds, if all of it was written here; without it that is refused.
+        keep: what the work reads from; `out` may be none of them, and none may lie inside it.
 
     Raises:
-        ShippingError: `out` exists, or writing failed (disk full, read-only, no permission).
+        ShippingError: `out` exists and may not be replaced.
+        WriteError: another process writes there; the disk is full or read-only; no permission.
     """
     out = Path(os.path.abspath(out))
+    _check(out, overwrite, keep)
+    with system.writing(out), system.lock(out):
+        system.recover(out)
+        for left in system.leftovers(out, "partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        stage = system.folder_beside(out, "partial")
+        try:
+            yield stage
+            for folder, _, files in os.walk(stage):
+                for file in files:
+                    system.flush(Path(folder, file))
+                system.flush(Path(folder))
+            _check(out, overwrite, keep)  # somebody may have put something there meanwhile
+            system.put_in_place(stage, out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
+    """Refuse to write over anything but what was written here before."""
+    for source in keep:
+        path = Path(os.path.realpath(source))
+        if path.is_relative_to(os.path.realpath(out)):
+            raise ShippingError(f"{out} holds what is read from, {source}: writing there would destroy it. {_OTHER}")
     if out.exists() and not out.is_dir():
         raise ShippingError(f"{out} is a file; name a folder to write to.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ShippingError(f"{out} already holds something. Choose another folder, or allow it with overwrite=True.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise explain(error, out) from error
-    lock = -1
-    try:
-        lock = os.open(stage, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield stage
-        os.chmod(stage, 0o777 & ~_umask())
-        _publish(stage, out)
-    except OSError as error:
-        raise explain(error, out) from error
-    finally:
-        if lock >= 0:
-            os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ShippingError(f"{out} already holds something. {_OTHER[:-1]}, or allow it with overwrite=True.")
+    foreign = strangers(out)
+    if foreign:
+        raise ShippingError(
+            f"{out} holds {len(foreign)} file{'s' * (len(foreign) > 1)} that adapters_kit did not write there, such as "
+            f"{foreign[0]}. overwrite=True replaces only its own work: choose another folder, or move them away."
+        )
 
 
-def _umask() -> int:
-    """The process's umask; the only way to read it without changing it for a moment is Linux's /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o022
+def strangers(folder: Path) -> list[str]:
+    """The files of a folder that its manifest does not list; all of them where there is no manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        known = set(manifest["files"]) | {MANIFEST} if "made_by" in manifest else set()
+    except (OSError, ValueError, TypeError, KeyError):
+        known = set()
+    found = (path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink())
+    return [name for path in found if (name := path.relative_to(folder).as_posix()) not in known]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.recorded import OURS
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
 from adapters_kit.loading.reading import (
@@ -205,6 +206,7 @@ def _check_complete(model, info, source: Source, labels) -> None:
 
 
 def _finish(model, source: Source, task: str, norms_fp32: bool) -> None:
+    setattr(model, OURS, True)
     keep_layout(model)
     # The way back from a quantized checkpoint to its saved form does not exist in transformers, and is not needed: the
     # state dict has that form already. Left in, saving fails.

@@ -1,46 +1,57 @@
 """The README.md of a merged folder: what it was made from, how it was checked, how to load it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from adapters_kit.artifacts import card
+from adapters_kit.artifacts.leaks import scrub
+from adapters_kit.artifacts.manifest import describe
+
+# Sections of an adapter's card that show the user's data, or a machine's paths.
+_PRIVATE = ("samples", "recipe", "data")
 
 
-def model_card(*, kind: str, base: str, adapter: str, method: str, check: str, notes: list[str], body: str) -> str:
+def model_card(
+    *, kind: str, base: str, adapters: Sequence[Path], method: str, check: str, notes: Sequence[str], own: str
+) -> str:
     """A model card in Markdown, with the front matter that model hubs read.
 
     Args:
         kind: the transformers class that loads it.
-        base, adapter: what was merged.
+        base: the base, as the adapter names it.
+        adapters: the folders that were merged.
         check: the outcome of the verification, in words.
         notes: warnings of the merge.
-        body: the adapter's own card without its front matter; kept below, since it tells the data and the scores.
+        own: the adapter's own card; kept below without its samples, data and recipe, since it tells the scores.
     """
-    front: dict[str, Any] = {"library_name": "transformers"}
-    if not Path(base).exists():  # a local path means nothing to others
-        front["base_model"] = base
-    head = "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "tags:", "- merged", "---"])
-    lines = [
-        head,
-        "",
-        f"# {Path(adapter).resolve().parent.name or 'model'}, merged",
-        "",
-        f"The {method} adapter `{Path(adapter).name}` folded into the weights of `{Path(base).name}`.",
-        "",
-        f"- {check}",
-        *(f"- {note}" for note in notes),
-        "- `manifest.json` lists the sha256 of every file.",
-        "",
-        "```python",
-        f"from transformers import {kind}",
-        "",
-        f'model = {kind}.from_pretrained("path/to/this/folder")',
-        "```",
-    ]
-    return "\n".join(lines) + "\n" + (f"\n{body.strip()}\n" if body.strip() else "")
+    metadata, body = card.split(own)
+    named = describe(base)
+    names = " + ".join(f"`{describe(folder)}`" for folder in adapters)
+    facts = "\n".join(f"- {line}" for line in [check, *notes, "`manifest.json` lists the sha256 of every file."])
+    load = f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained("path/to/this/folder")\n```'
+    return card.render(
+        {
+            "library_name": "transformers",
+            "base_model": named if named == base else None,  # a local path means nothing to others
+            "pipeline_tag": metadata.get("pipeline_tag"),
+            "license": metadata.get("license"),
+            "tags": ["merged"],
+        },
+        f"{named}, merged with {names.replace('`', '')}",
+        [("", scrub(facts)), ("Load", load), ("", scrub(without_sections(body, _PRIVATE)))],
+        f"The {method} adapter{'s' * (len(adapters) > 1)} {names} folded into the weights of `{named}`.",
+    )
 
 
-def without_front_matter(text: str) -> str:
-    """A card's text after its `---` block."""
-    if text.startswith("---\n"):
-        _, _, rest = text[4:].partition("\n---")
-        return rest.partition("\n")[2]
-    return text
+def without_sections(text: str, headings: Sequence[str]) -> str:
+    """Markdown without the sections of these headings, in lower case."""
+    kept, leaving, fenced = [], False, False
+    for line in text.splitlines():
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            leaving = line[3:].strip().lower() in headings
+        if line.startswith("# ") and not fenced:  # the adapter's title stands under the model's
+            leaving, line = False, f"## {line[2:]}"
+        if not leaving:
+            kept.append(line)
+    return "\n".join(kept).strip()

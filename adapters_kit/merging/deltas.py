@@ -6,6 +6,7 @@ patterns and variants mean what they mean in peft, and memory holds the adapter 
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,18 @@ import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.artifacts.adapter import Adapter
-from adapters_kit.artifacts.factors import strip
+from adapters_kit.artifacts.checkpoint import Checkpoint
+from adapters_kit.artifacts.factors import pairs, strip
+from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ShippingError
+from adapters_kit.merging.roundtrip import Rounding
 from adapters_kit.merging.weightless import empty_model, fill, hollow, is_hollow, make_hollow
 from adapters_kit.peft_plugin import parameter_prefixes
 
@@ -106,7 +111,7 @@ def fit_config(kind: type, config: PretrainedConfig, adapter: Adapter) -> PreTra
     words = model.config.get_text_config()
     changed = False
     for key, tensor in adapter.weights.items():
-        name = strip(key).replace(".modules_to_save", "").replace(".base_layer", "")
+        name = re.sub(r"\.(modules_to_save|base_layer|token_adapter)(?=\.)", "", strip(key))
         if tensor.ndim == 0 or name not in shapes or shapes[name] == tuple(tensor.shape):
             continue
         if name in sized and shapes[name][0] == getattr(words, "vocab_size", None):
@@ -133,6 +138,41 @@ def _check_mergeable(adapter: Adapter) -> None:
         )
 
 
+def _check_ranks(adapter: Adapter) -> None:
+    """Compare the ranks that the config claims with the tensors: peft would first allocate what it is told."""
+    config = adapter.config
+    if adapter.method == "lora":
+        for path, pair in pairs(adapter.weights)[0].items():
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+            experts = getattr(config, "target_parameters", None)  # their factors hold every expert's rank
+            if pair.rank != rank and not experts:
+                raise ShippingError(
+                    f"{adapter.folder}: the config says rank {rank} for {path}, and its lora_A has {pair.rank} rows. "
+                    "The "
+                    "files are of two adapters, or damaged."
+                )
+    claimed = max(value for value in (getattr(config, "r", 0), getattr(config, "init_r", 0)) if isinstance(value, int))
+    largest = max((max(tensor.shape, default=0) for tensor in adapter.weights.values()), default=0)
+    if claimed > max(largest, 4096):
+        raise ShippingError(
+            f"{adapter.folder}: the config says rank {claimed}, and no tensor is longer than {largest}."
+        )
+
+
+def usual_rounding(kind: str, bare: PreTrainedModel, checkpoint: Checkpoint) -> Rounding:
+    """What `from_pretrained(quantization_config=...)` of that kind makes of a model by default: every linear but the
+    output embeddings in blocks of 64 with scales quantized once more, the rest in the checkpoint's dtype."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    leave = get_keys_to_not_convert(bare)
+    linears = (nn.Linear, Conv1D)
+    paths = [path for path, module in bare.named_modules() if type(module) in linears]
+    floats = [stored.torch_dtype for stored in checkpoint.tensors.values() if stored.torch_dtype.is_floating_point]
+    dtype = max(set(floats), key=floats.count)
+    return Rounding(kind, frozenset(path for path in paths if should_convert_module(path, leave)), dtype)
+
+
 def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     """The adapter on an empty model of class `kind`.
 
@@ -140,7 +180,9 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
         ShippingError: the method cannot be merged, a tensor is missing, unmatched, or of the wrong shape.
     """
     _check_mergeable(adapter)
+    _check_ranks(adapter)
     bare = fit_config(kind, copy.deepcopy(config), adapter)
+    check_patterns(adapter.raw, [path for path, _ in bare.named_modules()])
     base = copy.deepcopy(bare)
     originals = {module: path for path, module in base.named_modules()}
     tied = tied_names(base)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,33 +13,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapters_kit.artifacts.adapter import Adapter, open_adapter, read_json
+from adapters_kit.artifacts.adapter import Adapter, open_adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
-from adapters_kit.artifacts.manifest import MANIFEST, write_manifest
-from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, base_of
+from adapters_kit.artifacts.manifest import describe, write_manifest
+from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.recorded import QUANTIZED
+from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.base import as_checkpoint
-from adapters_kit.merging.card import model_card, without_front_matter
-from adapters_kit.merging.output import lay_out
-from adapters_kit.merging.plain_lora import find_direct
+from adapters_kit.merging.card import model_card
+from adapters_kit.merging.folder import tokenizer_notes, write_side_files
+from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.writing import write
 
-# Building the model's skeleton imports transformers and peft, which takes longer than a plain merge: see `direct`.
 if TYPE_CHECKING:
     from adapters_kit.merging.into_gguf import GgufReport
-    from adapters_kit.merging.job import Job
-    from adapters_kit.merging.mixing import Mix
     from adapters_kit.merging.requantize import Survival
     from adapters_kit.merging.verify import Comparison
 
-QUANTIZED = ("nf4", "fp4", "int8")
 BATCHES = {"sample": 2, "full": 16}
-# Files of a training folder that a model folder needs too: the tokenizer may have got new tokens or a chat template.
-_PROCESSOR = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "preprocessor",
-              "processor", "spiece", "sentencepiece")  # fmt: skip
+Paths = str | os.PathLike[str]
 
 
 @dataclass
@@ -86,14 +82,15 @@ class MergeReport:
 
 
 def merge(
-    adapter: str | os.PathLike | Sequence[str | os.PathLike],
-    out: str | os.PathLike,
+    adapter: Paths | Sequence[Paths],
+    out: Paths,
     *,
     weights: Sequence[float] | None = None,
     method: str = "sum",
     density: float = 0.5,
     seed: int = 0,
-    base: str | os.PathLike | None = None,
+    base: Paths | None = None,
+    quantized: str | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     verify: str = "sample",
@@ -123,6 +120,8 @@ def merge(
             that keep its outputs best.
         base: the base model's folder, .gguf file or hub id; None takes the one that the adapter names; "original"
             takes that one without the quantization of the training.
+        quantized: "nf4", "fp4" or "int8": what the base was quantized to when the adapter was trained, for an adapter
+            that has no record of it; its linears are then taken as bitsandbytes holds them by default.
         dtype: "float32", "bfloat16" or "float16" for every float tensor; None keeps each tensor's own (for a quantized
             base, that of the training).
         quantize: "nf4", "fp4" or "int8": quantize the merged linears again and save them as bitsandbytes holds them,
@@ -140,229 +139,232 @@ def merge(
 
     Raises:
         ShippingError: the adapter cannot be merged, does not fit or is broken; the result does not compute the same; or
-            it cannot be written. `out` is then as it was.
+            it cannot be written. `out` is then as it was. An adapter without a record, of which nothing tells whether
+            its base was quantized, is refused as well: say it with `base=` or `quantized=`.
     """
-    if verify not in {"sample", "full", "off"}:
-        raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
-    if quantize not in (None, *QUANTIZED):
-        raise ShippingError(f"quantize={quantize!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
-    target = None if dtype is None else as_dtype(dtype)
-    if not isinstance(adapter, str | os.PathLike):
-        options = {"base": base, "dtype": target, "verify": verify, "overwrite": overwrite, "force": force}
-        from adapters_kit.merging.mixing import Mix
-
-        mix = Mix(method, density, seed)
-        return _merge_sum([open_adapter(Path(one)) for one in adapter], weights, mix, Path(out), quantize, **options)
-    if weights is not None or method != "sum":
-        given = "weights" if weights is not None else f"method={method!r}"
-        raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
-    read = open_adapter(Path(adapter))
+    order = _order(adapter, weights, method, density, seed, base, quantized, dtype, quantize, verify)
+    first = order.adapters[0]
+    source = base_of(first, None if base == "original" else base)
     if Path(out).suffix == ".gguf":
         from adapters_kit.merging.into_gguf import merge_into_gguf
 
         return merge_into_gguf(
-            read,
-            base_of(read, base),
+            first,
+            source,
             Path(out),
             calibration=calibration,
             verify=verify != "off",
             overwrite=overwrite,
             force=force,
         )
-    if read.method == "blocks":
+    if first.method == "blocks":
         raise ShippingError(
-            f"{read.folder} trains what a .gguf file stores, and merges into such a file: merge({str(read.folder)!r}, "
+            f"{first.folder} trains what a .gguf file stores, and merges into such a file: merge({str(first.folder)!r}, "
             "'merged.gguf')."
         )
-    original = base == "original"
-    source = base_of(read, None if original else base)
-    with staged(Path(out), overwrite=overwrite) as stage:
+    with (
+        staged(Path(out), overwrite=overwrite, keep=[*(one.folder for one in order.adapters), source]) as stage,
+        as_checkpoint(source, stage / ".base") as folder,
+        open_checkpoint(folder) as checkpoint,
+        ThreadPoolExecutor(1) as beside,
+    ):
         begin = time.perf_counter()
-        work = stage / ".base"
-        with (
-            as_checkpoint(source, work) as folder,
-            open_checkpoint(folder) as checkpoint,
-            ThreadPoolExecutor(1) as beside,
-        ):
-            hashing = beside.submit(base_hashes, source)
-            raw = read_json(folder / "config.json")
-            direct = None if original else find_direct(read, checkpoint, raw)
-            job, changes, added, dropped = None, dict(read.record.get("config") or {}), [], []
-            if direct is not None:
-                kind, notes = raw["architectures"][0], []
-                computed = set(direct.factors)
-                layout = lay_out(checkpoint, dtype=target, computed=computed)
-                values = direct.changed(checkpoint)
-            else:
-                notes = _check_base(read, source, hashing.result(), force)  # before the model is built
-                job = _plan(read, checkpoint, target, original)
-                kind, computed, layout = type(job.attached.bare).__name__, job.computed, job.layout
-                changes |= _config_changes(job, raw)
-                added, dropped = sorted(job.added.values()), sorted(job.dropped)
-                values = _changed(job)
-            hashes = write(layout, checkpoint, values, stage)
-            notes = notes or _check_base(read, source, hashing.result(), force)
-            _write_config(raw, changes, stage, target)
-            _copy_files(folder, read.folder, stage)
-            copied = sum(tensor.origin is not None for _, tensor in layout.tensors().values())
-            report = MergeReport(
-                Path(out), len(computed), copied, added, dropped, layout.nbytes, time.perf_counter() - begin
-            )
-            if verify != "off" or quantize:
-                job = job or _plan(read, checkpoint, target, original)
-            if verify != "off":
-                from adapters_kit.merging.verify import compare, recheck
+        hashing = beside.submit(base_hashes, source)
+        raw = read_json(folder / "config.json")
+        _check_known(order, source, base, checkpoint, raw)
+        job = plan(order, checkpoint, raw)
+        if job.updates:  # the plain road hashes while it writes
+            _check_bases(order.adapters, source, hashing.result(), force)
+        hashes = write(job.layout, checkpoint, job.changed(), stage)
+        notes = [*job.notes, *_check_bases(order.adapters, source, hashing.result(), force)]
+        notes += write_side_files(folder, first.folder, job.config, stage)
+        report = _counted(Path(out), job, time.perf_counter() - begin)
+        if verify != "off":
+            report.check, found = _verify(order, job, checkpoint, raw, stage, verify)
+            notes += [*found, *tokenizer_notes(stage)]
+        if quantize is not None:
+            from adapters_kit.merging.requantize import requantize
 
-                report.check = compare(job, stage, batches=BATCHES[verify])
-                if verify == "full":
-                    recheck(checkpoint, layout, _changed(job), stage)
-            if quantize:
-                from adapters_kit.merging.requantize import requantize
-
-                report.survival = requantize(job, stage, quantize)
-                report.nbytes = sum(path.stat().st_size for path in stage.glob("*.safetensors"))
-                hashes = {}
-            report.notes = (job.notes if job else []) + notes
-        shutil.rmtree(work, ignore_errors=True)
-        _write_card(stage, kind, read, report, source)
-        about = {"adapter": str(read.folder), "base": str(source), "base_tensors": hashing.result()}
-        about["check"] = None if report.check is None else asdict(report.check)
-        write_manifest(stage, about, hashes)
+            report.survival = requantize(_on_model(order, job, checkpoint, raw).updates[0], stage, quantize)
+            report.nbytes = sum(path.stat().st_size for path in stage.glob("*.safetensors"))
+            hashes = {}
+        checkpoint.check_unchanged()
+        report.notes = notes
+        shutil.rmtree(stage / ".base", ignore_errors=True)
+        _write_card(stage, order, job, report, source)
+        write_manifest(stage, _about(order, source, hashing.result(), report), hashes)
     return report
 
 
-def _merge_sum(
-    adapters: list[Adapter],
+def _order(
+    adapter: Paths | Sequence[Paths],
     weights: Sequence[float] | None,
-    mix: Mix,
-    out: Path,
+    method: str,
+    density: float,
+    seed: int,
+    base: Paths | None,
+    quantized: str | None,
+    dtype: str | torch.dtype | None,
     quantize: str | None,
-    *,
-    base: str | os.PathLike | None,
-    dtype: torch.dtype | None,
     verify: str,
-    overwrite: bool,
-    force: bool,
-) -> MergeReport:
-    """As `merge` for several adapters. No live model computes their sum (peft's would add cross terms), so every tensor
-    is computed again and compared with what was written."""
-    factors = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+) -> Order:
+    """What was asked for, checked before anything of a model is read."""
+    if verify not in {"sample", "full", "off"}:
+        raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
+    for name, kind in (("quantize", quantize), ("quantized", quantized)):
+        if kind is not None and kind not in QUANTIZED:
+            raise ShippingError(f"{name}={kind!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
+    if quantized is not None and base == "original":
+        raise ShippingError("quantized= says which rounding to repeat, and base='original' to repeat none: give one.")
+    target = None if dtype is None else as_dtype(dtype)
+    if isinstance(adapter, str | os.PathLike):
+        if weights is not None or method != "sum":
+            given = "weights" if weights is not None else f"method={method!r}"
+            raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
+        read = open_adapter(Path(adapter))
+        return Order((read,), (1.0,), None, target, *_rounding(read, base == "original", quantized))
+    from adapters_kit.merging.mixing import Mix
+
+    adapters = tuple(open_adapter(Path(one)) for one in adapter)
+    factors = (1.0,) * len(adapters) if weights is None else tuple(float(weight) for weight in weights)
     if not adapters or len(factors) != len(adapters):
         raise ShippingError(f"{len(factors)} weights for {len(adapters)} adapters: give one for each.")
-    if quantize or base == "original":
-        raise ShippingError("Several adapters merge into the base as it is stored: leave out quantize= and 'original'.")
-    from adapters_kit.merging.mixing import changed_sum, plan_sum
-    from adapters_kit.merging.verify import recheck
-
-    source = base_of(adapters[0], base)
-    with staged(out, overwrite=overwrite) as stage:
-        begin = time.perf_counter()
-        work = stage / ".base"
-        with as_checkpoint(source, work) as folder, open_checkpoint(folder) as checkpoint:
-            hashes = base_hashes(source)
-            notes = [line for one in adapters for line in _check_base(one, source, hashes, force)]
-            jobs, layout = plan_sum(adapters, checkpoint, dtype)
-            written = write(layout, checkpoint, changed_sum(jobs, factors, mix), stage)
-            raw = read_json(folder / "config.json")
-            _write_config(raw, dict(adapters[0].record.get("config") or {}), stage, dtype)
-            _copy_files(folder, adapters[0].folder, stage)
-            tensors = [tensor for _, tensor in layout.tensors().values()]
-            copied = sum(tensor.origin is not None for tensor in tensors)
-            seconds = time.perf_counter() - begin
-            report = MergeReport(out, len(tensors) - copied, copied, [], [], layout.nbytes, seconds, notes=notes)
-            if verify != "off":
-                recheck(checkpoint, layout, changed_sum(jobs, factors, mix), stage)
-                report.notes.insert(0, "Verified: every tensor was computed again and is what was written.")
-        shutil.rmtree(work, ignore_errors=True)
-        how = {"sum": "The sum", "ties": f"TIES at density {mix.density:g}", "dare": f"DARE at density {mix.density:g}"}
-        parts = ", ".join(f"{factor:g} × {one.folder}" for one, factor in zip(adapters, factors, strict=True))
-        report.notes.append(f"{how[mix.method]} of {parts}.")
-        _write_card(stage, type(jobs[0].attached.bare).__name__, adapters[0], report, source)
-        about = {"adapters": [str(one.folder) for one in adapters], "weights": factors, "base": str(source)}
-        about["combined"] = asdict(mix) if mix.method != "sum" else {"method": "sum"}
-        write_manifest(stage, about | {"base_tensors": hashes}, written)
-    return report
-
-
-def _plan(adapter: Adapter, checkpoint: Checkpoint, dtype: torch.dtype | None, original: bool) -> Job:
-    from adapters_kit.merging.job import plan
-
-    return plan(adapter, checkpoint, dtype, original)
-
-
-def _changed(job: Job) -> Iterator[tuple[str, torch.Tensor]]:
-    from adapters_kit.merging.job import changed
-
-    return changed(job)
-
-
-def _write_card(stage: Path, kind: str, adapter: Adapter, report: MergeReport, source: Path) -> None:
-    own = adapter.folder / "README.md"
-    text = model_card(
-        kind=kind,
-        base=str(adapter.base or source),
-        adapter=str(adapter.folder),
-        method=adapter.method,
-        check="Not verified." if report.check is None else str(report.check),
-        notes=[*([str(report.survival)] if report.survival else []), *report.notes],
-        body=without_front_matter(own.read_text(encoding="utf-8")) if own.is_file() else "",
-    )
-    (stage / "README.md").write_text(text, encoding="utf-8")
-
-
-def _check_base(adapter: Adapter, source: Path, hashes: Mapping[str, str], force: bool) -> list[str]:
-    """Compare the base with the record of the training; what to tell the user."""
-    expected = adapter.record.get("tensors")
-    if not expected:
-        return [
-            f"{adapter.folder} has no record of its base (adapters_kit.json): nobody checked that it is the right one."
-        ]
-    found = compare_hashes(expected, hashes)
-    if found and not force:
-        raise wrong_base(adapter.folder, adapter.record, source, found)
-    return [f"Forced onto another base than the recorded one: {line}." for line in found]
-
-
-def _config_changes(job: Job, raw: dict[str, Any]) -> dict[str, Any]:
-    """Where the trained model's config differs from the base's, `raw`; a nested text config is changed in place."""
-    old, new = job.attached.loaded, job.attached.bare.config
-    changes: dict[str, Any] = {}
-    name = type(job.attached.bare).__name__
-    if name not in (raw.get("architectures") or [name]):
-        changes["architectures"] = [name]
-    if old.num_labels != new.num_labels:
-        changes |= {"id2label": {str(k): v for k, v in new.id2label.items()}, "label2id": new.label2id}
-    text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else None
-    words = getattr(new.get_text_config(), "vocab_size", None)
-    if words != getattr(old.get_text_config(), "vocab_size", None):
-        (raw if text is None else text)["vocab_size"] = words
-    if job.untied:
-        changes["tie_word_embeddings"] = False
-        if text is not None and "tie_word_embeddings" in text:
-            text["tie_word_embeddings"] = False
-    return changes
-
-
-def _write_config(raw: dict[str, Any], changes: dict[str, Any], stage: Path, dtype: torch.dtype | None) -> None:
-    """The base's config.json, changed only where the trained model differs."""
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-        changes = changes | {key: str(dtype).removeprefix("torch.")}
-    text = json.dumps(raw | changes, indent=2, ensure_ascii=False)
-    (stage / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _copy_files(base: Path, adapter: Path, stage: Path) -> None:
-    """Everything that is not weights, verbatim: the base's files, then the adapter's tokenizer over them."""
-    for path in sorted(base.rglob("*")):
-        relative = path.relative_to(base)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        skip = (
-            path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or path.name in {"README.md", MANIFEST}
+    if quantize is not None or quantized is not None or base == "original":
+        raise ShippingError(
+            "Several adapters merge into the base as it is stored: leave out quantize=, quantized= and 'original'."
         )
-        if path.is_file() and not hidden and not skip and relative != Path("config.json"):
-            (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, stage / relative)
-    for path in sorted(adapter.iterdir()):
-        if path.is_file() and path.name.startswith(_PROCESSOR) and path.suffix not in WEIGHT_SUFFIXES:
-            shutil.copyfile(path, stage / path.name)
+    on_rounded = next((one for one in adapters if one.record.get("quantize")), None)
+    if on_rounded is not None:
+        raise ShippingError(
+            f"{on_rounded.folder} was trained on a quantized base, so there is no sum with others. Merge it alone."
+        )
+    return Order(adapters, factors, Mix(method, density, seed), target)
+
+
+def _rounding(adapter: Adapter, original: bool, quantized: str | None) -> tuple[Any, bool]:
+    """(how the base was quantized in training, whether to merge into the original weights all the same)."""
+    settings = adapter.record.get("quantize")
+    if not settings:
+        known = "quantize" in adapter.record
+        if known and quantized is not None:
+            raise ShippingError(
+                f"quantized={quantized!r}: the record of {adapter.folder} says that its base was not quantized."
+            )
+        return quantized, False
+    if quantized is not None and quantized != settings["type"]:
+        raise ShippingError(
+            f"quantized={quantized!r}: the record of {adapter.folder} says {settings['type']!r}. Leave it out."
+        )
+    from adapters_kit.merging.roundtrip import Rounding
+
+    return Rounding.of(adapter.record), original
+
+
+def _check_known(
+    order: Order, source: Path, base: Paths | None, checkpoint: Checkpoint, raw: Mapping[str, Any]
+) -> None:
+    """Refuse to guess whether a base without a record was quantized when its adapter was trained."""
+    adapter = order.adapters[0]
+    if order.mix is not None or order.rounding is not None or base is not None or "quantize" in adapter.record:
+        return
+    if adapter.record.get("tensors"):  # recorded before records told it
+        return
+    shown = ""
+    try:
+        from dataclasses import replace
+
+        from adapters_kit.merging.verify import drift
+
+        update = on_model(replace(order, rounding="nf4"), checkpoint, raw).updates[0]
+        shown = f" Outputs of base + adapter on the one and on the other differ by up to {drift(update)}."
+    except ShippingError:  # it cannot be merged either way, and says so when it is tried
+        if adapter.method != "lora":
+            raise
+    raise ShippingError(
+        f"{adapter.folder} has no record of its base (adapters_kit.json), so nothing tells whether it was trained on "
+        f"{source.name} as it is stored or on a quantized copy, and the two merge into different models.{shown} Say "
+        "it: "
+        "base='original' where it was not quantized, quantized='nf4' (or 'fp4', 'int8') where it was; or write the "
+        "record "
+        "once with ak.record(folder, model)."
+    )
+
+
+def _counted(out: Path, job: Job, seconds: float) -> MergeReport:
+    tensors = [tensor for _, tensor in job.layout.tensors().values()]
+    copied = sum(tensor.origin is not None for tensor in tensors)
+    changed = len(tensors) - copied - len(job.added)
+    return MergeReport(out, changed, copied, list(job.added), list(job.dropped), job.layout.nbytes, seconds)
+
+
+def _on_model(order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Job:
+    """The job with its adapter on a model, which plain LoRA does without until something has to run."""
+    return job if job.updates else on_model(order, checkpoint, raw)
+
+
+def _verify(
+    order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any], stage: Path, level: str
+) -> tuple[Comparison | None, list[str]]:
+    """The finished folder against base + adapter, and what to tell about it.
+
+    No live model computes the sum of several adapters (peft's would add cross terms): there every tensor is computed
+    again and compared with what was written.
+    """
+    from adapters_kit.merging.verify import compare, open_whole, recheck
+
+    open_whole(stage, job.architecture)
+    if order.mix is not None:
+        recheck(checkpoint, job.layout, job.changed(), stage)
+        return None, ["Verified: every tensor was computed again and is what was written."]
+    job = _on_model(order, job, checkpoint, raw)
+    check, notes = compare(job.updates[0], stage, batches=BATCHES[level])
+    if level == "full":
+        recheck(checkpoint, job.layout, job.changed(), stage)
+    return check, notes
+
+
+def _write_card(stage: Path, order: Order, job: Job, report: MergeReport, source: Path) -> None:
+    first = order.adapters[0]
+    own = first.folder / "README.md"
+    verified = next((note for note in report.notes if note.startswith("Verified")), "Not verified.")
+    text = model_card(
+        kind=job.architecture,
+        base=str(first.base or source),
+        adapters=[one.folder for one in order.adapters],
+        method=first.method,
+        check=verified if report.check is None else str(report.check),
+        notes=[*([str(report.survival)] if report.survival else []), *(n for n in report.notes if n != verified)],
+        own=own.read_text(encoding="utf-8", errors="replace") if own.is_file() else "",
+    )
+    write_text(stage / "README.md", text)
+
+
+def _about(order: Order, source: Path, hashes: Mapping[str, str], report: MergeReport) -> dict[str, Any]:
+    """What the manifest says of where the folder comes from."""
+    about: dict[str, Any] = {"base": describe(source), "base_tensors": dict(hashes)}
+    if order.mix is None:
+        return {
+            "adapter": describe(order.adapters[0].folder),
+            **about,
+            "check": None if report.check is None else asdict(report.check),
+        }
+    names = [describe(one.folder) for one in order.adapters]
+    combined = asdict(order.mix) if order.mix.method != "sum" else {"method": "sum"}
+    return {"adapters": names, "weights": list(order.factors), **about, "combined": combined}
+
+
+def _check_bases(adapters: Sequence[Adapter], source: Path, hashes: Mapping[str, str], force: bool) -> list[str]:
+    """Compare the base with the records of the training; what to tell the user."""
+    notes = []
+    for adapter in adapters:
+        expected = adapter.record.get("tensors")
+        if not expected:
+            notes.append(
+                f"{adapter.folder} has no hashes of its base on record: nobody checked that it is the right one."
+            )
+            continue
+        found = compare_hashes(expected, hashes)
+        if found and not force:
+            raise wrong_base(adapter.folder, adapter.record, source, found)
+        notes += [f"Forced onto another base than the recorded one: {line}." for line in found]
+    return notes

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 import torch
 from peft.utils.merge_utils import dare_linear, ties
 
-from adapters_kit.artifacts.adapter import Adapter
-from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.merging.deltas import merge_unit
-from adapters_kit.merging.job import Job, plan
-from adapters_kit.merging.output import Layout, lay_out
+from adapters_kit.merging.update import Update
 
 METHODS = ("sum", "ties", "dare")
 
@@ -46,6 +43,9 @@ class Mix:
         if not 0 < self.density <= 1:
             raise ShippingError(f"density={self.density}: a share above 0 and up to 1.")
 
+    def __str__(self) -> str:
+        return "The sum" if self.method == "sum" else f"{self.method.upper()} at density {self.density:g}"
+
     def generator(self) -> torch.Generator:
         """DARE's choices: one for all tensors, in their order."""
         return torch.Generator().manual_seed(self.seed)
@@ -56,7 +56,10 @@ class Mix:
         """One update for those of the adapters that change a tensor; all of one shape, float32."""
         updates, weights = list(updates), list(weights)
         if self.method == "sum":
-            return sum(update * weight for update, weight in zip(updates, weights, strict=True))
+            total = updates[0] * weights[0]
+            for update, weight in zip(updates[1:], weights[1:], strict=True):
+                total = total + update * weight
+            return total
         if self.method == "ties":
             if len(updates) == 1:  # peft's vote needs two
                 updates, weights = [updates[0], torch.zeros_like(updates[0])], [weights[0], 0.0]
@@ -66,36 +69,17 @@ class Mix:
             return dare_linear(updates, torch.tensor(weights), self.density)
 
 
-def plan_sum(
-    adapters: Sequence[Adapter], checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> tuple[list[Job], Layout]:
-    """A job for each adapter, and the layout of their sum.
-
-    Raises:
-        ShippingError: an adapter brings along whole parameters or sits on a quantized base, for which there is no sum.
-    """
-    jobs = [plan(adapter, checkpoint, dtype) for adapter in adapters]
-    for job in jobs:
-        whole = job.added or job.attached.replaced or any(unit.copy is not None for unit in job.attached.units)
-        if whole or job.rounding or any(job.origins[name].converter for name in job.written):
-            raise ShippingError(
-                f"{job.adapter.folder} does more than add to stored matrices (a trained head, resized embeddings, a "
-                "quantized base, converted experts), so there is no sum with others. Merge it alone."
-            )
-    return jobs, lay_out(checkpoint, dtype=dtype, computed={key for job in jobs for key in job.computed})
-
-
-def changed_sum(jobs: Sequence[Job], weights: Sequence[float], mix: Mix) -> Iterator[tuple[str, torch.Tensor]]:
+def changed_sum(updates: Sequence[Update], factors: Sequence[float], mix: Mix) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the output, value in float32) of every tensor that some adapter changes; one module in memory."""
-    tables = [{unit.path: unit for unit in job.attached.units} for job in jobs]
+    tables = [{unit.path: unit for unit in one.attached.units} for one in updates]
     generator = mix.generator()
     for path in dict.fromkeys(path for table in tables for path in table):
-        updates: dict[str, list[tuple[torch.Tensor, float]]] = {}
-        for job, weight, table in zip(jobs, weights, tables, strict=True):
-            merged = merge_unit(table[path], job.adapter, job.read) if path in table else {}
+        found: dict[str, list[tuple[torch.Tensor, float]]] = {}
+        for one, factor, table in zip(updates, factors, tables, strict=True):
+            merged = merge_unit(table[path], one.adapter, one.weights) if path in table else {}
             for name, value in merged.items():
-                updates.setdefault(name, []).append((value.sub_(job.read(name)), weight))
-        for name, found in updates.items():
-            if any(name in job.written for job in jobs):
-                value = jobs[0].read(name).float() + mix(*zip(*found, strict=True), generator)
-                yield jobs[0].origins[name].keys[0], value
+                found.setdefault(name, []).append((value.sub_(one.weights(name)), factor))
+        for name, parts in found.items():
+            if any(name in one.written for one in updates):
+                base, first = updates[0].weights(name).float(), updates[0].weights.origins[name]
+                yield first.keys[0], base + mix([part for part, _ in parts], [weight for _, weight in parts], generator)

@@ -1,6 +1,5 @@
 """The plan of an output checkpoint, made before a byte is written: which tensor goes where, from what."""
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE, Checkpoint, build_header
 from adapters_kit.artifacts.dtypes import CODES, STORED
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import ShippingError
 
 
@@ -116,4 +116,4 @@ def write_index(layout: Layout, base: Checkpoint, folder: Path) -> None:
         | ({"total_parameters": parameters} if "total_parameters" in (base.index or {}) else {}),
         "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)

@@ -18,6 +18,7 @@ from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.artifacts.dtypes import FLOATS
 from adapters_kit.artifacts.factors import pairs, scale_of
+from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ShippingError
 
 # Options that do not change what is merged, or that are read here. Any other one has to be off.
@@ -113,8 +114,9 @@ def find_direct(adapter: Adapter, checkpoint: Checkpoint, config: dict[str, Any]
     if config.get("quantization_config") or not _same_class(adapter, config) or _transposed(checkpoint):
         return None
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
         return None
+    check_patterns(raw, [name.removesuffix(".weight") for name in checkpoint.tensors])
     factors = _factors(adapter, checkpoint, rank, _vocabulary(config))
     if factors is None or factors.keys() != _expected(raw.get("target_modules"), checkpoint):
         return None

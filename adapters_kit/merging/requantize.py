@@ -4,7 +4,6 @@ An update that is small beside the step of the quantizer is mostly rounded away.
 change that arrives, `Q(base + update) − Q(base)`, projected on the update.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +13,16 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from adapters_kit.artifacts.adapter import read_json
 from adapters_kit.artifacts.checkpoint import INDEX, Checkpoint, build_header, open_checkpoint
 from adapters_kit.artifacts.dtypes import CODES
-from adapters_kit.artifacts.staging import copy_range, write_at
+from adapters_kit.artifacts.files import write_json
+from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.staging import copy_range
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.job import Job
+from adapters_kit.merging.update import Update
 from adapters_kit.merging.weightless import stored_name
 from adapters_kit.quantization import bnb_config, check_kind, modules_to_leave, quantizable
+from adapters_kit.system import WRITE_BINARY, write_at
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Survival:
         return text
 
 
-def requantize(job: Job, stage: Path, kind: str) -> Survival:
+def requantize(update: Update, stage: Path, kind: str) -> Survival:
     """Quantize the linears of the merged model in `stage`, and say in its config that they are.
 
     Args:
-        job: the merge; tells the base's weights and which linears are the blocks'.
+        update: the merge; tells the base's weights and which linears are the blocks'.
         kind: "nf4" and "fp4" (blocks of 64, double quantization, bfloat16 products) or "int8" (by row).
 
     Raises:
@@ -65,7 +66,7 @@ def requantize(job: Job, stage: Path, kind: str) -> Survival:
         ShippingError: the model has no linears to quantize.
     """
     check_kind(kind)
-    bare = job.attached.bare
+    bare = update.attached.bare
     paths = quantizable(bare)
     if not paths:
         raise ShippingError(f"quantize={kind!r}: {type(bare).__name__} has no linears in its blocks to quantize.")
@@ -78,16 +79,15 @@ def requantize(job: Job, stage: Path, kind: str) -> Survival:
             raise ShippingError(f"quantize={kind!r}: {min(unknown)} is not stored as a matrix of its own.")
         weight_map, total = {}, 0
         for file in merged.files:
-            names, size = _rewrite(job, merged, stage, file, wanted, config, measured)
+            names, size = _rewrite(update, merged, stage, file, wanted, config, measured)
             weight_map |= dict.fromkeys(names, file)
             total += size
     for file in merged.files:
         os.replace(stage / f"{file}.quantized", stage / file)
     if merged.index is not None:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    raw = read_json(stage / "config.json") | {"quantization_config": config.to_dict()}
-    (stage / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(stage / INDEX, index)
+    write_json(stage / "config.json", read_json(stage / "config.json") | {"quantization_config": config.to_dict()})
     return measured.result(kind)
 
 
@@ -114,19 +114,19 @@ class _Measure:
 
 
 def _rewrite(
-    job: Job, merged: Checkpoint, stage: Path, file: str, wanted: dict[str, str], config: Any, measured: _Measure
+    update: Update, merged: Checkpoint, stage: Path, file: str, wanted: dict[str, str], config: Any, measured: _Measure
 ) -> tuple[list[str], int]:
     """One shard, its linears quantized. The data goes to a file of its own first: only then is the header known."""
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
     data_path, out_path = stage / f"{file}.data", stage / f"{file}.quantized"
-    data = os.open(data_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    out = os.open(out_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    data = os.open(data_path, WRITE_BINARY, 0o600)
+    out = os.open(out_path, WRITE_BINARY, 0o666)
     try:
         at = 0
         for name, stored in merged.tensors.items():
             if stored.file.name != file:
                 continue
-            parts = _quantized(job, merged, name, wanted[name], config, measured) if name in wanted else None
+            parts = _quantized(update, merged, name, wanted[name], config, measured) if name in wanted else None
             for key, tensor in parts or [(name, merged.read(name))]:
                 tensor = tensor.contiguous()
                 table[key] = CODES[tensor.dtype], tuple(tensor.shape)
@@ -143,14 +143,14 @@ def _rewrite(
 
 
 def _quantized(
-    job: Job, merged: Checkpoint, name: str, path: str, config: Any, measured: _Measure
+    update: Update, merged: Checkpoint, name: str, path: str, config: Any, measured: _Measure
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that stand for one linear's weight in a checkpoint of bitsandbytes."""
     import bitsandbytes.functional as bnb
 
     # bitsandbytes stores GPT-2's transposed linears the usual way round.
-    turned = isinstance(job.attached.bare.get_submodule(path), Conv1D)
-    value, base = merged.read(name), job.read(f"{path}.weight")
+    turned = isinstance(update.attached.bare.get_submodule(path), Conv1D)
+    value, base = merged.read(name), update.weights(f"{path}.weight")
     value, base = (tensor.T.contiguous() if turned else tensor for tensor in (value, base))
     if config.load_in_8bit:
         rows, scales, _ = bnb.int8_vectorwise_quant(value.half())

@@ -4,40 +4,75 @@ A linear in 4 or 8 bit computes with rounded weights, and the adapter learned to
 trained is `dequantized + update`, and a merge has to start from the dequantized weights, not from the original ones.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.recorded import QUANTIZED
 from adapters_kit.errors import MissingPackageError, ShippingError
 
 
-def roundtrip(weight: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
-    """A weight quantized and dequantized again by bitsandbytes.
+@dataclass(frozen=True)
+class Rounding:
+    """How a base was quantized.
 
-    Args:
-        weight: of a linear, `(out, in)`, in the dtype that the base was loaded in.
-        settings: `quantize` of the adapter's record: type "nf4", "fp4" or "int8"; for 4 bit blocksize and nested.
-
-    Returns:
-        The weight that the linear computed with, same shape, same dtype (float32 for int8).
+    Attributes:
+        kind: "nf4", "fp4" or "int8".
+        modules: paths of the linears that were.
+        dtype: of the weights before they were quantized, and of everything that was not.
+        blocksize: weights that share a scale, in 4 bit.
+        nested: whether the scales are quantized too.
     """
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise MissingPackageError(
-            "This adapter was trained on a base quantized by bitsandbytes, whose rounding the merge has to repeat: "
-            "pip install bitsandbytes. Or merge into the original weights with base='original'."
-        ) from error
-    kind = settings.get("type")
-    if kind == "int8":
-        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half().contiguous())
-        return bnb.functional.int8_vectorwise_dequant(rows, scales)
-    if kind not in {"nf4", "fp4"}:
-        raise ShippingError(f"The adapter's base was quantized as {kind!r}; nf4, fp4 and int8 are known here.")
-    packed, state = bnb.functional.quantize_4bit(
-        weight.contiguous(),
-        blocksize=settings.get("blocksize", 64),
-        compress_statistics=settings.get("nested", True),
-        quant_type=kind,
-    )
-    return bnb.functional.dequantize_4bit(packed, state)
+
+    kind: str
+    modules: frozenset[str]
+    dtype: torch.dtype
+    blocksize: int = 64
+    nested: bool = True
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Rounding | None":
+        """What a record says; None if nothing was quantized."""
+        settings = record.get("quantize")
+        if not settings:
+            return None
+        return cls(
+            settings["type"],
+            frozenset(settings["modules"]),
+            as_dtype(record["dtype"]),
+            settings.get("blocksize", 64),
+            settings.get("nested", True),
+        )
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """A linear's weight, quantized and dequantized again by bitsandbytes.
+
+        Args:
+            weight: (out, in), as the checkpoint stores it.
+
+        Returns:
+            The weight that the linear computed with, (out, in), in `dtype` (float32 for int8).
+
+        Raises:
+            MissingPackageError: no bitsandbytes.
+        """
+        try:
+            import bitsandbytes.functional as bnb
+        except ImportError as error:
+            raise MissingPackageError(
+                "This adapter was trained on a base quantized by bitsandbytes, whose rounding the merge has to repeat: "
+                "pip install bitsandbytes. Or merge into the original weights with base='original'."
+            ) from error
+        if self.kind not in QUANTIZED:
+            raise ShippingError(f"The base was quantized as {self.kind!r}; {', '.join(QUANTIZED)} are known here.")
+        weight = weight.to(self.dtype)
+        if self.kind == "int8":
+            rows, scales, _ = bnb.int8_vectorwise_quant(weight.half().contiguous())
+            return bnb.int8_vectorwise_dequant(rows, scales)
+        packed, state = bnb.quantize_4bit(
+            weight.contiguous(), blocksize=self.blocksize, compress_statistics=self.nested, quant_type=self.kind
+        )
+        return bnb.dequantize_4bit(packed, state)

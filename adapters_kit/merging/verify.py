@@ -4,6 +4,7 @@ The yardstick is measured, not guessed: the merged model is run once more with e
 a unit in its last place. What that does to the outputs is the rounding floor; a right merge differs by about as much.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
@@ -19,8 +21,8 @@ from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.deltas import Unit, empty_unit, fill_unit, tied_names
-from adapters_kit.merging.job import Job
 from adapters_kit.merging.output import Layout
+from adapters_kit.merging.update import Update
 from adapters_kit.merging.weightless import (
     Origin,
     base_config,
@@ -31,6 +33,7 @@ from adapters_kit.merging.weightless import (
     read_parameter,
     trace,
 )
+from adapters_kit.merging.writing import Values
 
 ROWS, TOKENS = 2, 16
 _TRIM = 1 << 26  # bytes of dropped weights after which memory goes back to the system
@@ -83,17 +86,21 @@ class Comparison:
 Outputs = dict[str, torch.Tensor]
 
 
-def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
+def compare(update: Update, merged: Path, batches: int = 2) -> tuple[Comparison, list[str]]:
     """Run base + adapter and the folder `merged` on the same inputs.
+
+    Returns:
+        The differences, and what to tell the user about them.
 
     Raises:
         ShippingError: the outputs differ by more than rounding explains, or the merged folder is incomplete.
     """
+    bare, notes = update.attached.bare, []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = base_config(merged)
-        kind = type(job.attached.bare)
-        touched = job.written | job.added.keys()
+        kind = type(bare)
+        touched = set(update.written) | update.added.keys()
         with open_checkpoint(merged) as checkpoint:
             with _stored(empty_model(kind, config), checkpoint, set()) as model:
                 inputs = [vary(model, index) for index in range(batches)]
@@ -101,27 +108,75 @@ def compare(job: Job, merged: Path, batches: int = 2) -> Comparison:
             with _stored(empty_model(kind, config), checkpoint, touched) as model:
                 moved = [_run(model, batch) for batch in inputs]
             dtypes = [stored.dtype for stored in checkpoint.tensors.values()]
-        with _reference(job) as model:
-            expected = [_run(model, batch) for batch in inputs]
-    largest, mean, kl, values = _difference(expected, got)
-    floor = _difference(got, moved)
-    usual = max(set(dtypes), key=dtypes.count)
-    routed = bool(routers(job.attached.bare) or expert_parameters(job.attached.bare))
-    result = Comparison(largest, mean, kl, *floor[:3], dtype=usual, values=values, routed=routed)
-    if job.original and job.rounding:
-        with torch.no_grad(), _reference(replace(job, original=False)) as model:
-            drift = _difference([_run(model, batch) for batch in inputs], got)
-        kl = "" if drift[2] is None else f", KL {drift[2]:.1e}"
-        job.notes.append(
-            f"Warning: merged into the original weights, but the adapter was trained on {job.rounding['type']} ones. "
-            f"The result is not the trained model: outputs differ by up to {drift[0]:.1e}, mean {drift[1]:.1e}{kl}."
-        )
+        expected = _outputs(update, inputs)
+        largest, mean, kl, values = _difference(expected, got)
+        floor = _difference(got, moved)
+        usual = max(set(dtypes), key=dtypes.count)
+        routed = bool(routers(bare) or expert_parameters(bare))
+        result = Comparison(largest, mean, kl, *floor[:3], dtype=usual, values=values, routed=routed)
+        if update.trained_on is not None and update.weights.rounding is None:
+            drift = _difference(_outputs(update.as_trained(), inputs), got)
+            notes.append(
+                f"Warning: merged into the original weights, but the adapter was trained on {update.trained_on.kind} "
+                "ones. "
+                f"The result is not the trained model: outputs differ by up to {_words(drift)}."
+            )
     if not result.passed:
         raise ShippingError(f"The merged model is not the trained one. {result} Nothing was written.")
-    return result
+    return result, notes
 
 
-def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, torch.Tensor]], merged: Path) -> None:
+def drift(update: Update) -> str:
+    """How far base + adapter on the weights that `update` starts from is from the same on the original ones, in words;
+    of an adapter that was trained on the one and is merged into the other."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inputs = [vary(update.attached.bare, 0)]
+        original = replace(update, weights=replace(update.weights, rounding=None))
+        rounded, plain = _outputs(update.as_trained(), inputs), _outputs(original, inputs)
+        return _words(_difference(rounded, plain))
+
+
+def open_whole(merged: Path, architecture: str) -> None:
+    """Open the finished folder as a user would, with `from_pretrained`, without memory for its weights.
+
+    Raises:
+        ShippingError: a tensor is missing, has no use, or is of another shape than the config says.
+    """
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise ShippingError(f"transformers {transformers.__version__} has no {architecture}, which the base names.")
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    try:
+        noisy.setLevel(logging.ERROR)
+        _, info = kind.from_pretrained(
+            merged, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # whatever transformers trips over, a user would trip over too
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ShippingError(f"The merged folder cannot be opened: {reason} Nothing was written.") from error
+    finally:
+        noisy.setLevel(level)
+    wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    told = [f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names]
+    if told:
+        raise ShippingError(
+            f"The merged folder does not open as a {architecture}: {'; '.join(told)}. Nothing was written."
+        )
+
+
+def _outputs(update: Update, inputs: list[Outputs]) -> list[Outputs]:
+    with _reference(update) as model:
+        return [_run(model, batch) for batch in inputs]
+
+
+def _words(difference: tuple[float, float, float | None, int]) -> str:
+    largest, mean, kl, _ = difference
+    return f"{largest:.1e}, mean {mean:.1e}" + ("" if kl is None else f", KL {kl:.1e}")
+
+
+def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, Values]], merged: Path) -> None:
     """Read every tensor of `merged` again: copied ones are the base's to the byte, others what `changed` computes.
 
     Raises:
@@ -130,7 +185,10 @@ def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, torch
     with open_checkpoint(merged) as checkpoint, torch.no_grad():
         for name, value in changed:
             stored = checkpoint.read(name)
-            if not torch.equal(stored, value.to(stored.dtype)):
+            # Blocks of rows all lie in the same memory, so each is cast before the next is asked for.
+            parts = [value] if isinstance(value, torch.Tensor) else value
+            whole = torch.cat([part.to(stored.dtype, copy=True).reshape(-1) for part in parts])
+            if not torch.equal(stored.reshape(-1), whole):
                 raise ShippingError(f"{name} was not written as it was computed. Nothing was written; check the disk.")
         for _, tensor in layout.tensors().values():
             if tensor.origin is not None:
@@ -184,9 +242,9 @@ def _difference(expected: list[Outputs], got: list[Outputs]) -> tuple[float, flo
 
 
 @contextmanager
-def _reference(job: Job) -> Iterator[nn.Module]:
+def _reference(update: Update) -> Iterator[nn.Module]:
     """Base + adapter, not merged, in float32."""
-    attached = job.attached
+    attached, weights = update.attached, update.weights
     inside = tuple(unit.path + "." for unit in attached.units)
     plain = {
         name: module
@@ -194,12 +252,12 @@ def _reference(job: Job) -> Iterator[nn.Module]:
         if not name.startswith(inside) and _is_empty(module, name)
     }
     for name, buffer in attached.bare.named_buffers():
-        if name in job.origins:
-            attached.owners[name]._buffers[name.rpartition(".")[2]] = job.read(name).to(buffer.dtype)
+        if name in weights.origins:
+            attached.owners[name]._buffers[name.rpartition(".")[2]] = weights(name).to(buffer.dtype)
 
     def put(names: Iterable[str]) -> None:
-        for group in _shared(names, job.origins):
-            value = job.read(group[0]).float()
+        for group in _shared(names, weights.origins):
+            value = weights(group[0]).float()
             for name in group:
                 fill(plain[name], {name.rpartition(".")[2]: value})
 
@@ -211,7 +269,7 @@ def _reference(job: Job) -> Iterator[nn.Module]:
     wanted = {unit.path: unit.wanted for unit in attached.units}
 
     def put_unit(unit: Unit) -> None:
-        fill_unit(unit, job.adapter, job.read)
+        fill_unit(unit, update.adapter, weights)
 
     with _by_block(
         attached.base,

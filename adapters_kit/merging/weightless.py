@@ -47,7 +47,8 @@ def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:
     names += (config.architectures or [])[:1]
     for name in filter(None, names):
         found = getattr(transformers, name, None)
-        if found is not None:
+        model = isinstance(found, type) and (issubclass(found, PreTrainedModel) or name.startswith("AutoModel"))
+        if found is not None and model:
             return found
     raise ShippingError(
         f"Cannot tell which transformers class to build: tried {', '.join(filter(None, names)) or 'nothing'}. "

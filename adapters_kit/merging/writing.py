@@ -4,6 +4,7 @@ Every range is hashed in a second thread soon after it was written, while it is 
 then: at the end little is left to wait for.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +16,10 @@ import torch
 from adapters_kit.artifacts.adapter import is_finite, surely_fits
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.artifacts.dtypes import STORED
-from adapters_kit.artifacts.staging import PIECE, copy_range, reserve, start_writing, write_at
+from adapters_kit.artifacts.staging import PIECE, copy_range
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.output import Layout, Tensor, write_index
+from adapters_kit.system import WRITE_BINARY, read_at, reserve, start_writing, write_at
 
 Values = torch.Tensor | Iterable[torch.Tensor]
 Written = Callable[[int, int], None]
@@ -51,7 +53,9 @@ class _Digest:
     def _update(self, start: int, stop: int) -> None:
         start_writing(self.descriptor, start, stop - start)
         while start < stop:
-            count = os.preadv(self.descriptor, [self.buffer[: min(PIECE, stop - start)]], start)
+            count = read_at(self.descriptor, self.buffer[: min(PIECE, stop - start)], start)
+            if not count:
+                raise OSError(errno.EIO, "a file became shorter while it was written")
             self.value.update(self.buffer[:count])
             start += count
 
@@ -87,7 +91,7 @@ def write(
 
             digests, put, buffer = {}, _Put(), memoryview(bytearray(PIECE))  # one for the pool's one thread
             for name, header in layout.headers.items():
-                file = descriptors[name] = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                file = descriptors[name] = os.open(folder / name, WRITE_BINARY, 0o666)
                 size = len(header) + sum(tensor.nbytes for tensor in layout.files[name])
                 reserve(file, size)
                 digests[name] = _Digest(file, pool, buffer)

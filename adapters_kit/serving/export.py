@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, PICKLE, RECORD, WEIGHTS, adapter_folder, read_adapter
+from adapters_kit.artifacts.adapter import CONFIG, PICKLE, WEIGHTS, adapter_folder, read_adapter
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.manifest import MANIFEST, describe, write_manifest
+from adapters_kit.artifacts.recorded import RECORD
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.serving.llama_cpp import write_gguf

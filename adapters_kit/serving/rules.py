@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.artifacts.adapter import CONFIG, Adapter, read_json
+from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.factors import KEY, RESIDUAL
+from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.source import locate_here
 from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class

@@ -17,6 +17,7 @@ def merge(options: argparse.Namespace) -> Shown:
         **_mixing(options),
         base=options.base,
         dtype=options.dtype,
+        quantized=options.quantized,
         quantize=options.quantize,
         verify=options.verify,
         overwrite=options.overwrite,

@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import adapters_kit as ak
 from adapters_kit.artifacts.identity import check_base
+from adapters_kit.artifacts.manifest import write_manifest
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256, staged
+from adapters_kit.merging import merge as merging
+from adapters_kit.merging import writing
 from adapters_kit.merging.plain_lora import Direct
 from tests.support.shipping import gap, load, save_base, train_on
 
@@ -63,11 +66,15 @@ def test_the_manifest_tells_every_file(pair):
 
 def test_an_old_folder_is_kept_or_replaced_whole(pair):
     base, adapter, tmp = pair
-    (tmp / "merged").mkdir()
-    (tmp / "merged" / "model-00007-of-00009.safetensors").write_bytes(b"stale")
+    stale = tmp / "merged" / "model-00007-of-00009.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"stale")
     with pytest.raises(ak.AdapterError, match="overwrite=True"):
         ak.merge(adapter, tmp / "merged", base=base)
+    with pytest.raises(ak.AdapterError, match="did not write there, such as model-00007"):
+        ak.merge(adapter, tmp / "merged", base=base, overwrite=True)
     assert os.listdir(tmp / "merged") == ["model-00007-of-00009.safetensors"]
+    write_manifest(tmp / "merged", {})  # an older merge, with more shards
     ak.merge(adapter, tmp / "merged", base=base, overwrite=True, verify="off")
     assert not (tmp / "merged" / "model-00007-of-00009.safetensors").exists()
     assert load(tmp / "merged") is not None
@@ -88,12 +95,14 @@ def test_files_are_readable_by_all_that_the_umask_allows(pair):
 SLOW_WRITER = """
 import sys, time
 from pathlib import Path
+from adapters_kit.artifacts.manifest import write_manifest
 from adapters_kit.artifacts.staging import staged
 with staged(Path(sys.argv[1]), overwrite=True) as stage:
     for index in range(50):
         (stage / f"part{index}").write_bytes(b"new" * 1000)
         print(index, flush=True)
         time.sleep(0.02)
+    write_manifest(stage, {})
 """
 
 
@@ -101,29 +110,69 @@ with staged(Path(sys.argv[1]), overwrite=True) as stage:
 def test_kill_9_leaves_the_old_folder(after, tmp_path):
     """Really killed while it writes; at the last part it may be just before or just after the rename."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    with staged(out) as stage:
+        (stage / "old").write_text("old")
+        write_manifest(stage, {})
     with subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(out)], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if int(line) == after:
                 break
         process.send_signal(signal.SIGKILL)
     names = sorted(os.listdir(out))
-    assert names == ["old"] or (after == 49 and len(names) == 50)
+    assert names == ["manifest.json", "old"] or (after == 49 and len(names) == 51)
     with staged(out, overwrite=True) as stage:  # the next run clears what the dead one left
         (stage / "new").write_text("new")
     assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == ["new"]
 
 
-def test_a_living_run_is_not_swept_away(tmp_path):
+def test_two_do_not_write_at_once(tmp_path):
     with staged(tmp_path / "out") as first:
         (first / "a").write_text("a")
-        with staged(tmp_path / "out") as second:
-            (second / "b").write_text("b")
+        with (
+            pytest.raises(ak.AdapterError, match=f"is being written by process {os.getpid()}"),
+            staged(tmp_path / "out"),
+        ):
+            raise AssertionError
         assert first.exists()
-        (tmp_path / "out" / "b").unlink()  # else the first would refuse to replace it
-        (tmp_path / "out").rmdir()
-    assert os.listdir(tmp_path / "out") == ["a"]
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    """Somebody puts a file there while the work is done: looked at again before the rename."""
+    with pytest.raises(ak.AdapterError, match="already holds"), staged(tmp_path / "out") as stage:
+        (stage / "new").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("x")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["precious"]
+
+
+@pytest.mark.parametrize("onto", ["base", "adapter", "."])
+def test_never_onto_what_is_read_from(onto, pair):
+    base, adapter, tmp = pair
+    write_manifest(tmp / onto, {})  # even where all of it looks like our own work
+    before = sorted(path for path in tmp.rglob("*"))
+    with pytest.raises(ak.AdapterError, match="holds what is read from"):
+        ak.merge(adapter, tmp / onto, base=base, overwrite=True)
+    assert sorted(path for path in tmp.rglob("*")) == before
+
+
+def test_a_base_that_changes_while_it_is_read(pair, monkeypatch):
+    """Its times are put back: the change of state still tells."""
+    base, adapter, tmp = pair
+    weights = base / "model.safetensors"
+
+    def write(layout, *arguments):
+        stat = weights.stat()
+        with open(weights, "r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\0\0\0\0")
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return writing.write(layout, *arguments)
+
+    monkeypatch.setattr(merging, "write", write)
+    with pytest.raises(ak.AdapterError, match="was changed while it was read"):
+        ak.merge(adapter, tmp / "merged", base=base, verify="off")
+    assert not (tmp / "merged").exists()
 
 
 @pytest.mark.parametrize("moment", [".merged.partial-*", ".merged.partial-*/model.safetensors"])
@@ -319,9 +368,15 @@ WRONG = {
     "missing": (lambda t: {k: v for k, v in t.items() if "layers.1" not in k}, "adapter tensors are missing"),
     "foreign": (
         lambda t: t | {"base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight": torch.ones(8, 64)},
-        "match",
+        "only one of lora_A and lora_B",
     ),
-    "shape": (lambda t: t | {first(t, "lora_B"): torch.ones(3, 3)}, "size mismatch"),
+    "stranger": (lambda t: t | {"base_model.model.model.layers.0.mlp.scale": torch.ones(8)}, "match nothing"),
+    "shape": (lambda t: t | {first(t, "lora_B"): torch.ones(3, 3)}, "share no rank"),
+    "width": (lambda t: t | {first(t, "lora_B"): torch.ones(3, 8)}, "size mismatch"),
+    "rank": (
+        lambda t: t | {first(t, "lora_A"): torch.ones(5, 64), first(t, "lora_B"): torch.ones(64, 5)},
+        "rank 8 for .* has 5 rows",
+    ),
     "nan": (lambda t: t | {first(t, "lora_B"): torch.full((64, 8), torch.nan)}, "NaN or infinite"),
     "infinite": (lambda t: t | {first(t, "lora_A"): torch.full((8, 64), torch.inf)}, "NaN or infinite"),
 }

@@ -13,7 +13,7 @@ import adapters_kit as ak
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.loading import load as load_quantized
-from adapters_kit.merging.roundtrip import roundtrip
+from adapters_kit.merging.roundtrip import Rounding
 from tests.support.shipping import load, save_base, train_on
 
 LORA = peft.LoraConfig
@@ -39,10 +39,11 @@ def test_a_quantized_base_is_merged_dequantized(family, quantize, tmp_path):
     # Weight by weight: dequantized + update, rounded once.
     name = "model.layers.0.self_attn.q_proj" if family == "llama" else "transformer.h.0.attn.c_attn"
     weight = load_file(base / "model.safetensors")[f"{name}.weight"].bfloat16()
-    settings = json.loads((tmp_path / "adapter" / "adapters_kit.json").read_text())["quantize"]
+    record = json.loads((tmp_path / "adapter" / "adapters_kit.json").read_text())
+    settings, rounding = record["quantize"], Rounding.of(record)
     assert settings["type"] == quantize and name in settings["modules"]
     layer = model.get_submodule(f"base_model.model.{name}")
-    held = roundtrip(weight, settings) if family == "llama" else roundtrip(weight.T, settings).T
+    held = rounding(weight) if family == "llama" else rounding(weight.T).T
     update = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double() * 1.0
     expected = held.double() + (update if family == "llama" else update.T)
     merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
@@ -61,7 +62,7 @@ def test_requantized(family, kind, tmp_path, capsys):
     report = ak.merge(tmp_path / "adapter", tmp_path / "small", base=base, quantize=kind)
     assert report.check == plain.check and report.nbytes < plain.nbytes
     merged, original = load(tmp_path / "plain").state_dict(), load(base).state_dict()
-    settings = {"type": kind, "blocksize": 64, "nested": True}
+    rounding = Rounding(kind, frozenset(), torch.bfloat16)
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     arrived = size = 0.0
     for name, module in small.named_modules():
@@ -75,7 +76,7 @@ def test_requantized(family, kind, tmp_path, capsys):
             held = bitsandbytes.functional.int8_vectorwise_dequant(held, module.weight.SCB)
         one, other = merged[f"{name}.weight"].bfloat16(), original[f"{name}.weight"].bfloat16()
         one, other = (one.T.contiguous(), other.T.contiguous()) if family == "gpt2" else (one, other)
-        after, before = roundtrip(one, settings).double(), roundtrip(other, settings).double()
+        after, before = rounding(one).double(), rounding(other).double()
         assert torch.equal(held.double(), after)
         update = one.double() - other.double()
         arrived, size = arrived + ((after - before) * update).sum().item(), size + update.square().sum().item()

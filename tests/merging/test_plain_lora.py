@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import adapters_kit as ak
 from adapters_kit.artifacts.adapter import open_adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.merging.job import changed, plan
 from adapters_kit.merging.plain_lora import find_direct
+from adapters_kit.merging.update import changed, match
 from tests.support import tiny
 from tests.support.shipping import save_base, train_on
 
@@ -66,10 +66,10 @@ def test_plain_lora_needs_no_model(case, tmp_path):
         found = find_direct(adapter, checkpoint, json.loads((base / "config.json").read_text()))
         assert (found is not None) == direct
         if found:
-            job = plan(adapter, checkpoint, None)
-            assert job.computed == found.factors.keys()
+            update = match(adapter, checkpoint, None, None, False)
+            assert update.computed == found.factors.keys()
             ours = {name: torch.cat([block.clone() for block in blocks]) for name, blocks in found.changed(checkpoint)}
-            theirs = {name: value.clone() for name, value in changed(job)}
+            theirs = {name: value.clone() for name, value in changed(update)}
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
