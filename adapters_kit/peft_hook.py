@@ -49,9 +49,8 @@ def register() -> None:
 def record_saves() -> None:
     """From now on every `PeftModel.save_pretrained` (Trainer's, TRL's, `push_to_hub`'s …) leaves a record of the base
     beside the adapter: see `artifacts.record`. What peft itself writes stays as it is."""
-    from peft import PeftModel
-
-    saving = PeftModel.save_pretrained
+    kind: Any = sys.modules["peft"].PeftModel
+    saving = kind.save_pretrained
     if getattr(saving, "records", False):
         return
 
@@ -66,8 +65,8 @@ def record_saves() -> None:
                 record_saved(self, save_directory, name)
         return result
 
-    save_pretrained.records = True  # type: ignore[attr-defined]
-    PeftModel.save_pretrained = save_pretrained
+    save_pretrained.records = True
+    kind.save_pretrained = save_pretrained
 
 
 class _PeftFinder(MetaPathFinder):

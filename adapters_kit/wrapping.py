@@ -87,6 +87,7 @@ def wrap(
         fuse_layers(wrapped)
     if recompute:
         recompute_cheap(wrapped)
+    setattr(base, OURS, True)
     return wrapped
 
 

@@ -65,13 +65,30 @@ def locate_here(name: str | os.PathLike, revision: str | None = None) -> Path | 
 
 def base_of(adapter: Adapter, base: str | os.PathLike | None) -> Path:
     """The base of an adapter: `base` if given, else what the adapter's config says."""
-    name = base if base is not None else adapter.base
+    name = base if base is not None else named_base(adapter.folder, adapter.base)
     if name is None:
         raise ShippingError(f"{adapter.folder} does not say which model it was trained on. Say it with base=.")
-    beside = adapter.folder / name
-    if base is None and not Path(name).expanduser().exists() and beside.is_dir():
-        return beside  # a path that is relative to the adapter
     return locate(name, adapter.raw.get("revision") or adapter.record.get("revision"))
+
+
+def named_base(folder: Path, name: str | None) -> str | None:
+    """The base that an adapter in `folder` names: a hub id, a path, or a path that starts at the adapter's folder, as
+    exported adapters have it."""
+    if name and not Path(name).expanduser().exists() and (folder / name).exists():
+        return os.path.normpath(folder / name)
+    return name
+
+
+def portable_base(name: str | None, out: Path) -> str | None:
+    """How an adapter that is written to `out` is to name its base: a hub id as it is; a path of this machine from the
+    adapter's folder on where they lie near each other, else its last name. Neither tells whose machine it is."""
+    if not name or not (looks_like_path(name) or Path(name).exists()):
+        return name
+    here, there = Path(os.path.realpath(out)), Path(os.path.realpath(Path(name).expanduser()))
+    together = Path(os.path.commonpath([here, there])) if here.anchor == there.anchor else None
+    if together is None or together in (Path(there.anchor), Path.home().parent):
+        return there.name
+    return Path(os.path.relpath(there, here)).as_posix()
 
 
 # What transformers reads weights from, in its order of preference.

@@ -16,6 +16,7 @@ from adapters_kit import tasks
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.names import looks_like_path
 from adapters_kit.recipe import DATA_SUFFIXES, Recipe
@@ -53,7 +54,7 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
         if (found_recipe := recipe_of(folder)) is not None:
             recipe = _with_problem(found_recipe, folder.parent / "metrics.json")
             return (recipe.changed(**recipe_keys) if recipe_keys else recipe), folder
-        base = read_json(folder / CONFIG).get("base_model_name_or_path")
+        base = named_base(folder, read_json(folder / CONFIG).get("base_model_name_or_path"))
         if not base and "model" not in recipe_keys:
             raise ModelError(f"{folder} does not say which model it sits on: give model=BASE.")
         found = _told(read_json(folder / CONFIG).get("task_type"))

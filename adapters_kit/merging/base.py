@@ -10,8 +10,8 @@ import torch
 
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE, read_index
 from adapters_kit.artifacts.files import write_json, write_tensors
+from adapters_kit.artifacts.side_files import side_files
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.folder import side_files
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 

@@ -1,14 +1,13 @@
 """The README.md of a merged folder: what it was made from, how it was checked, how to load it."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from adapters_kit.artifacts import card
 from adapters_kit.artifacts.leaks import scrub
 from adapters_kit.artifacts.manifest import describe
-
-# Sections of an adapter's card that show the user's data, or a machine's paths.
-_PRIVATE = ("samples", "recipe", "data")
+from adapters_kit.artifacts.side_files import without_sections
 
 
 def model_card(
@@ -38,20 +37,11 @@ def model_card(
             "tags": ["merged"],
         },
         f"{named}, merged with {names.replace('`', '')}",
-        [("", scrub(facts)), ("Load", load), ("", scrub(without_sections(body, _PRIVATE)))],
+        [("", scrub(facts)), ("Load", load), ("", scrub(_lower(without_sections(body))))],
         f"The {method} adapter{'s' * (len(adapters) > 1)} {names} folded into the weights of `{named}`.",
     )
 
 
-def without_sections(text: str, headings: Sequence[str]) -> str:
-    """Markdown without the sections of these headings, in lower case."""
-    kept, leaving, fenced = [], False, False
-    for line in text.splitlines():
-        fenced ^= line.startswith("```")
-        if line.startswith("## ") and not fenced:
-            leaving = line[3:].strip().lower() in headings
-        if line.startswith("# ") and not fenced:  # the adapter's title stands under the model's
-            leaving, line = False, f"## {line[2:]}"
-        if not leaving:
-            kept.append(line)
-    return "\n".join(kept).strip()
+def _lower(text: str) -> str:
+    """The adapter's title stands under the model's."""
+    return re.sub(r"(?m)^# ", "## ", text)

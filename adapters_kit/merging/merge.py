@@ -21,12 +21,12 @@ from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_b
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.recorded import QUANTIZED
+from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.card import model_card
-from adapters_kit.merging.folder import tokenizer_notes, write_side_files
 from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.writing import write
 
@@ -159,7 +159,8 @@ def merge(
         )
     if first.method == "blocks":
         raise ShippingError(
-            f"{first.folder} trains what a .gguf file stores, and merges into such a file: merge({str(first.folder)!r}, "
+            f"{first.folder} trains what a .gguf file stores, and merges into such a file: "
+            f"merge({str(first.folder)!r}, "
             "'merged.gguf')."
         )
     with (
@@ -181,7 +182,7 @@ def merge(
         report = _counted(Path(out), job, time.perf_counter() - begin)
         if verify != "off":
             report.check, found = _verify(order, job, checkpoint, raw, stage, verify)
-            notes += [*found, *tokenizer_notes(stage)]
+            notes += found
         if quantize is not None:
             from adapters_kit.merging.requantize import requantize
 
@@ -310,17 +311,19 @@ def _verify(
     No live model computes the sum of several adapters (peft's would add cross terms): there every tensor is computed
     again and compared with what was written.
     """
-    from adapters_kit.merging.verify import compare, open_whole, recheck
+    from adapters_kit.merging.folder import open_whole, tokenizer_notes
+    from adapters_kit.merging.verify import compare, recheck
 
     open_whole(stage, job.architecture)
+    told = tokenizer_notes(stage)
     if order.mix is not None:
         recheck(checkpoint, job.layout, job.changed(), stage)
-        return None, ["Verified: every tensor was computed again and is what was written."]
+        return None, ["Verified: every tensor was computed again and is what was written.", *told]
     job = _on_model(order, job, checkpoint, raw)
     check, notes = compare(job.updates[0], stage, batches=BATCHES[level])
     if level == "full":
         recheck(checkpoint, job.layout, job.changed(), stage)
-    return check, notes
+    return check, [*notes, *told]
 
 
 def _write_card(stage: Path, order: Order, job: Job, report: MergeReport, source: Path) -> None:

@@ -4,7 +4,6 @@ The yardstick is measured, not guessed: the merged model is run once more with e
 a unit in its last place. What that does to the outputs is the rounding floor; a right merge differs by about as much.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
@@ -131,39 +129,10 @@ def drift(update: Update) -> str:
     of an adapter that was trained on the one and is merged into the other."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inputs = [vary(update.attached.bare, 0)]
+        inputs = [vary(update.attached.model, 0)]
         original = replace(update, weights=replace(update.weights, rounding=None))
         rounded, plain = _outputs(update.as_trained(), inputs), _outputs(original, inputs)
         return _words(_difference(rounded, plain))
-
-
-def open_whole(merged: Path, architecture: str) -> None:
-    """Open the finished folder as a user would, with `from_pretrained`, without memory for its weights.
-
-    Raises:
-        ShippingError: a tensor is missing, has no use, or is of another shape than the config says.
-    """
-    kind = getattr(transformers, architecture, None)
-    if kind is None:
-        raise ShippingError(f"transformers {transformers.__version__} has no {architecture}, which the base names.")
-    noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    try:
-        noisy.setLevel(logging.ERROR)
-        _, info = kind.from_pretrained(
-            merged, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # whatever transformers trips over, a user would trip over too
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ShippingError(f"The merged folder cannot be opened: {reason} Nothing was written.") from error
-    finally:
-        noisy.setLevel(level)
-    wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
-    told = [f"{len(names)} {what}, such as {names[0]}" for what, names in wrong.items() if names]
-    if told:
-        raise ShippingError(
-            f"The merged folder does not open as a {architecture}: {'; '.join(told)}. Nothing was written."
-        )
 
 
 def _outputs(update: Update, inputs: list[Outputs]) -> list[Outputs]:

@@ -16,6 +16,8 @@ from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, read_adapte
 from adapters_kit.artifacts.factors import Pair, best_factors, canonicalise, lower_rank, padded, pairs
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.manifest import describe, write_manifest
+from adapters_kit.artifacts.recorded import RECORD
+from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.mixing import Mix
@@ -76,7 +78,10 @@ def combine(
     # Full paths: what one adapter means by "proj" may be more modules than another was trained on.
     config |= {"r": target, "lora_alpha": target, "target_modules": paths}
     config |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    with staged(Path(out), overwrite=overwrite) as stage:
+    config["base_model_name_or_path"] = portable_base(config.get("base_model_name_or_path"), Path(out))
+    with staged(Path(out), overwrite=overwrite, keep=[one.folder for one in read]) as stage:
+        if read[0].record:
+            write_json(stage / RECORD, read[0].record, indent=1)
         write_json(stage / CONFIG, config, sort_keys=True)
         write_tensors(stage / WEIGHTS, result)
         names = [describe(adapter.folder) for adapter in read]

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, PICKLE, WEIGHTS, adapter_folder, read_adapter
+from adapters_kit.artifacts.adapter import CONFIG, PICKLE, WEIGHTS, Adapter, adapter_folder, read_adapter
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.factors import canonicalise
-from adapters_kit.artifacts.files import write_json, write_tensors
-from adapters_kit.artifacts.manifest import MANIFEST, describe, write_manifest
+from adapters_kit.artifacts.files import write_json, write_tensors, write_text
+from adapters_kit.artifacts.leaks import scrub
+from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.recorded import RECORD
+from adapters_kit.artifacts.side_files import copy_card, copy_processor
+from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
 from adapters_kit.serving.llama_cpp import write_gguf
@@ -99,8 +102,9 @@ def export(
     config, weights, errors = canonicalise(adapter, rank)
     target = as_dtype(dtype or "float32")
     weights = {name: tensor.to(target) for name, tensor in weights.items()}
-    with staged(Path(out), overwrite=overwrite) as stage:
-        _copy_side_files(adapter.folder, stage)
+    with staged(Path(out), overwrite=overwrite, keep=[adapter.folder]) as stage:
+        _write_side_files(adapter, stage)
+        config["base_model_name_or_path"] = portable_base(config.get("base_model_name_or_path"), Path(out))
         write_json(stage / CONFIG, config, sort_keys=True)
         write_tensors(stage / WEIGHTS, weights)
         write_manifest(stage, {"adapter": describe(adapter.folder), "base": describe(adapter.base or "")})
@@ -110,18 +114,24 @@ def export(
 def _ship(source: Path, out: Path, overwrite: bool) -> ExportReport:
     """The adapter as it is (bottleneck, prefix, anything), without what only its training needed."""
     adapter = read_adapter(source)
-    with staged(out, overwrite=overwrite) as stage:
-        _copy_side_files(source, stage)
-        for name in (CONFIG, WEIGHTS, PICKLE):
+    with staged(out, overwrite=overwrite, keep=[source]) as stage:
+        _write_side_files(adapter, stage)
+        base = portable_base(adapter.base, out)
+        write_json(stage / CONFIG, adapter.raw | {"base_model_name_or_path": base}, sort_keys=True)
+        for name in (WEIGHTS, PICKLE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, stage / name)
         write_manifest(stage, {"adapter": describe(source), "base": describe(adapter.base or "")})
     return ExportReport(out)
 
 
-def _copy_side_files(source: Path, stage: Path) -> None:
-    for path in sorted(source.iterdir()):
-        training = path.name.startswith(("optimizer", "scheduler", "rng_state", "trainer_state", "training_args"))
-        ours = path.name in {CONFIG, WEIGHTS, PICKLE, MANIFEST}
-        if path.is_file() and not training and not ours and (path.name == RECORD or path.suffix != ".bin"):
-            shutil.copyfile(path, stage / path.name)
+def _write_side_files(adapter: Adapter, stage: Path) -> None:
+    """The tokenizer's files, the card, the recipe and the record, without what tells about the user's data or machine;
+    nothing that only training needed, and no code."""
+    source = adapter.folder
+    copy_processor(source, stage)
+    copy_card(source, stage)
+    if (source / "recipe.yaml").is_file():
+        write_text(stage / "recipe.yaml", scrub((source / "recipe.yaml").read_text(encoding="utf-8", errors="replace")))
+    if adapter.record:
+        write_json(stage / RECORD, adapter.record | {"base": describe(adapter.record.get("base", ""))}, indent=1)

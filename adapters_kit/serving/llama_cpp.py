@@ -4,6 +4,7 @@ The converters are scripts of llama.cpp's repository. The `gguf` package does no
 `llama-cpp-python` does. They are looked for in $LLAMA_CPP (a checkout), else fetched once with pip from that archive.
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -13,13 +14,16 @@ import tempfile
 from pathlib import Path
 
 import torch
+import transformers
 
+from adapters_kit import system
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
 from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
-from adapters_kit.artifacts.source import locate
-from adapters_kit.artifacts.staging import explain
+from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.side_files import write_side_files
+from adapters_kit.artifacts.source import base_of
 from adapters_kit.errors import MissingPackageError, ShippingError
 
 ARCHIVE = "llama-cpp-python==0.3.36"
@@ -51,47 +55,102 @@ def write_gguf(
     if kind is None:
         raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(GGUF)}.")
     out = Path(os.path.abspath(out))
+    if out.is_dir():
+        raise ShippingError(f"{out} is a folder; name the file to write.")
     if out.exists() and not overwrite:
         raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
     if (source / CONFIG).is_file():
         adapter = read_adapter(source)
-        named = locate(base if base is not None else adapter.base or "")
+        named = base_of(adapter, base)
         if named.suffix == ".gguf":
             from adapters_kit.serving.lora_gguf import write_lora_gguf
 
             write_lora_gguf(adapter, named, out, as_dtype(dtype))
             return out
     folder = converters()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise explain(error, out) from error
-    try:
-        made = work / "made.gguf"
-        if (source / CONFIG).is_file():
-            config, weights, _ = canonicalise(adapter)
-            write_json(work / "canonical" / CONFIG, config)
-            write_tensors(work / "canonical" / WEIGHTS, weights)
-            command = [folder / "convert_lora_to_gguf.py", work / "canonical", "--base", named]
-        else:
-            command = [folder / "convert_hf_to_gguf.py", source]
-        _run([sys.executable, *map(str, command), "--outfile", str(made), "--outtype", kind], source)
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(made, out)
-    except OSError as error:
-        raise explain(error, out) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with system.writing(out), system.lock(out):
+        for left in system.leftovers(out, "partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        work = system.folder_beside(out, "partial")
+        try:
+            made = work / "made.gguf"
+            if (source / CONFIG).is_file():
+                config, weights, _ = canonicalise(read_adapter(source))
+                write_json(work / "canonical" / CONFIG, config)
+                write_tensors(work / "canonical" / WEIGHTS, weights)
+                command = [
+                    folder / "convert_lora_to_gguf.py",
+                    work / "canonical",
+                    "--base",
+                    clean_folder(named, work / "base"),
+                ]
+            else:
+                command = [folder / "convert_hf_to_gguf.py", clean_folder(source, work / source.resolve().name)]
+            _run([sys.executable, *map(str, command), "--outfile", str(made), "--outtype", kind], source, work)
+            system.flush(made)
+            if out.exists() and not overwrite:  # somebody may have put something there meanwhile
+                raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
+            os.replace(made, out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return out
 
 
-def _run(command: list[str], source: Path) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def clean_folder(source: Path, folder: Path) -> Path:
+    """What a converter is shown of a model folder: weights, config and side files; no code, and nothing that names any.
+
+    llama.cpp's converters trust what they read, and would run a tokenizer's own Python files.
+
+    Raises:
+        ShippingError: no model folder, or a model that only its own code can compute.
+    """
+    if not (source / "config.json").is_file():
+        raise ShippingError(f"{source} holds no model (config.json), which the conversion needs.")
+    raw = read_json(source / "config.json")
+    names = raw.get("architectures") or []
+    if raw.get("auto_map") and not any(isinstance(name, str) and hasattr(transformers, name) for name in names):
+        raise ShippingError(
+            f"{source} needs code of its own ({', '.join(map(str, names)) or 'auto_map'}), which is not run here. "
+            "Convert it "
+            "with llama.cpp itself where you trust that code."
+        )
+    folder.mkdir()
+    write_side_files(source, source, raw, folder)
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in {".safetensors", ".bin"} or path.name.endswith(
+            (".safetensors.index.json", ".bin.index.json")
+        )
+        if weights and path.is_file():
+            _link(path.resolve(), folder / path.name)
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.symlink(source, target)
+    except OSError:  # Windows asks for a privilege
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+
+# What a converter's process gets to see of ours: enough to run Python, no tokens or keys.
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+
+
+def _run(command: list[str], source: Path, home: Path) -> None:
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home), "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**kept, **alone}, cwd=home)
     if result.returncode:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
-        raise ShippingError(f"llama.cpp's converter refuses {source}: {lines[-1] if lines else 'no reason given'}")
+        full = next((line for line in lines if "No space left" in line), None)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(home))
+        raise ShippingError(
+            f"llama.cpp's converter refuses {source}: {lines[-1][:500] if lines else 'no reason given'}"
+        )
 
 
 def converters() -> Path:

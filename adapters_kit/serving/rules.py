@@ -12,7 +12,7 @@ from typing import Any
 from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.factors import KEY, RESIDUAL
 from adapters_kit.artifacts.reading import read_json
-from adapters_kit.artifacts.source import locate_here
+from adapters_kit.artifacts.source import locate_here, named_base
 from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class
 
@@ -179,9 +179,15 @@ def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
                 return
 
 
+def _base(adapter: Adapter) -> Path | None:
+    """The base's folder, if it is on this machine."""
+    name = named_base(adapter.folder, adapter.base)
+    return locate_here(name) if name else None
+
+
 def _vocabulary(adapter: Adapter) -> int | None:
     """The base's vocabulary size, None if the base is not on this machine."""
-    base = locate_here(adapter.base) if adapter.base else None
+    base = _base(adapter)
     if base is None or not (base / "config.json").is_file():
         return None
     config = read_json(base / "config.json")
@@ -219,7 +225,7 @@ def _ollama(adapter: Adapter, _: int) -> Iterator[Problem]:
     foreign = {leaf for block in _blocks(adapter) for leaf in _leaves(adapter, block)} - _OLLAMA_LINEARS
     if foreign:
         yield Problem(f"its converter has no name for {', '.join(sorted(foreign))}", _gguf(adapter))
-    base = locate_here(adapter.base) if adapter.base else None
+    base = _base(adapter)
     kind = read_json(base / "config.json").get("model_type") if base and (base / "config.json").is_file() else None
     if kind is not None and kind not in _OLLAMA:
         yield Problem(f"adapters on {kind!r} models are not taken ({', '.join(_OLLAMA)} are)", _gguf(adapter))
@@ -234,7 +240,7 @@ def _ollama(adapter: Adapter, _: int) -> Iterator[Problem]:
 
 def missing_base(adapter: Adapter) -> Iterator[Problem]:
     """A base that is not named, or named by a path that is not there; a hub id is not looked up."""
-    name = adapter.base
+    name = named_base(adapter.folder, adapter.base)
     if name is None:
         yield Problem("the adapter does not name its base", f'write "base_model_name_or_path" into {CONFIG}')
     elif not Path(name).exists() and looks_like_path(name):

@@ -40,7 +40,7 @@ def test_canonical_computes_the_same(case, base, tmp_path):
     trained = train_on(base, ODD[case], tmp_path / "adapter")
     report = ak.export(tmp_path / "adapter", tmp_path / "canonical", canonical=True)
     again = peft.PeftModel.from_pretrained(load(base), tmp_path / "canonical").eval()
-    assert gap(trained, again) < 1e-5
+    assert gap(trained, again) < 3e-5
     config = json.loads((tmp_path / "canonical" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == report.rank
     assert not config["use_rslora"] and config["rank_pattern"] == config["alpha_pattern"] == {}
@@ -87,7 +87,7 @@ def test_a_lower_rank_is_the_best_one_and_its_error_is_told(base, tmp_path):
     assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in tensors.items())
     same = ak.export(tmp_path / "adapter", tmp_path / "large", rank=16)
     assert same.rank == 16 and not same.errors
-    assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "large").eval()) < 1e-5
+    assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "large").eval()) < 3e-5
 
 
 def test_what_has_no_canonical_form_says_what_to_do(base, tmp_path):
