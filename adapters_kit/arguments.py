@@ -277,6 +277,11 @@ def _shipping(verb: Adder) -> None:
     made.add_argument("--base", help="base model (default: the one that the adapter names)")
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
     made.add_argument(
+        "--quantized",
+        choices=["nf4", "fp4", "int8"],
+        help="what the base was quantized to in training, for an adapter without a record of it",
+    )
+    made.add_argument(
         "--quantize", choices=["nf4", "fp4", "int8"], help="round the result again; prints what the update loses"
     )
     made.add_argument(
