@@ -14,6 +14,7 @@ from adapters_kit.artifacts.recorded import OURS
 from adapters_kit.errors import ModelError, UnknownNameError
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap
+from adapters_kit.methods.adapterhub.heads import told
 from adapters_kit.methods.configs import build
 from adapters_kit.methods.saved import fill, read_saved
 from adapters_kit.methods.together.build import combine
@@ -116,7 +117,7 @@ def _adapter_folder(method: Any) -> Path | None:
         return None  # "compacter++" is a name
     if not folder.exists():
         raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
-    raise UnknownNameError(f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter.")
+    raise UnknownNameError(told(folder) or f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter.")
 
 
 @contextmanager

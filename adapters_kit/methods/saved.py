@@ -44,7 +44,8 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
     task = infer_task_type(base)
     if adapterhub.is_adapterhub(folder):
         config, state = adapterhub.convert(folder, base)
-        config.task_type, config.modules_to_save = task, task_heads(base) or None
+        config.task_type = task
+        config.modules_to_save = task_heads(base) or None
         return Saved(folder, config, state, lends_head=True)
     try:
         config = PeftConfig.from_pretrained(folder)

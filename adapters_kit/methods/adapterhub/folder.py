@@ -22,10 +22,13 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from adapters_kit import anatomy
 from adapters_kit.errors import ModelError, ShippingError
+from adapters_kit.methods.adapterhub.heads import head_file, head_state
+from adapters_kit.methods.adapterhub.placement import check_placement
 from adapters_kit.methods.adapterhub.prefix import convert_prefix
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.layer import CHILD
 from adapters_kit.methods.bottleneck.sites import find_sites
+from adapters_kit.methods.configs import task_heads
 from adapters_kit.names import ADAPTER_CONFIG
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, ("adapter.safetensors", "pytorch_adapter.bin")
@@ -85,16 +88,23 @@ def convert(source: str | Path, base_model: nn.Module) -> tuple[PeftConfig, dict
             )
     weights = _read_weights(source)
     architecture = options.get("architecture")
-    if architecture is None:
-        return _convert_bottleneck(source, options, name, weights, base_model)
-    if architecture == "lora":
-        return _convert_lora(source, options, name, weights, base_model)
-    if architecture == "prefix_tuning":
-        return convert_prefix(source, options, name, weights, base_model)
-    raise ShippingError(
-        f"{source / CONFIG}: architecture={architecture!r} cannot be converted. Bottleneck adapters, LoRA and prefixes "
-        "can."
-    )
+    kinds = {None: _convert_bottleneck, "lora": _convert_lora, "prefix_tuning": convert_prefix}
+    if architecture not in kinds:
+        raise ShippingError(
+            f"{source / CONFIG}: architecture={architecture!r} cannot be converted. Bottleneck adapters, LoRA and "
+            "prefixes can."
+        )
+    config, state = kinds[architecture](source, options, name, weights, base_model)
+    if file := head_file(source):
+        heads = task_heads(base_model)
+        head = head_state(file, _open(file), base_model, heads)
+        if head:
+            config.modules_to_save = heads
+            # What the file lacks of the heads (a pooler) is the model's own.
+            own = base_model.state_dict()
+            state |= {f"base_model.model.{k}": v for k, v in own.items() if k.startswith(tuple(f"{h}." for h in heads))}
+            state |= head
+    return config, state
 
 
 def convert_folder(source: str | Path, base_model: nn.Module, out: str | Path) -> Path:
@@ -119,21 +129,24 @@ def convert_folder(source: str | Path, base_model: nn.Module, out: str | Path) -
 
 def _read_weights(source: Path) -> dict[str, torch.Tensor]:
     for name in WEIGHTS:
-        path = source / name
-        if not path.is_file():
-            continue
-        try:
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ShippingError(
-                f"{path} holds more than tensors, and could run code when opened. It was not opened; ask for the "
-                "adapter as safetensors."
-            ) from error
-        except Exception as error:  # what a damaged file raises differs from format to format
-            raise ShippingError(f"{path} cannot be read: {error}") from error
+        if (source / name).is_file():
+            return _open(source / name)
     raise ShippingError(f"{source} holds no weights: looked for {' and '.join(WEIGHTS)}.")
+
+
+def _open(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return tensors
+    except pickle.UnpicklingError as error:
+        raise ShippingError(
+            f"{path} holds more than tensors, and could run code when opened. It was not opened; ask for the "
+            "adapter as safetensors."
+        ) from error
+    except Exception as error:  # what a damaged file raises differs from format to format
+        raise ShippingError(f"{path} cannot be read: {error}") from error
 
 
 def _refuse(source: Path, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -169,6 +182,9 @@ def _convert_bottleneck(
     config = BottleneckConfig(**kept, before_output_norm=True)
     config.sites = find_sites(model, config)
     config.target_modules = tuple(config.sites)
+    if any(key.partition(f".adapters.{name}.")[0].endswith("attention.attention_adapters") for key in weights):
+        _swap_in_attention(source, model, config)
+    check_placement(source, model, config.sites)
     by_place = {(site["layer"], site["role"]): path for path, site in config.sites.items()}
     layers = _layer_numbers(model)
 
@@ -196,6 +212,24 @@ def _convert_bottleneck(
                 state |= {f"{_prefix(path)}.{projection}.{rule}": value.clone() for rule, value in shared.items()}
     _check_complete(source, model, {path for path in config.sites if not any(_prefix(path) in key for key in state)})
     return config, state
+
+
+def _swap_in_attention(source: Path, model: nn.Module, config: BottleneckConfig) -> None:
+    """Inside ALBERT's attention the library hands its adapter the stream for the branch and the branch for the stream.
+
+    With h and x swapped, LN(A(h) + h + x) is LN(A(x) + x + h): an adapter that reads the stream.
+    """
+    swapped = BottleneckConfig(is_parallel=True, cross_adapter=config.cross_adapter, leave_out=config.leave_out)
+    parallel = find_sites(model, swapped)
+    for path, site in (config.sites or {}).items():
+        if site["role"] != "attention":
+            continue
+        if getattr(model.config, "model_type", None) != "albert" or site["reads"] != "branch" or path not in parallel:
+            raise ModelError(
+                f"{source}: what AdapterHub's library adapts inside the attention of {type(model).__name__} with these "
+                "options is not known. It was not converted."
+            )
+        site |= {"reads": "residual", "residual": parallel[path]["residual"]}
 
 
 def _prefix(path: str) -> str:

@@ -60,8 +60,11 @@ def convert_prefix(
         groups.setdefault(group, []).append(path)
     shapes: dict[str, list[int]] = {}
     state: dict[str, torch.Tensor] = {}
+    named = {key.partition(f".prefix_tunings.{name}.")[2].partition("_prefix.")[0] for key in weights} - {""}
     for group, paths in groups.items():
-        marker = f".prefix_tunings.{name}.{group}_prefix."
+        # Where model and file have one kind of prefix each, it is the same, whatever the library calls it there.
+        stored = next(iter(named)) if len(named) == len(groups) == 1 else group
+        marker = f".prefix_tunings.{name}.{stored}_prefix."
         # Every layer's file entry repeats the same tensors.
         parts = {key.partition(marker)[2]: value.float() for key, value in weights.items() if marker in key}
         if not parts:
