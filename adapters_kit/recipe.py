@@ -9,6 +9,8 @@ flag that it stands on and the nearest name that exists. No torch here: the answ
 
 from __future__ import annotations
 
+import codecs
+import encodings.aliases
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +48,26 @@ def _known_task(name: str) -> str:
 TaskName = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": list(TASKS)})]
 
 
+def _one_character(text: str) -> str:
+    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(text) != 1 or text in '"\r\n\\':
+        raise PydanticCustomError("delimiter", "a delimiter is one character, or tab")
+    return text
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        codecs.lookup(name)
+    except (LookupError, ValueError):
+        near = did_you_mean(name, encodings.aliases.aliases) if nearest(name, encodings.aliases.aliases) else ""
+        raise PydanticCustomError("encoding", "python knows no such encoding. {near}", {"near": near}) from None
+    return name
+
+
+Delimiter = Annotated[str, AfterValidator(_one_character)]
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class MethodSpec(BaseModel):
     """The fine-tuning method: a name, then any option of that method's peft config (`r`, `lora_alpha` …)."""
 
@@ -77,14 +99,18 @@ class DataSpec(BaseModel):
     model_config = _STRICT
 
     train: str
-    """A CSV, TSV, JSON, JSONL, Parquet or text file; a folder with train and test files, one saved by `datasets`, or
-    with one sub-folder of images a class; or a hub id."""
+    """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
+    and test (shards are joined), one saved by `datasets`, or with one sub-folder of images a class; or a hub id."""
     test: str | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role to column name, such as {text: review, label: stars}; recognised by name where left out."""
     subset: str | None = None
     """The configuration of a hub data set that has several."""
+    delimiter: Delimiter | None = None
+    """What separates the fields of CSV and TSV files: one character, or tab; found by looking if left out."""
+    encoding: Encoding | None = None
+    """How text files are encoded, such as utf-16 or cp1252; if left out, UTF-8, or what the bytes look like."""
     test_size: float = Field(0.1, gt=0)
     """Held-out part when no test set is given: a fraction below 1, or a number of rows."""
     limit: int | None = Field(None, ge=1)
@@ -202,6 +228,10 @@ class Recipe(BaseModel):
     """The fine-tuning method: a name, or a mapping of `name` and options."""
     problem: Literal["single-label", "multi-label", "regression"] | None = None
     """Text classification: kind of target; single-label unless the labels are lists (multi-label)."""
+    unanswerable: bool | None = None
+    """Question answering: questions may have no answer; by default if the training data has such questions."""
+    no_answer_threshold: float = 0.0
+    """Question answering: the answer is empty where that is likelier than the best span by more than this (nats)."""
     labels: list[str] | None = None
     """The classes in the order of the model's outputs; by default those of the training data, sorted."""
     quantize: Literal["nf4", "fp4", "int8", "keep"] | None = None

@@ -66,6 +66,7 @@ TASKS: dict[str, Row] = {
         task_type="QUESTION_ANS",
         pipeline="question-answering",
         own_head=True,
+        keys=("unanswerable", "no_answer_threshold"),
     ),
     "seq2seq": Row(
         "adapters_kit.tasks.seq2seq:Seq2Seq",

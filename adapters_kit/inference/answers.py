@@ -15,6 +15,7 @@ from adapters_kit.inference.subject import NO_DATA, Subject, describe, load_subj
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import DATA_SUFFIXES, Recipe
 from adapters_kit.tasks.base import Task
+from adapters_kit.training.data import labelled
 from adapters_kit.training.resolve import prepare, rows_of
 
 Name = str | os.PathLike[str]
@@ -44,8 +45,9 @@ def evaluate(
         task, splits = prepare(recipe)
         rows = splits.test
     else:
-        rows = rows_of(data_source)
+        rows = rows_of(data_source, recipe.data)
         task = make_task(recipe, rows, answers=True)
+        rows = labelled(task, rows, "the data")
         task.fit(rows, None)
         if recipe.labels:
             task.labels = list(recipe.labels)
@@ -109,7 +111,7 @@ def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[S
         data_source = [data_source]
     if isinstance(data_source, list | tuple) and data_source and all(isinstance(item, str) for item in data_source):
         data_source = [text_row(recipe, text, adapter) for text in data_source]
-    rows = rows_of(data_source)
+    rows = rows_of(data_source, recipe.data)
     task = make_task(recipe, rows, answers=False)
     return load_subject(recipe, task, adapter), rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import ClassLabel, Dataset, Value
+from datasets import Dataset, Value
 from torch import nn
 
 from adapters_kit.errors import DataError, ModelError
@@ -37,7 +37,7 @@ class Task:
     optional: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[tuple[str, ...]] = ("label",)
     """Roles that hold what is to be predicted."""
-    metric: ClassVar[str] = "loss"
+    metric: str = "loss"
     """The score by which evaluations are compared."""
     higher_is_better: ClassVar[bool] = False
     generates: ClassVar[bool] = False
@@ -63,6 +63,14 @@ class Task:
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks the rows and learns what they say about the task (the classes). Raises DataError."""
+
+    def unlabelled(self, data: Dataset) -> list[int]:
+        """Numbers of the rows that do not say what is to be predicted: nothing to learn from, nothing to score by."""
+        return []
+
+    def found(self) -> dict[str, Any]:
+        """Recipe keys that `fit` and `bind` have found out, by dotted name: what the same run needs again."""
+        return {"labels": self.labels, "data.columns": self.columns, "training.max_length": self.max_length}
 
     def strata(self, data: Dataset) -> list[Any] | None:
         """One class per row for a stratified split, or None."""
@@ -200,58 +208,6 @@ def strings(data: Dataset, column: str, role: str) -> list[str]:
     return values
 
 
-def class_names(train: Dataset, test: Dataset | None, column: str, given: Sequence[str] | None) -> list[str]:
-    """The classes of a label column, sorted (numbers by value), or as the user gives them.
-
-    Raises:
-        DataError: a label that is neither string nor integer; a class seen in the held-out part only.
-    """
-    kind = train.features[column]
-    inner = getattr(kind, "feature", kind)
-    if isinstance(inner, ClassLabel):
-        names = list(inner.names)
-    else:
-        seen = set(labels_of(train, column))
-        names = sorted(seen, key=lambda name: (0, int(name), "") if _is_integer(name) else (1, 0, name))
-    if given is not None:
-        unknown = sorted(set(names) - set(given))
-        if unknown:
-            raise DataError(f"labels: {list(given)} leaves out classes of column {column!r}: {unknown[:10]}.")
-        names = list(given)
-    if len(names) < 2:
-        raise DataError(f"Column {column!r} has one class only, {names}: nothing can be learned from it.")
-    if test is not None:
-        extra = sorted(set(labels_of(test, column)) - set(names))
-        if extra:
-            raise DataError(
-                f"The held-out data has classes that the training data never shows: {extra[:10]}. "
-                "Add examples of them to the training data or leave those rows out."
-            )
-    return names
-
-
-def labels_of(data: Dataset, column: str) -> list[str]:
-    """The labels of a column as strings, one per row (lists of labels are flattened)."""
-    kind = data.features[column]
-    inner = getattr(kind, "feature", kind)
-    values = data[column][:]
-    found = []
-    for index, value in enumerate(values):
-        items = value if isinstance(value, list) else [value]
-        for item in items:
-            if isinstance(item, bool) or not isinstance(item, str | int):
-                raise DataError(
-                    f"Labels are strings or integers; column {column!r}, row {index + 1} holds {item!r} "
-                    f"({type(item).__name__}). To predict a number, set problem: regression."
-                )
-            found.append(inner.int2str(item) if isinstance(inner, ClassLabel) and isinstance(item, int) else str(item))
-    return found
-
-
-def _is_integer(name: str) -> bool:
-    return name.removeprefix("-").isdigit()
-
-
 def outputs_of(model: nn.Module) -> list[str]:
     """The names of a classifier's outputs, in their order, as its config has them."""
     return [model.config.id2label[index] for index in sorted(model.config.id2label)]
@@ -269,6 +225,28 @@ def longest_input(processor: Any, model: nn.Module) -> int:
     if isinstance(limit, int) and limit < 10**9:
         sizes.append(limit)
     return min(sizes, default=10**9)
+
+
+def same_padding(processor: Any, model: nn.Module, name: str) -> None:
+    """Makes the tokenizer's padding token the model's too.
+
+    A classifier over a decoder reads the last token that is not padding, by the model's config. If the tokenizer pads
+    with another one, a row's answer depends on the rows beside it.
+
+    Raises:
+        ModelError: a decoder whose tokenizer has no token to pad with.
+    """
+    text = model.config.get_text_config()
+    if processor.pad_token_id is None and getattr(text, "pad_token_id", None) is not None:
+        processor.pad_token = processor.convert_ids_to_tokens(text.pad_token_id)
+    if processor.pad_token_id is not None:
+        text.pad_token_id = processor.pad_token_id
+    else:
+        raise ModelError(
+            f"The tokenizer of {name} has no padding token, no end-of-text token to pad with, and the model names "
+            "none. Set "
+            "pad_token in its tokenizer_config.json."
+        )
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str = "right") -> torch.Tensor:

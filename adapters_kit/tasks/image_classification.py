@@ -2,49 +2,75 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch import nn
 
-from adapters_kit.errors import DataError, MissingPackageError
+from adapters_kit.errors import DataError
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, class_names, labels_of, outputs_of
+from adapters_kit.tasks.base import Features, Task, outputs_of
+from adapters_kit.tasks.images import check_image, open_image
+from adapters_kit.tasks.labels import class_names, declared_names, labels_of
 
 
 class ImageClassification(Task):
+    """One class for a picture."""
+
     name = "image-classification"
     needs = (("image", "label"),)
     metric = "accuracy"
     higher_is_better = True
 
+    def unlabelled(self, data: Dataset) -> list[int]:
+        """Rows without a class."""
+        names = labels_of(data, self.columns["label"], self.recipe.labels)
+        return [row for row, name in enumerate(names) if name is None]
+
     def fit(self, train: Dataset, test: Dataset | None) -> None:
-        self.labels = class_names(train, test, self.columns["label"], self.recipe.labels)
-        for data in (train, test) if test is not None else (train,):
-            for index in range(len(data)):
-                value = data[index][self.columns["image"]]
-                if isinstance(value, str) and not Path(value).is_file():
-                    raise DataError(f"Row {index + 1}: no image file {value!r}.")
+        """Learns the classes; looks at the head of every picture."""
+        column, image = self.columns["label"], self.columns["image"]
+        parts = (train,) if test is None else (train, test)
+        seen = [[name for name in labels_of(data, column, self.recipe.labels) if name] for data in parts]
+        held_out = seen[1] if test is not None else []
+        self.labels = class_names(
+            seen[0], held_out, self.recipe.labels, column, self.notes, declared_names(train, column)
+        )
+        for data in parts:
+            for row, value in enumerate(undecoded(data, image).select_columns([image])):
+                check_image(value[image], row)
 
     def strata(self, data: Dataset) -> list[Any] | None:
-        return labels_of(data, self.columns["label"])
+        """The class of each row."""
+        return labels_of(data, self.columns["label"], self.recipe.labels)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
+        """Takes the image processor; a checkpoint with a head for these very classes keeps its own order of them."""
         self.processor = getattr(processor, "image_processor", processor)
         self.max_length = self.longest = self.recipe.training.max_length or 512  # images have one size
         self.labels = outputs_of(model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        number = {name: index for index, name in enumerate(self.labels)}
-        labels = [number[name] for name in labels_of(data, self.columns["label"])] if answers else None
-        return Pictures(data, self.columns["image"], labels)
+        """Rows whose pictures are opened when their batch is made."""
+        labels: list[int] | None = None
+        if answers:
+            number = {name: index for index, name in enumerate(self.labels or [])}
+            names = labels_of(data, self.columns["label"], self.recipe.labels)
+            strange = sorted({str(name) for name in names if name not in number})
+            if strange:
+                raise DataError(
+                    f"Column {self.columns['label']!r} has labels that the model does not know: {strange[:10]}; it "
+                    "knows "
+                    f"{self.labels}."
+                )
+            labels = [number[name] for name in names if name is not None]
+        return Pictures(undecoded(data, self.columns["image"]), self.columns["image"], labels)
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """Pixels, (rows, channels, height, width), and labels (rows,) int64."""
         pictures = [open_image(feature["image"], feature["row"]) for feature in features]
         batch = {"pixel_values": self.processor(pictures, return_tensors="pt")["pixel_values"]}
         if "labels" in features[0]:
@@ -57,18 +83,27 @@ class ImageClassification(Task):
         return list(model(pixel_values=batch["pixel_values"]).logits.float().softmax(-1).cpu().numpy())
 
     def score(self, results: Sequence[np.ndarray], features: Features) -> dict[str, float]:
+        """See `metrics.classification`."""
+        assert isinstance(features, Pictures)
         return metrics.classification(np.stack(results).astype(np.float64), np.asarray(features.labels))
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The class with its probability, and the picture's path where it has one."""
         value, best = row[self.columns["image"]], int(result.argmax())
         shown = {"image": value} if isinstance(value, str) else {}
-        return {**shown, "label": self.labels[best], "score": round(float(result[best]), 6)}
+        return {**shown, "label": (self.labels or [])[best], "score": round(float(result[best]), 6)}
 
     def length(self, feature: Any) -> int:
+        """All pictures take equally long."""
         return 1
 
 
-class Pictures(Sequence):
+def undecoded(data: Dataset, column: str) -> Dataset:
+    """The rows with pictures as bytes or paths: `datasets` would open each, its own way, when it is looked at."""
+    return data.cast_column(column, Image(decode=False)) if isinstance(data.features[column], Image) else data
+
+
+class Pictures(Sequence[dict[str, Any]]):
     """Rows of images that are opened when their batch is made: decoded, a data set would not fit in memory."""
 
     def __init__(self, data: Dataset, column: str, labels: list[int] | None) -> None:
@@ -77,27 +112,14 @@ class Pictures(Sequence):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)
         feature = {"row": row, "image": self.data[row][self.column]}
         return feature if self.labels is None else {**feature, "labels": self.labels[row]}
-
-
-def open_image(value: Any, row: int) -> Any:
-    """A path, {"bytes": ...} or a PIL image as an RGB image.
-
-    Raises:
-        DataError: none of these, or a file that is no image.
-    """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingPackageError("Images need pillow: pip install pillow") from error
-    if isinstance(value, Mapping):
-        value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    try:
-        picture = Image.open(value) if isinstance(value, str | io.BytesIO) else value
-        return picture.convert("RGB")
-    except (OSError, UnidentifiedImageError, AttributeError) as error:
-        raise DataError(f"Row {row + 1}: {value!r} is no image that can be read ({error}).") from error

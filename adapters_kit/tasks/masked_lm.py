@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,80 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from adapters_kit.errors import ModelError
+from adapters_kit.errors import DataError, ModelError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
+from adapters_kit.tasks.rows import Encoded, check_text, in_parts
+from adapters_kit.tasks.slow_tokens import is_slow
 
 _MASKED = 0.15  # of the tokens; of these 80 % become [MASK], 10 % a random token, 10 % stay (BERT)
 
 
 class MaskedLM(Task):
+    """Words guessed from the words around them."""
+
     name = "masked-lm"
     needs = (("text",),)
     targets = ()
     metric = "loss"
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
-        for data in (train, test) if test is not None else (train,):
-            self.text(data, "text")
+        """Checks that the column holds text."""
+        column = self.columns["text"]
+        for data in (train,) if test is None else (train, test):
+            for start, part in in_parts(data, [column]):
+                check_text(part[column], start, column, "text", data.column_names)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
+        """Needs a tokenizer with a mask token."""
         super().bind(processor, model)
         if processor.mask_token_id is None:
             raise ModelError(f"The tokenizer of {self.recipe.model} has no mask token; masked-lm needs one.")
         self._special = np.asarray(processor.all_special_ids)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        encoded = self.processor(
-            self.text(data, "text"), truncation=True, max_length=self.max_length, return_overflowing_tokens=True
-        )
-        rows = encoded.get("overflow_to_sample_mapping", range(len(encoded["input_ids"])))
-        features = [
-            {"row": row, "input_ids": compact(ids)} for row, ids in zip(rows, encoded["input_ids"], strict=True)
-        ]
-        if answers:  # fixed masks, so that evaluations can be compared; training draws its own in `collate_training`
-            for number, feature in enumerate(features):
-                seed = [self.recipe.training.seed, number]
-                feature["masked"], feature["labels"] = self._mask(feature["input_ids"], np.random.default_rng(seed))
+        """Pieces of `max_length` tokens; with `answers` also fixed masks, without pieces that have nothing to mask."""
+        column = self.columns["text"]
+        small = len(self.processor) < 2**16
+        features = Encoded(small=("input_ids", "masked") if small else ())
+        number = empty = 0
+        for start, part in in_parts(data, [column]):
+            texts = check_text(part[column], start, column, "text", data.column_names)
+            for row, ids in self._pieces(texts, start):
+                feature: dict[str, Any] = {"row": row, "input_ids": compact(ids)}
+                if answers:  # fixed, so that evaluations can be compared; training draws its own in `collate_training`
+                    draw = np.random.default_rng([self.recipe.training.seed, number])
+                    number += 1
+                    feature["masked"], feature["labels"] = self._mask(feature["input_ids"], draw)
+                    if (feature["labels"] == IGNORED).all():
+                        empty += 1
+                        continue
+                features.append(feature)
+        if empty:
+            self.notes.say(f"{empty:,} texts are empty and are left out.", rows_left_out=empty)
+        if not len(features):
+            raise DataError(f"No row has text in column {column!r}.")
         return features
+
+    def _pieces(self, texts: Sequence[str], start: int) -> Iterator[tuple[int, Sequence[int]]]:
+        """(row, ids): a long text gives several pieces."""
+        if is_slow(self.processor):
+            room = self.max_length - self.processor.num_special_tokens_to_add(pair=False)
+            for row, text in enumerate(texts, start):
+                ids = self.processor(text, add_special_tokens=False)["input_ids"]
+                for at in range(0, max(len(ids), 1), room):
+                    yield row, self.processor.build_inputs_with_special_tokens(ids[at : at + room])
+            return
+        options = {"truncation": True, "max_length": self.max_length, "return_overflowing_tokens": True}
+        encoded = self.processor(list(texts), **options)
+        for row, ids in zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True):
+            yield start + row, ids
 
     def _mask(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Ids with tokens masked, and labels that are the original ids at those places."""
         can = np.flatnonzero(~np.isin(ids, self._special))
         count = min(max(round(_MASKED * len(can)), 1), len(can))
         at = draw.choice(can, size=count, replace=False) if len(can) else can
-        masked, labels = ids.copy(), np.full_like(ids, IGNORED)
+        masked, labels = ids.astype(np.int32), np.full(ids.shape, IGNORED, dtype=np.int32)
         labels[at] = ids[at]
         kind = draw.random(len(at))
         masked[at[kind < 0.8]] = self.processor.mask_token_id

@@ -1,8 +1,10 @@
 """Scores that several tasks share, through scikit-learn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from scipy import stats
 from sklearn import metrics
 
 
@@ -54,8 +56,8 @@ def regression(predictions: np.ndarray, targets: np.ndarray) -> dict[str, float]
     return {
         "loss": float((error**2).mean()),
         "mae": float(np.abs(error).mean()),
-        "pearson": _correlation(predictions, targets),
-        "spearman": _correlation(_ranks(predictions), _ranks(targets)),
+        "pearson": _correlation(stats.pearsonr, predictions, targets),
+        "spearman": _correlation(stats.spearmanr, predictions, targets),
     }
 
 
@@ -64,13 +66,6 @@ def confusion(guesses: Sequence[int], labels: Sequence[int], classes: int) -> li
     return metrics.confusion_matrix(labels, guesses, labels=list(range(classes))).tolist()
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+def _correlation(kind: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> float:
+    constant = len(a) < 2 or a.std() == 0 or b.std() == 0
+    return 0.0 if constant else float(kind(a, b).statistic)

@@ -2,104 +2,188 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, LargeList
+from datasets import List as ListFeature
 from torch import nn
 
 from adapters_kit.errors import DataError
+from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, class_names, compact, labels_of, outputs_of, pad_inputs
+from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
+from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, separated
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import Encoded, check_text, in_parts
+
+_LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 
 
 class TextClassification(Task):
+    """A class, a set of classes or a number for a text.
+
+    Attributes:
+        problem: "single-label", "multi-label" or "regression": the recipe's, or what the labels look like.
+    """
+
     name = "text-classification"
     needs = (("text", "label"),)
     optional = ("text_pair",)
     metric = "accuracy"
     higher_is_better = True
-    problem = "single-label"
+
+    def __init__(
+        self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
+    ) -> None:
+        super().__init__(recipe, columns, labels, notes)
+        self.problem: str = recipe.problem or "single-label"
+        self._apart: Callable[[str], list[str]] | None = None
+        self._set_metric()
+
+    def _set_metric(self) -> None:
+        self.metric = {"multi-label": "f1", "regression": "pearson"}.get(self.problem, type(self).metric)
+
+    def unlabelled(self, data: Dataset) -> list[int]:
+        """Rows without a label, or without a number for a regression; an empty list of labels is one."""
+        problem, column = self._guess(data), self.columns["label"]
+        if problem == "regression":
+            return [row for row, value in enumerate(self._numbers(data)) if math.isnan(value)]
+        if problem == "multi-label":
+            lists = lists_of(data, column, self.recipe.labels)
+            text = not _is_list(data, column)
+            return [row for row, names in enumerate(lists) if names is None or None in names or (text and not names)]
+        return [row for row, name in enumerate(labels_of(data, column, self.recipe.labels)) if name is None]
+
+    def _guess(self, data: Dataset) -> str:
+        guess = "multi-label" if _is_list(data, self.columns["label"]) else "single-label"
+        return self.recipe.problem or guess
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
-        for data in (train, test) if test is not None else (train,):
-            for role in ("text", "text_pair"):
-                if role in self.columns:
-                    self.text(data, role)
-        first = train[0][self.columns["label"]]
-        guess = "multi-label" if isinstance(first, list) else "single-label"
-        self.problem = self.recipe.problem or guess
+        """Checks the texts; learns the kind of target and the classes."""
+        self.problem = self._guess(train)
+        self._set_metric()
+        parts = (train,) if test is None else (train, test)
+        roles = [role for role in ("text", "text_pair") if role in self.columns]
+        for data in parts:
+            empty = 0
+            for start, part in in_parts(data, [self.columns[role] for role in roles]):
+                for role in roles:
+                    texts = check_text(part[self.columns[role]], start, self.columns[role], role, data.column_names)
+                    empty += sum(not text.strip() for text in texts) if role == "text" else 0
+            if empty:
+                where = "training data" if data is train else "held-out data"
+                self.notes.say(f"{where}: {empty:,} of {len(data):,} texts are empty.", empty_texts=empty)
         if self.problem == "regression":
-            self.metric, self.labels = "pearson", ["value"]
-            for data in (train, test) if test is not None else (train,):
-                self._numbers(data)
-        else:
-            if self.problem == "multi-label":
-                self.metric = "f1"
-            self.labels = class_names(train, test, self.columns["label"], self.recipe.labels)
+            self.labels = ["value"]
+            return
+        column = self.columns["label"]
+        if self.problem == "multi-label" and not _is_list(train, column):
+            self._apart = separated([name for name in labels_of(train, column) if name], self.notes, column)
+        seen = [self._names(data) for data in parts]
+        declared = declared_names(train, column)
+        held_out = seen[1] if test is not None else []
+        self.labels = class_names(_flat(seen[0]), _flat(held_out), self.recipe.labels, column, self.notes, declared)
+
+    def _names(self, data: Dataset) -> list[list[str]]:
+        """The labels of every row that has some: one, or any number of them under multi-label."""
+        column = self.columns["label"]
+        if self.problem == "multi-label" and _is_list(data, column):
+            return [[name for name in names or () if name] for names in lists_of(data, column, self.recipe.labels)]
+        names = [name or "" for name in labels_of(data, column, self.recipe.labels)]
+        if self.problem == "multi-label" and self._apart is not None:
+            return [self._apart(name) for name in names]
+        return [[name] if name else [] for name in names]
 
     def strata(self, data: Dataset) -> list[Any] | None:
-        return labels_of(data, self.columns["label"]) if self.problem == "single-label" else None
+        """The class of each row; None where a row has not exactly one."""
+        if self.problem != "single-label":
+            return None
+        return [names[0] for names in self._names(data)]
+
+    def found(self) -> dict[str, Any]:
+        """The problem too: predictions have no labels to tell it from."""
+        return {**super().found(), "problem": self.problem}
 
     def bind(self, processor: Any, model: nn.Module) -> None:
+        """A checkpoint with a head for these very classes keeps its own order of them."""
         super().bind(processor, model)
-        # A checkpoint with a head for these very classes keeps its own order of them.
         self.labels = outputs_of(model)
 
     def adapt(self, model: nn.Module) -> None:
-        # transformers chooses the loss by this field; left empty it would guess from the labels' dtype.
-        model.config.problem_type = {
-            "single-label": "single_label_classification",
-            "multi-label": "multi_label_classification",
-            "regression": "regression",
-        }[self.problem]
+        """The loss, and one padding token for tokenizer and model: a decoder reads the token before the padding."""
+        model.config.problem_type = _LOSSES[self.problem]
+        same_padding(self.processor, model, self.recipe.model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        texts = [self.text(data, role) for role in ("text", "text_pair") if role in self.columns]
-        features = []
-        encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+        """Ids, token types of pairs, and the target: a class number, (classes,) zeros and ones, or a number."""
+        roles = [role for role in ("text", "text_pair") if role in self.columns]
+        names = [self.columns[role] for role in roles]
+        small = len(self.processor) < 2**16
+        features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
         targets = self._targets(data) if answers else None
-        for row, ids in enumerate(encoded["input_ids"]):
-            feature = {"row": row, "input_ids": compact(ids)}
-            if "token_type_ids" in encoded and len(texts) == 2:
-                feature["token_type_ids"] = compact(encoded["token_type_ids"][row])
-            if targets is not None:
-                feature["labels"] = targets[row]
-            features.append(feature)
+        for start, part in in_parts(data, names):
+            texts = [
+                check_text(part[name], start, name, role, data.column_names)
+                for role, name in zip(roles, names, strict=True)
+            ]
+            encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+            for offset, ids in enumerate(encoded["input_ids"]):
+                feature = {"row": start + offset, "input_ids": compact(ids)}
+                if "token_type_ids" in encoded and len(texts) == 2:
+                    feature["token_type_ids"] = compact(encoded["token_type_ids"][offset])
+                if targets is not None:
+                    feature["labels"] = targets[start + offset]
+                features.append(feature)
         return features
 
     def _targets(self, data: Dataset) -> Sequence[Any]:
-        column = self.columns["label"]
         if self.problem == "regression":
             return self._numbers(data)
-        number = {name: index for index, name in enumerate(self.labels)}
-        names = labels_of(data, column)
-        unknown = sorted(set(names) - set(number))
+        column, labels = self.columns["label"], self.labels or []
+        number = {name: index for index, name in enumerate(labels)}
+        rows = self._names(data)
+        unknown = sorted(_flat(rows) - set(number))
         if unknown:
             raise DataError(
-                f"Column {column!r} has labels that the model does not know: {unknown[:10]}; it knows {self.labels}."
+                f"Column {column!r} has labels that the model does not know: {unknown[:10]}; it knows {labels}."
             )
         if self.problem == "single-label":
-            return [number[name] for name in names]
-        rows, flat = [], iter(names)
-        for value in data[column]:
-            row = np.zeros(len(number), dtype=np.float32)
-            for _ in range(len(value) if isinstance(value, list) else 1):
-                row[number[next(flat)]] = 1
-            rows.append(row)
-        return rows
+            missing = [row for row, names in enumerate(rows) if not names]
+            if missing:
+                raise DataError(f"Column {column!r}: row {missing[0] + 1} has no label, which a score needs.")
+            return [number[names[0]] for names in rows]
+        targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
+        for row, names in enumerate(rows):
+            targets[row, [number[name] for name in names]] = 1
+        return list(targets)
 
     def _numbers(self, data: Dataset) -> list[float]:
-        column = self.columns["label"]
-        values = data[column][:]
-        for index, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise DataError(f"Regression needs numbers; column {column!r}, row {index + 1} holds {value!r}.")
-        return [float(value) for value in values]
+        """The targets of a regression; NaN where there is none."""
+        column, found = self.columns["label"], []
+        for index, value in enumerate(data[column][:]):
+            try:
+                missing = value is None or (isinstance(value, str) and value.strip().lower() in _NO_NUMBER)
+                number = math.nan if missing else float("" if isinstance(value, bool) else value)
+            except (TypeError, ValueError):
+                number = math.inf
+            if math.isinf(number):
+                hint = " Write decimals with a point." if isinstance(value, str) and "," in value else ""
+                raise DataError(
+                    f"Regression needs numbers; column {column!r}, row {index + 1} holds {value!r:.80}.{hint}"
+                )
+            found.append(number)
+        return found
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """Ids, mask and labels: (rows,) int64, or float32 of (rows, classes) or (rows,)."""
         batch = pad_inputs(features, self.processor)
         if "labels" in features[0]:
             kind = torch.long if self.problem == "single-label" else torch.float32
@@ -118,6 +202,7 @@ class TextClassification(Task):
         return list(logits.cpu().numpy())
 
     def score(self, results: Sequence[Any], features: Features) -> dict[str, float]:
+        """See `metrics`."""
         predicted = np.stack(results).astype(np.float64)
         labels = np.asarray([feature["labels"] for feature in features])
         if self.problem == "regression":
@@ -126,14 +211,27 @@ class TextClassification(Task):
         return score(predicted, labels)
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
-        shown = {role: row[self.columns[role]] for role in ("text", "text_pair") if role in self.columns}
+        """The texts, and the label with its probability, the labels with all of them, or the value."""
+        labels = self.labels or []
+        shown: dict[str, Any] = {r: row[self.columns[r]] for r in ("text", "text_pair") if r in self.columns}
         if self.problem == "regression":
             return {**shown, "value": float(result[0])}
         if self.problem == "multi-label":
             return {
                 **shown,
-                "labels": [name for name, p in zip(self.labels, result, strict=True) if p >= 0.5],
-                "scores": {name: round(float(p), 6) for name, p in zip(self.labels, result, strict=True)},
+                "labels": [name for name, p in zip(labels, result, strict=True) if p >= 0.5],
+                "scores": {name: round(float(p), 6) for name, p in zip(labels, result, strict=True)},
             }
         best = int(result.argmax())
-        return {**shown, "label": self.labels[best], "score": round(float(result[best]), 6)}
+        return {**shown, "label": labels[best], "score": round(float(result[best]), 6)}
+
+
+_NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
+
+
+def _is_list(data: Dataset, column: str) -> bool:
+    return isinstance(data.features[column], ListFeature | LargeList | list)
+
+
+def _flat(rows: Sequence[Sequence[str]]) -> set[str]:
+    return {name for names in rows for name in names}

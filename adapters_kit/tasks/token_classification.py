@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,64 +11,101 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
-from adapters_kit.tasks.base import (
-    IGNORED,
-    Features,
-    Task,
-    class_names,
-    compact,
-    labels_of,
-    outputs_of,
-    pad,
-    pad_inputs,
-)
+from adapters_kit.tasks.base import IGNORED, Features, Task, compact, outputs_of, pad, pad_inputs
+from adapters_kit.tasks.labels import class_names, declared_names, label_reader, lists_of
+from adapters_kit.tasks.rows import Encoded, in_parts
+from adapters_kit.tasks.slow_tokens import encode_words, is_slow
+
+Tokens = tuple[list[int], list[int | None]]  # ids; the word of each, None for special tokens
 
 
 class TokenClassification(Task):
+    """A tag for each word of a sentence; a word's tag counts at its first piece."""
+
     name = "token-classification"
     needs = (("tokens", "tags"),)
     targets = ("tags",)
     metric = "f1"
     higher_is_better = True
 
+    def unlabelled(self, data: Dataset) -> list[int]:
+        """Rows whose tags, or one of them, are missing."""
+        rows = lists_of(data, self.columns["tags"], self.recipe.labels)
+        return [row for row, names in enumerate(rows) if names is None or None in names]
+
     def fit(self, train: Dataset, test: Dataset | None) -> None:
+        """Checks that words and tags are lists of equal length; learns the tags."""
         words, tags = self.columns["tokens"], self.columns["tags"]
-        for data in (train, test) if test is not None else (train,):
-            for index, (left, right) in enumerate(zip(data[words], data[tags], strict=True)):
-                if not isinstance(left, list) or not isinstance(right, list) or len(left) != len(right):
-                    raise DataError(
-                        f"Row {index + 1}: {words!r} and {tags!r} are lists of equal length, one tag a word; "
-                        f"here {left!r} and {right!r}."
-                    )
-        self.labels = class_names(train, test, tags, self.recipe.labels)
+        seen: list[set[str]] = []
+        for data in (train,) if test is None else (train, test):
+            read = label_reader(data, tags, self.recipe.labels)
+            found: dict[Any, str | None] = {}
+            for start, part in in_parts(data, [words, tags]):
+                for index, (left, right) in enumerate(zip(part[words], part[tags], strict=True), start):
+                    if not isinstance(left, list) or not isinstance(right, list) or len(left) != len(right):
+                        raise DataError(
+                            f"Row {index + 1}: {words!r} and {tags!r} are lists of equal length, one tag a word; "
+                            f"here {left!r:.200} and {right!r:.200}."
+                        )
+                    if not all(isinstance(word, str) for word in left):
+                        raise DataError(f"Row {index + 1}: {words!r} holds words, not {left!r:.200}.")
+                    for tag in right:
+                        if tag not in found:
+                            found[tag] = read(tag, index)
+            seen.append({name for name in found.values() if name is not None})
+        held_out = seen[1] if test is not None else set()
+        declared = declared_names(train, tags)
+        self.labels = class_names(seen[0], held_out, self.recipe.labels, tags, self.notes, declared)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
+        """A checkpoint with a head for these very tags keeps its own order of them."""
         super().bind(processor, model)
         self.labels = outputs_of(model)
 
+    def _tokens(self, sentences: Sequence[Sequence[str]]) -> Iterator[Tokens]:
+        if is_slow(self.processor):
+            for words in sentences:
+                yield encode_words(self.processor, words, self.max_length)
+            return
+        options = {"is_split_into_words": True, "truncation": True, "max_length": self.max_length}
+        encoded = self.processor([list(words) for words in sentences], **options)
+        for index, ids in enumerate(encoded["input_ids"]):
+            yield ids, encoded.word_ids(index)
+
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        encoded = self.processor(
-            data[self.columns["tokens"]][:], is_split_into_words=True, truncation=True, max_length=self.max_length
-        )
+        """Ids and, with `answers`, tag numbers at the first piece of each word, without sentences that have no word."""
+        words, tags = self.columns["tokens"], self.columns.get("tags", "")
         number = {name: index for index, name in enumerate(self.labels or [])}
-        tags = iter(labels_of(data, self.columns["tags"])) if answers else None
-        features = []
-        for row, ids in enumerate(encoded["input_ids"]):
-            words = encoded.word_ids(row)
-            # A word's tag counts at its first piece.
-            first = [
-                word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
-            ]
-            feature = {"row": row, "input_ids": compact(ids), "first": np.asarray(first)}
-            if tags is not None:
-                own = [number[next(tags)] for _ in data[row][self.columns["tags"]]]
-                feature["labels"] = compact(
-                    [own[word] if keep else IGNORED for word, keep in zip(words, first, strict=True)]
-                )
-            features.append(feature)
+        read = label_reader(data, tags, self.recipe.labels) if answers else None
+        features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
+        empty = cut = 0
+        for start, part in in_parts(data, [words, tags] if answers else [words]):
+            for row, (ids, owner) in enumerate(self._tokens(part[words]), start):
+                feature: dict[str, Any] = {"row": row, "input_ids": compact(ids)}
+                if read is not None:
+                    own = [number[str(read(tag, row))] for tag in part[tags][row - start]]
+                    before = [None, *owner[:-1]]
+                    firsts = [w if w is not None and w != b else None for w, b in zip(owner, before, strict=True)]
+                    feature["labels"] = compact([IGNORED if word is None else own[word] for word in firsts])
+                    cut += len({word for word in owner if word is not None}) < len(own)
+                    if not (feature["labels"] != IGNORED).any():
+                        empty += 1
+                        continue
+                features.append(feature)
+        if empty:
+            self.notes.say(f"{empty:,} of {len(data):,} rows have no words and are left out.", rows_left_out=empty)
+        if cut:
+            self.notes.say(
+                f"{cut:,} of {len(data):,} rows are longer than max_length {self.max_length}; the tags behind it do "
+                "not count.",
+                rows_cut=cut,
+            )
+        if not len(features):
+            raise DataError(f"No row has a word in column {words!r}.")
         return features
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """Ids, mask and labels, (rows, tokens) int64."""
         batch = pad_inputs(features, self.processor)
         if "labels" in features[0]:
             batch["labels"] = pad([feature["labels"] for feature in features], IGNORED)
@@ -83,6 +120,8 @@ class TokenClassification(Task):
         return [row[:length] for row, length in zip(probabilities, lengths, strict=True)]
 
     def score(self, results: Sequence[np.ndarray], features: Features) -> dict[str, float]:
+        """Loss (nats a word), accuracy, and F1: of whole spans for tags such as B-PER, else the mean over the tags."""
+        names = self.labels or []
         truth, guess, picked, right = [], [], [], 0
         for result, feature in zip(results, features, strict=True):
             labels = feature["labels"]
@@ -90,11 +129,11 @@ class TokenClassification(Task):
             best = result[at].argmax(-1)
             right += int((best == labels[at]).sum())
             picked.append(np.log(np.clip(result[at, labels[at]], 1e-12, None)))
-            truth.append([self.labels[i] for i in labels[at]])
-            guess.append([self.labels[i] for i in best])
+            truth.append([names[i] for i in labels[at]])
+            guess.append([names[i] for i in best])
         words = sum(map(len, truth))
         scores = {"loss": float(-np.concatenate(picked).sum() / words), "accuracy": right / words}
-        if all(name == "O" or name[:2] in ("B-", "I-", "E-", "S-") for name in self.labels):
+        if all(name == "O" or name[:2] in ("B-", "I-", "E-", "S-") for name in names):
             return {**scores, **spans(truth, guess)}
         from sklearn.metrics import f1_score
 
@@ -106,12 +145,13 @@ class TokenClassification(Task):
         }
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
-        words = row[self.columns["tokens"]]
-        encoded = self.processor([words], is_split_into_words=True, truncation=True, max_length=self.max_length)
-        tags = ["" for _ in words]  # words behind max_length get none
-        for index, word in reversed(list(enumerate(encoded.word_ids(0)))):
+        """The words and their tags; words behind `max_length` have an empty one."""
+        names, words = self.labels or [], row[self.columns["tokens"]]
+        ((_, owner),) = self._tokens([words])
+        tags = ["" for _ in words]
+        for index, word in reversed(list(enumerate(owner))):
             if word is not None:
-                tags[word] = self.labels[int(result[index].argmax())]
+                tags[word] = names[int(result[index].argmax())]
         return {"tokens": words, "tags": tags}
 
 

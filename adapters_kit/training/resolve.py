@@ -18,8 +18,9 @@ from datasets import Dataset
 from adapters_kit import tasks
 from adapters_kit.errors import RecipeError
 from adapters_kit.methods import find_method
-from adapters_kit.recipe import Recipe
+from adapters_kit.recipe import DataSpec, Recipe
 from adapters_kit.tasks.base import Task
+from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
 from adapters_kit.training.given import rows_from
 from adapters_kit.training.optimizers import HEAD_RATE
@@ -52,14 +53,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
 
 def filled_in(recipe: Recipe, task: Task) -> Recipe:
     """The recipe with what the rows and the model have told."""
-    return recipe.changed(
-        **{
-            "labels": task.labels,
-            **({"problem": getattr(task, "problem", None)} if recipe.task == "text-classification" else {}),
-            "data.columns": task.columns,
-            "training.max_length": task.max_length,
-        }
-    )
+    return recipe.changed(**task.found())
 
 
 def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
@@ -69,20 +63,22 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
         DataError: anything about the data that training would trip over.
     """
     kind = tasks.get(recipe.task)
-    found = data.read(recipe.data)
+    notes = Notes()
+    found = data.read(recipe.data, notes)
     kind.refuse(found.train, recipe.data.columns)
     columns = data.recognise(found.train, recipe.data.columns, kind.needs, kind.optional)
-    if found.test is not None:
-        data.recognise(found.test, columns, kind.needs, kind.optional)
+    task = kind(recipe, columns, notes=notes)
+    train, test = data.usable_parts(found, task)
     seed = recipe.training.seed
-    task = kind(recipe, columns)
-    if found.test is None:
-        task.fit(found.train, None)
-        found = data.split(found.train, recipe.data.test_size, seed, task.strata(found.train))
-    task.fit(found.train, found.test)
-    return task, data.Splits(
-        data.take(found.train, recipe.data.limit, seed), data.take(found.test, recipe.data.test_limit, seed)
-    )
+    if test is None:
+        task.fit(train, None)
+        train, test = data.split(train, recipe.data.test_size, seed, task.strata(train), notes)
+        notes.say(
+            f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows are "
+            "set aside (data.test_size)."
+        )
+    task.fit(train, test)
+    return task, data.Splits(data.take(train, recipe.data.limit, seed), data.take(test, recipe.data.test_limit, seed))
 
 
 def _precision(recipe: Recipe) -> str:
@@ -139,7 +135,11 @@ def processes() -> dict[str, Any]:
     return {"cpu": False, "backend": "gloo"} if on_deepspeed else {"cpu": True}
 
 
-def rows_of(source: Any) -> Dataset:
-    """Rows for evaluation or prediction: a path, a hub id, or rows in memory (see `rows_from`)."""
+def rows_of(source: Any, spec: DataSpec | None = None) -> Dataset:
+    """Rows for evaluation or prediction: a path, a hub id, or rows in memory (see `rows_from`).
+
+    Args:
+        spec: a recipe's, whose encoding and delimiter hold for a file too.
+    """
     rows = rows_from(source)
-    return data.read_rows(source) if rows is None else rows
+    return data.read_rows(source, spec) if rows is None else rows

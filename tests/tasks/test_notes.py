@@ -37,6 +37,6 @@ def test_notes_reach_screen_metrics_and_card(tmp_path, monkeypatch, capfd):
     said = "training data: 18 rows were looked at."
     assert said in capfd.readouterr().err
     written = json.loads((run.path / "metrics.json").read_text())
-    assert written["notes"] == [said, "held-out data: 2 rows were looked at."]
+    assert written["notes"][-2:] == [said, "held-out data: 2 rows were looked at."]
     assert written["counts"] == {"rows_seen": 20}
     assert f"- {said}" in (run.path / "README.md").read_text()

@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, class_names, labels_of, outputs_of, pad_inputs
+from adapters_kit.tasks.base import Features, Task, outputs_of, pad_inputs
+from adapters_kit.tasks.labels import class_names, labels_of
 
 
 class Counting(Task):
@@ -22,7 +23,9 @@ class Counting(Task):
     higher_is_better = True
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
-        self.labels = class_names(train, test, self.columns["count"], self.recipe.labels)
+        column = self.columns["count"]
+        seen, held_out = (labels_of(data, column) if data is not None else [] for data in (train, test))
+        self.labels = class_names(seen, held_out, self.recipe.labels, column, self.notes)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         super().bind(processor, model)

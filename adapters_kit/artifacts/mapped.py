@@ -1,0 +1,40 @@
+"""Tables too large for memory: written to an unnamed file, mapped, and given back page by page as they are read."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+import weakref
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def on_disk(batches: Iterable[pa.Table]) -> list[pa.Table]:
+    """The same tables, their bytes in a file without a name that the system deletes with the last reference.
+
+    The file lies where `tempfile` puts such files (TMPDIR chooses).
+    """
+    with tempfile.TemporaryFile(prefix="adapters_kit_rows_") as file:
+        places = []
+        for batch in batches:
+            start = file.tell()
+            with pa.ipc.new_stream(file, batch.schema) as writer:
+                writer.write_table(batch)
+            places.append((start, file.tell()))
+        file.flush()
+        if not places:
+            return []
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _maps.add(mapped)
+    buffer = pa.py_buffer(mapped)
+    return [pa.ipc.open_stream(buffer.slice(start, end - start)).read_all() for start, end in places]
+
+
+def release_pages() -> None:
+    """Tell the system that mapped rows read so far need not stay in memory; read again, they come from the file."""
+    for mapped in list(_maps):
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows, which takes pages back by itself
+            mapped.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,194 @@
+"""Labels as data sets hold them: spelled as they are, in the order that the data gives; what is no label is none.
+
+A cell without a label is None, NaN, an empty text, or -1, by which the hub's data sets mean "not told". Where -1 is a
+class of its own, the recipe says so: `labels: ["-1", "1"]`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from adapters_kit.errors import DataError
+from adapters_kit.tasks.notes import Notes
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_NOT_A_NUMBER = {"nan", "na", "n/a", "null", "none"}
+_SEPARATORS = ("|", ";", ",")
+
+
+def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Callable[[Any, int], str | None]:
+    """A function of a cell (or an item of a list in one) and its row that gives the label's name, None for no label.
+
+    Args:
+        given: the recipe's `labels`.
+
+    It raises DataError for what is no label: numbers with a fraction, objects.
+    """
+    kind = data.features[column]
+    inner = getattr(kind, "feature", kind)
+    names = inner.names if isinstance(inner, ClassLabel) else None
+    numbers = names is None and getattr(inner, "dtype", "") in ("string", "large_string") and _all_numbers(data, column)
+    minus_one_is_a_class = given is not None and "-1" in given
+
+    def read(value: Any, row: int) -> str | None:
+        if names is not None and isinstance(value, int):
+            return (names[value].strip() and names[value]) or None if 0 <= value < len(names) else None
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if value is None or value != value:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, datetime | date | time):
+            return value.isoformat()
+        if not isinstance(value, str | int | Decimal):
+            raise DataError(
+                f"Labels are strings or integers; column {column!r}, row {row + 1} holds {value!r:.80} "
+                f"({type(value).__name__}). To predict a number, set problem: regression."
+            )
+        text = str(value)
+        if not text.strip() or (numbers and text.strip().lower() in _NOT_A_NUMBER):
+            return None
+        return None if text == "-1" and not minus_one_is_a_class else text
+
+    return read
+
+
+def _all_numbers(data: Dataset, column: str) -> bool:
+    """Whether every text in a column is a number or a word for none, as in tables that pandas wrote."""
+    found = False
+    for value in data[column][:]:
+        if not isinstance(value, str) or not value.strip() or value.strip().lower() in _NOT_A_NUMBER:
+            continue
+        if not _NUMBER.fullmatch(value.strip()):
+            return False
+        found = True
+    return found
+
+
+def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[str | None]:
+    """The label of every row; None where it has none.
+
+    Raises:
+        DataError: lists, where a row has one label; values that are no labels.
+    """
+    read = label_reader(data, column, given)
+    found = []
+    for row, value in enumerate(data[column][:]):
+        if isinstance(value, list):
+            raise DataError(
+                f"Column {column!r}, row {row + 1} holds a list of labels, {value!r:.80}, where the task takes one. "
+                "For texts "
+                "with several labels set problem: multi-label; else give each row one label."
+            )
+        found.append(read(value, row))
+    return found
+
+
+def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:
+    """The labels of every row of a column of lists; None where the list itself is missing."""
+    read = label_reader(data, column, given)
+    return [
+        None if value is None else [read(item, row) for item in (value if isinstance(value, list) else [value])]
+        for row, value in enumerate(data[column][:])
+    ]
+
+
+def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str], list[str]]:
+    """How texts hold several labels, as a list in brackets or with a mark between them: how to take them apart.
+
+    A blank is such a mark only if every label between blanks stands alone, or beside others, in other rows too.
+    """
+    filled = [value.strip() for value in values if value.strip()]
+    if filled and all(value[0] == "[" and value[-1] == "]" for value in filled):
+        notes.say(f"Column {column!r}: the labels are read from lists such as {filled[0]!r:.60}.")
+        return _from_brackets
+    mark = next((mark for mark in _SEPARATORS if any(mark in value for value in filled)), None)
+    if mark is None and any(" " in value for value in filled):
+        together = Counter(part for value in filled for part in set(value.split()))
+        alone = {value for value in filled if " " not in value}
+        joined = {value for value in filled if " " in value}
+        if all(part in alone or together[part] > filled.count(value) for value in joined for part in value.split()):
+            mark = " "
+    if mark is None:
+        return lambda text: [text]
+    notes.say(f"Column {column!r}: the labels of a row are separated by {mark!r}.")
+    return lambda text: [part.strip() for part in text.split(mark) if part.strip()]
+
+
+def _from_brackets(text: str) -> list[str]:
+    quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", text)
+    if len(quoted) > 1 and re.search(r"['\"]\s+['\"]", text):  # numpy writes no commas: ['a' 'b']
+        return [first or second for first, second in quoted]
+    try:
+        items = json.loads(text)
+    except ValueError:
+        try:
+            items = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            items = text.strip("[]").replace(",", " ").split()
+    return [str(item) for item in items]
+
+
+def class_names(
+    train: Iterable[str],
+    test: Iterable[str],
+    given: Sequence[str] | None,
+    column: str,
+    notes: Notes,
+    declared: Sequence[str] | None = None,
+) -> list[str]:
+    """The classes in the order of the model's outputs: as the user gives them, as the data declares them, or sorted.
+
+    Args:
+        train, test: labels that occur in each part.
+        given: the recipe's `labels`.
+        declared: the names of a column whose type has them (`datasets.ClassLabel`).
+        notes: told of classes that only the held-out part shows.
+
+    Raises:
+        DataError: a class that `given` leaves out; fewer than two classes.
+    """
+    seen, held_out = set(train), set(test)
+    if given is not None:
+        unknown = sorted((seen | held_out) - set(given))
+        if unknown:
+            raise DataError(f"labels: {list(given)} leaves out classes of column {column!r}: {unknown[:10]}.")
+        return list(given)
+    if len(seen) < 2:
+        raise DataError(f"Column {column!r} has one class only, {sorted(seen)}: nothing can be learned from it.")
+    extra = held_out - seen
+    if extra:
+        notes.say(
+            f"The held-out data has classes that the training data never shows: {', '.join(sorted(extra)[:10])}. The "
+            "model "
+            "cannot learn them; their rows count as wrong.",
+            classes_held_out_only=len(extra),
+        )
+    padded = sorted(name for name in seen | extra if name != name.strip() and name.strip() in seen)
+    if padded:
+        notes.say(
+            f"Column {column!r}: the labels {padded[:5]!r} differ from others in blanks only; they are classes of "
+            "their own."
+        )
+    return list(declared) if declared is not None else sorted(seen | extra, key=_by_value)
+
+
+def declared_names(data: Dataset, column: str) -> list[str] | None:
+    """The classes that a column's type names, in their order."""
+    kind = data.features[column]
+    inner = getattr(kind, "feature", kind)
+    return list(inner.names) if isinstance(inner, ClassLabel) else None
+
+
+def _by_value(name: str) -> tuple[int, float, str]:
+    return (0, float(name), name) if _NUMBER.fullmatch(name) else (1, 0.0, name)

@@ -1,0 +1,136 @@
+"""Rows in and features out, a part at a time: a whole data set of texts or of token lists need not be in memory.
+
+rows = Encoded()
+for start, part in in_parts(data, ["text"]):
+    for offset, ids in enumerate(processor(part["text"])["input_ids"]):
+        rows.append({"row": start + offset, "input_ids": ids})
+rows[3]   # {"row": 3, "input_ids": array([...])}
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+from datasets import Dataset
+
+from adapters_kit.artifacts.mapped import release_pages
+from adapters_kit.errors import DataError
+
+_AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not
+_CHARACTERS = 1 << 22  # of a part, where rows are long
+
+
+def in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """(number of the first row, columns of some rows), over all of `data`."""
+    rows = data.select_columns(list(dict.fromkeys(columns)))
+    start, size = 0, 100
+    while start < len(rows):
+        part = rows[start : start + size]
+        yield start, part
+        release_pages()
+        start += len(part[columns[0]])
+        longest = max((sum(map(_length, part[name])) for name in columns), default=0)
+        size = int(min(max(_CHARACTERS * size / max(longest, 1), 10), _AT_ONCE))
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list) else 1
+
+
+def check_text(values: Sequence[Any], start: int, column: str, role: str, names: Sequence[str]) -> list[str]:
+    """The values, known to be texts.
+
+    Args:
+        start: number of their first row.
+        names: the columns that there are, for the message.
+
+    Raises:
+        DataError: with the first row that holds something else.
+    """
+    for index, value in enumerate(values, start):
+        if not isinstance(value, str):
+            raise DataError(
+                f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r:.80} "
+                f"({type(value).__name__}), "
+                f"not a string. Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(names)}."
+            )
+    return list(values)
+
+
+class Encoded(Sequence[dict[str, Any]]):
+    """Features of many rows, each key in one array: as dictionaries of arrays they take ten times the memory.
+
+    A numpy array may have another length in every row. Its whole numbers are kept as int32 (a token id at 4 bytes;
+    uint16 at 2 with `small`), truth values at a byte, others as float32. Numbers stay Python's; everything else is kept
+    as it is.
+
+    Attributes:
+        columns: key to its values, one after the other.
+        ends: key of arrays to the place behind each row's values.
+    """
+
+    def __init__(self, small: Sequence[str] = ()) -> None:
+        """`small`: keys of arrays whose numbers are below 65,536."""
+        self.columns: dict[str, array[Any] | list[Any]] = {}
+        self.ends: dict[str, array[int]] = {}
+        self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._small = set(small)
+        self._rows = 0
+
+    def append(self, feature: Mapping[str, Any]) -> None:
+        """One row; every row has the same keys."""
+        for key, value in feature.items():
+            if isinstance(value, np.ndarray):
+                self._extend(key, value)
+            else:
+                self._put(key, value)
+        self._rows += 1
+
+    def _extend(self, key: str, value: np.ndarray) -> None:
+        if key not in self.ends:
+            self.ends[key] = array("q")
+            code = "H" if key in self._small else {"f": "f", "b": "b"}.get(value.dtype.kind, "i")
+            self.columns[key] = array(code)
+            self._shapes[key] = np.dtype(bool if code == "b" else code), value.shape[1:]
+        column = self.columns[key]
+        assert isinstance(column, array)
+        column.frombytes(value.astype(column.typecode).tobytes())
+        self.ends[key].append(len(column))
+
+    def _put(self, key: str, value: Any) -> None:
+        if key not in self.columns:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self.columns[key] = array("q") if whole else array("d") if isinstance(value, float) else []
+        self.columns[key].append(value)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @overload
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(len(self)))]
+        row = row + len(self) if row < 0 else row
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        found: dict[str, Any] = {}
+        for key, column in self.columns.items():
+            if key not in self.ends:
+                found[key] = column[row]
+                continue
+            assert isinstance(column, array)
+            ends = self.ends[key]
+            start = ends[row - 1] if row else 0
+            dtype, shape = self._shapes[key]
+            found[key] = np.frombuffer(column[start : ends[row]], dtype=dtype).reshape(-1, *shape)
+        return found
+
+    def lengths(self, key: str) -> np.ndarray:
+        """How many values each row has under a key of lists, (rows,) int64."""
+        return np.diff(np.frombuffer(self.ends[key], dtype=np.int64), prepend=0)

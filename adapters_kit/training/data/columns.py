@@ -1,0 +1,95 @@
+"""Which column plays which role, and which play none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from datasets import Dataset
+
+from adapters_kit.errors import DataError, did_you_mean
+
+# Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2"),
+    "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score"),
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "completion": ("completion", "response", "answer", "output", "chosen"),
+    "input": ("input", "context"),
+    "history": ("history",),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+    "messages": ("messages", "conversation", "conversations", "chat"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "labels", "pos_tags"),
+    "question": ("question", "query"),
+    "context": ("context", "passage", "paragraph"),
+    "answers": ("answers", "answer"),
+    "source": ("source", "src", "input", "document", "article", "text", "question"),
+    "target": ("target", "tgt", "output", "summary", "highlights", "translation", "answer"),
+    "image": ("image", "img", "picture", "file_name", "file", "path"),
+}
+
+
+def recognise(
+    data: Dataset, given: Mapping[str, str], alternatives: Sequence[Sequence[str]], optional: Sequence[str] = ()
+) -> dict[str, str]:
+    """Which column plays which role.
+
+    Args:
+        given: role to column name, from the user; these are binding.
+        alternatives: sets of roles, any one of which is enough; the first that can be filled wins.
+        optional: roles used if their column is there.
+
+    Raises:
+        DataError: with the columns that exist and how to name them.
+    """
+    names = data.column_names
+    missing = {role: column for role, column in given.items() if column not in names}
+    if missing:
+        told = "; ".join(f"{role}: {column!r}. {did_you_mean(column, names)}" for role, column in missing.items())
+        raise DataError(f"data.columns names columns that the data does not have. {told}")
+    lower = {name.lower().strip(): name for name in names}
+
+    def find(role: str, taken: Sequence[str]) -> str | None:
+        if role in given:
+            return given[role]
+        aliases = ALIASES.get(role, (role,))
+        return next((lower[a] for a in aliases if a in lower and lower[a] not in taken), None)
+
+    ranked = sorted(alternatives, key=lambda roles: -len(set(roles) & set(given)))
+    for roles in ranked:
+        found: dict[str, str] = {}
+        for role in [*roles, *optional]:
+            column = find(role, [*found.values(), *(given[other] for other in given if other != role)])
+            if column is not None:
+                found[role] = column
+        if all(role in found for role in roles):
+            return found
+    wanted = " or ".join(" and ".join(roles) for roles in alternatives)
+    example = ", ".join(f"{role}: NAME" for role in alternatives[-1])
+    raise DataError(
+        f"Cannot tell which column is what: the task needs {wanted}, the data has the columns {', '.join(names)}. "
+        f"Name them in the recipe: data.columns: {{{example}}}"
+    )
+
+
+def unused(data: Dataset, used: Mapping[str, str], roles: Sequence[str]) -> str | None:
+    """A sentence that lists the columns without a role, each with the mapping that would use it; None if all have one.
+
+    Args:
+        used: role to column.
+        roles: all roles of the task.
+    """
+    left = [name for name in data.column_names if name not in used.values()]
+    if not left:
+        return None
+    free = [role for role in roles if role not in used] or list(roles)
+
+    def mapping(column: str) -> str:
+        by_alias = (role for role in [*free, *roles] if column.lower().strip() in ALIASES.get(role, (role,)))
+        return f"data.columns: {{{next(by_alias, free[0])}: {column}}}"
+
+    told = ", ".join(f"{name} ({mapping(name)} would use it)" if len(left) <= 5 else name for name in left)
+    more = "" if len(left) <= 5 else f". To use one, name it: {mapping(left[0])}"
+    return f"Columns that are not used: {told}{more}."

@@ -1,0 +1,160 @@
+"""One file of rows: the reader goes by the suffix; what is wrong in it is told as a `DataError` that names the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
+from pyarrow import parquet
+
+from adapters_kit.artifacts.mapped import on_disk
+from adapters_kit.errors import DataError
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.training.data.delimited import read_delimited
+from adapters_kit.training.data.json_rows import read_json, read_json_lines
+from adapters_kit.training.data.other_text import read_conll, read_fasttext, read_text
+
+_IN_MEMORY = 1 << 26  # bytes; the rows of a larger file are kept on the disk
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the recipe says of the form of text files, and where what is found out is noted.
+
+    Attributes:
+        encoding, delimiter: None where they are to be found out.
+    """
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    notes: Notes = field(default_factory=Notes)
+
+
+Parts = dict[str, Dataset]
+Reader = Callable[[Path, Format], dict[str, Iterator[pa.Table]]]
+
+
+def _parquet(path: Path, form: Format) -> dict[str, Iterator[pa.Table]]:
+    return {"train": _row_groups(path)}
+
+
+def _row_groups(path: Path) -> Iterator[pa.Table]:
+    with parquet.ParquetFile(path) as file:
+        yield file.schema_arrow.empty_table()
+        for batch in file.iter_batches(batch_size=10_000):
+            yield pa.Table.from_batches([batch])
+
+
+def _arrow(path: Path, form: Format) -> dict[str, Iterator[pa.Table]]:
+    with pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(file)
+        return {"train": iter([reader.read_all()])}
+
+
+READERS: dict[str, Reader] = {
+    ".csv": lambda path, form: {"train": read_delimited(path, form.encoding, form.delimiter, form.notes)},
+    ".tsv": lambda path, form: {"train": read_delimited(path, form.encoding, form.delimiter, form.notes)},
+    ".jsonl": lambda path, form: {"train": read_json_lines(path, form.encoding, form.notes)},
+    ".ndjson": lambda path, form: {"train": read_json_lines(path, form.encoding, form.notes)},
+    ".json": lambda path, form: read_json(path, form.encoding, form.notes),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".txt": lambda path, form: {"train": read_text(path, form.encoding, form.notes)},
+    ".md": lambda path, form: {"train": read_text(path, form.encoding, form.notes)},
+    ".conll": lambda path, form: {"train": read_conll(path, form.encoding, form.notes)},
+    ".iob": lambda path, form: {"train": read_conll(path, form.encoding, form.notes)},
+    ".bio": lambda path, form: {"train": read_conll(path, form.encoding, form.notes)},
+    ".ft": lambda path, form: {"train": read_fasttext(path, form.encoding, form.notes)},
+}
+
+
+def read_file(path: Path, form: Format) -> Parts:
+    """The parts of a file as data sets: `train` alone, or those that a JSON document names.
+
+    Raises:
+        DataError: unknown suffix, or content that does not parse (with the line, where it is known).
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"Cannot read {path}: {path.suffix or 'no suffix'} is none of {', '.join(READERS)}.{_other(path)}"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty.")
+        large = path.stat().st_size > _IN_MEMORY
+        return {name: _data_set(tables, large) for name, tables in reader(path, form).items()}
+    except DataError:
+        raise
+    except RecursionError:
+        raise DataError(f"Cannot read {path}: lists or objects are nested too deep.") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        # Parsers of damaged files raise whatever the damage leads them to.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"Cannot read {path}: {reason[:300]}") from error
+
+
+def read_table(path: Path, form: Format | None = None) -> Dataset:
+    """As `read_file`, of a file with one part, or its training part."""
+    parts = read_file(Path(path), form or Format())
+    return parts["train"] if "train" in parts else next(iter(parts.values()))
+
+
+def _other(path: Path) -> str:
+    """What to do about kinds of files that are common elsewhere."""
+    suffix = path.suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods"):
+        return " Save the sheet as CSV."
+    if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"):
+        return " Unpack it first."
+    return " Rename it if it is one of these."
+
+
+def _data_set(tables: Iterable[pa.Table], large: bool) -> Dataset:
+    plain = (_plain(table) for table in tables)
+    parts = on_disk(plain) if large else list(plain)
+    filled = [table for table in parts if len(table)] or parts[:1]
+    try:
+        joined = pa.concat_tables(filled, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(f"A column does not hold values of one kind: {str(error).splitlines()[0]}") from None
+    joined, classes = _categories(joined)
+    features = Features.from_arrow_schema(joined.schema)
+    features.update(classes)
+    # A fingerprint of its own: the default is a hash over all rows.
+    return Dataset(joined, DatasetInfo(features=features), fingerprint=uuid4().hex)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Types that `datasets` does not know as those it does; refuses two columns of one name."""
+    for index, column in enumerate(table.schema):
+        if pa.types.is_string_view(column.type):
+            table = table.set_column(index, column.name, table.column(index).cast(pa.string()))
+    if len(set(table.column_names)) != table.num_columns:
+        twice = next(name for name in table.column_names if table.column_names.count(name) > 1)
+        raise DataError(f"Two columns are called {twice!r}. Give each column a name of its own.")
+    return table
+
+
+def _categories(table: pa.Table) -> tuple[pa.Table, dict[str, ClassLabel]]:
+    """Columns of categories as numbers, and the classes that these number: in the order that the file gives them."""
+    classes: dict[str, ClassLabel] = {}
+    for index, column in enumerate(table.schema):
+        if not pa.types.is_dictionary(column.type):
+            continue
+        values = table.column(index).unify_dictionaries()
+        names = values.chunk(0).dictionary.to_pylist() if values.num_chunks else []
+        if names and all(isinstance(name, str) for name in names):
+            classes[column.name] = ClassLabel(names=names)
+            numbers = [chunk.indices.cast(pa.int64()) for chunk in values.chunks]
+            table = table.set_column(index, column.name, pa.chunked_array(numbers, pa.int64()))
+        else:
+            table = table.set_column(index, column.name, values.cast(column.type.value_type))
+    return table, classes

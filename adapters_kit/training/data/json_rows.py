@@ -1,0 +1,359 @@
+"""JSON and JSON Lines: which part of a document is the rows, and the rows as tables, a part at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from adapters_kit.errors import DataError
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.training.data.encoding import encoding_of
+
+Row = Mapping[str, Any]
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
+# Keys under which documents keep their rows, beside keys that tell about them.
+_HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
+_CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
+_AT_ONCE = 1 << 25  # characters of a table's part
+_WHOLE = 1 << 26  # bytes up to which a document is read whole
+
+
+def read_json_lines(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Table]:
+    """The rows of a file with one object a line, in parts.
+
+    Raises:
+        DataError: a line that is no object, with its number.
+    """
+    with path.open(encoding=encoding_of(path, encoding, notes), newline="\n") as file:
+        yield from tables(_line_rows(path, file), path, notes)
+
+
+def _line_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row, int]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        value = _parsed(path, line, place)
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, {place}: each line is one {{...}} object, this is {line.strip()[:80]}")
+        yield place, value, len(line)
+
+
+def _parsed(path: Path, text: str, place: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, {place}: not JSON ({error.msg}): {text.strip()[:80]}") from None
+    except RecursionError:
+        raise DataError(f"{path}, {place}: lists or objects are nested too deep to be read.") from None
+    except _Twice as error:
+        raise DataError(
+            f"{path}, {place}: the key {error.key!r} stands twice in one object; one would be lost."
+        ) from None
+    except ValueError as error:  # a whole number of thousands of digits
+        raise DataError(f"{path}, {place}: {error}") from None
+
+
+class _Twice(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def read_json(path: Path, encoding: str | None, notes: Notes) -> dict[str, Iterator[pa.Table]]:
+    """The parts of a document, each as tables: `train` alone, or those that the document names.
+
+    Raises:
+        DataError: no JSON, or no rows in it that can be told from other content.
+    """
+    codec = encoding_of(path, encoding, notes)
+    if path.stat().st_size > _WHOLE:
+        with path.open(encoding=codec) as file:
+            begins = file.read(1024).lstrip("\ufeff \t\r\n")[:1]
+        if begins == "[":
+            return {"train": tables(_elements(path, codec), path, notes)}
+        if begins == "{" and _first_line_is_an_object(path, codec):
+            return {"train": read_json_lines(path, encoding, notes)}
+    text = path.read_text(encoding=codec)
+    try:
+        value = _parsed(path, text, "the file")
+    except DataError as whole:
+        # Several objects one after the other: JSON Lines under another name.
+        if text.lstrip()[:1] == "{" and "\n" in text.strip() and not isinstance(whole.__cause__, RecursionError):
+            return {"train": tables(_line_rows(path, text.split("\n")), path, notes)}
+        raise
+    return {
+        name: tables(((f"row {i + 1}", row, 0) for i, row in enumerate(rows)), path, notes)
+        for name, rows in parts_of(value, path, notes).items()
+    }
+
+
+def _first_line_is_an_object(path: Path, codec: str) -> bool:
+    with path.open(encoding=codec) as file:
+        line = file.readline(_WHOLE)
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _elements(path: Path, codec: str) -> Iterator[tuple[str, Row, int]]:
+    """The objects of one long list, read a piece at a time."""
+    with path.open(encoding=codec) as file:
+        text = file.read(_WHOLE).lstrip("\ufeff \t\r\n")[1:]
+        number = at = 0
+        while True:
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+            try:
+                if at >= len(text):
+                    raise json.JSONDecodeError("Unterminated list", text, at)
+                if text[at] == "]":
+                    return
+                value, end = _DECODER.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                more = file.read(_WHOLE)
+                if not more:
+                    raise DataError(f"{path}, row {number + 1}: not JSON ({error.msg}): {text[at : at + 80]}") from None
+                text, at = text[at:] + more, 0
+                continue
+            except (RecursionError, _Twice, ValueError):
+                _parsed(path, text[at:], f"row {number + 1}")
+                raise
+            number += 1
+            if not isinstance(value, dict):
+                raise DataError(f"{path}, row {number}: each row is one {{...}} object, this is {text[at : at + 80]}")
+            yield f"row {number}", value, end - at
+            at = end
+
+
+def parts_of(value: Any, path: Path, notes: Notes) -> dict[str, Sequence[Row]]:
+    """The rows that a parsed document means, by part; `train` where it has one part only."""
+    if isinstance(value, Mapping) and len(value) > 0:
+        named = {name: part for name, part in value.items() if name.lower() in SPLITS and isinstance(part, list | dict)}
+        if "train" in {name.lower() for name in named} and (len(named) > 1 or len(value) == 1):
+            left = [name for name in value if name not in named]
+            if left:
+                notes.say(f"{path.name}: {', '.join(map(repr, left))} stand beside the parts and are not used.")
+            return {name.lower(): _rows_of(part, path, notes) for name, part in named.items()}
+    return {"train": _rows_of(value, path, notes)}
+
+
+def _rows_of(value: Any, path: Path, notes: Notes) -> Sequence[Row]:
+    if isinstance(value, list):
+        return _rows_of_list(value, path, notes)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{path} holds no list of objects.")
+    if any(_is_conversation(value.get(key)) for key in _CONVERSATIONS):
+        return [value]
+    columns = _columns(value)
+    if columns is not None:
+        notes.say(f"{path.name} holds columns, {', '.join(columns)}, which are put together to rows.")
+        names = list(columns)
+        return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    lists = {key: part for key, part in value.items() if _is_rows(part)}
+    holder = next((key for key in _HOLDERS if key in lists), None)
+    if holder is None and len(lists) == 1 and not _looks_like_a_row(value):
+        holder = next(iter(lists))
+    if holder is not None:
+        rest = [key for key in value if key != holder]
+        if rest:
+            others = ", ".join(map(repr, rest[:10]))
+            notes.say(f"{path.name}: the rows are those of {holder!r}; {others} beside them are not used.")
+        return _rows_of_list(lists[holder], path, notes)
+    if len(lists) > 1:
+        raise DataError(
+            f"{path} holds several lists of objects, {', '.join(map(repr, lists))}, and does not say which are the "
+            'rows. Keep one, or name it "data"; parts are named "train" and "test".'
+        )
+    if len(value) > 1 and all(isinstance(part, Mapping) for part in value.values()):
+        rows = list(value.values())
+        if all(set(row) & set(rows[0]) for row in rows):
+            notes.say(f"{path.name} holds an object a row; their names are put into a column 'key'.")
+            return [{"key": key, **row} for key, row in value.items()]
+    if isinstance(value.get("data"), list) and isinstance(value.get("columns"), list):  # pandas: orient="split"
+        return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    return [value]
+
+
+def _rows_of_list(items: Sequence[Any], path: Path, notes: Notes) -> Sequence[Row]:
+    if items and all(isinstance(item, str) for item in items):
+        return [{"text": item} for item in items]
+    if items and all(_is_conversation(item) for item in items):
+        return [{"messages": item} for item in items]
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, Mapping):
+            raise DataError(f"{path} holds no list of objects: row {number} is {item!r:.80}.")
+    if items and all(set(item) >= {"row_idx", "row"} for item in items):  # the hub's viewer
+        return [item["row"] for item in items]
+    if items and all(isinstance(item.get("paragraphs"), list) for item in items):
+        notes.say(f"{path.name} has SQuAD's form: one row a question.")
+        return [row for item in items for row in _squad_rows(item)]
+    return items
+
+
+def _squad_rows(article: Row) -> Iterator[Row]:
+    """The questions of one article of SQuAD as it is published, versions 1 and 2."""
+    for paragraph in article["paragraphs"]:
+        for asked in paragraph.get("qas", ()):
+            given = [] if asked.get("is_impossible") else asked.get("answers", [])
+            answers = {
+                "text": [answer["text"] for answer in given],
+                "answer_start": [answer["answer_start"] for answer in given],
+            }
+            yield {
+                "id": asked.get("id"),
+                "title": article.get("title"),
+                "context": paragraph["context"],
+                "question": asked["question"],
+                "answers": answers,
+            }
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _is_conversation(value: Any) -> bool:
+    return _is_rows(value) and all({"role", "from"} & set(turn) for turn in value)
+
+
+def _looks_like_a_row(value: Row) -> bool:
+    """Whether an object with one list of objects in it is itself an example: its other fields are text."""
+    return any(
+        isinstance(part, str) and key in ("text", "question", "prompt", "context") for key, part in value.items()
+    )
+
+
+def _columns(value: Row) -> dict[str, list[Any]] | None:
+    """The columns of {"a": [...], "b": [...]} and of pandas' {"a": {"0": ...}, "b": {"0": ...}}; else None."""
+    parts = list(value.values())
+    if {key.lower() for key in value} <= {"tokens", "words", "tags", "ner_tags", "pos_tags"}:
+        return None  # one sentence with its tags
+    if all(isinstance(part, list) and not _is_rows(part) for part in parts):
+        return dict(value) if parts and parts[0] and len({len(part) for part in parts}) == 1 else None
+    if len(parts) > 0 and all(isinstance(part, Mapping) and len(part) > 0 for part in parts):
+        keys = list(parts[0])
+        if all(key.isdigit() for key in keys) and all(list(part) == keys for part in parts):
+            return {name: [part[key] for key in keys] for name, part in value.items()}
+    return None
+
+
+def tables(rows: Iterable[tuple[str, Row, int]], path: Path, notes: Notes) -> Iterator[pa.Table]:
+    """Rows as tables of some ten megabytes each.
+
+    Args:
+        rows: where a row stands, the row, its size in characters (0 where it is in memory already).
+
+    Raises:
+        DataError: a column whose values have different kinds, with the row and the column.
+    """
+    part: list[tuple[str, Row]] = []
+    size = 0
+    keys: dict[str, None] = {}
+    kinds: dict[str, pa.DataType] = {}
+    for place, row, length in rows:
+        part.append((place, row))
+        keys.update(dict.fromkeys(row))
+        size += length
+        if size > _AT_ONCE:
+            yield _table(part, list(keys), kinds, path, notes)
+            part, size = [], 0
+    if part or not kinds:
+        yield _table(part, list(keys), kinds, path, notes)
+
+
+def _table(
+    part: Sequence[tuple[str, Row]], keys: Sequence[str], kinds: dict[str, pa.DataType], path: Path, notes: Notes
+) -> pa.Table:
+    made = {}
+    for key in keys:
+        values = [row.get(key) for _, row in part]
+        try:
+            made[key] = pa.array(values)
+        except UnicodeEncodeError:
+            at = [place for (place, row), value in zip(part, values, strict=True) if _whole(value) is not value]
+            notes.say(
+                f"{path.name}, column {key!r}: {len(at):,} values hold half a character (a lone surrogate, as when a "
+                "text is "
+                f"cut inside an emoji; first: {at[0]}), which is replaced by U+FFFD.",
+                characters_replaced=len(at),
+            )
+            made[key] = pa.array([_whole(value) for value in values])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            raise DataError(_unlike(path, key, part, values, error)) from None
+        before = kinds.get(key)
+        if before is None or pa.types.is_null(before):
+            kinds[key] = made[key].type
+    return pa.table(made)
+
+
+def _whole(value: Any) -> Any:
+    """The value without lone surrogates; the very object if it has none."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
+    if isinstance(value, list):
+        made: Any = [_whole(item) for item in value]
+        return made if any(new is not old for new, old in zip(made, value, strict=True)) else value
+    if isinstance(value, Mapping):
+        made = {_whole(key): _whole(item) for key, item in value.items()}
+        same = (
+            all(new is old for new, old in zip(made.values(), value.values(), strict=True))
+            and made.keys() == value.keys()
+        )
+        return value if same else made
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "nothing"
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _unlike(path: Path, key: str, part: Sequence[tuple[str, Row]], values: Sequence[Any], error: Exception) -> str:
+    """Which row's value has another kind than those before it."""
+    known: tuple[str, str] | None = None
+    for (place, _), value in zip(part, values, strict=True):
+        kind = kind_of(value)
+        if kind == "nothing":
+            continue
+        if known is None:
+            known = place, kind
+        elif kind != known[1]:
+            return (
+                f"{path}, {place}, column {key!r}: {value!r:.60} is {kind}, while {known[0]} holds {known[1]}. A "
+                "column "
+                "holds values of one kind."
+            )
+    reason = str(error).splitlines()[0]
+    return f"{path}, column {key!r}: the values from {part[0][0]} to {part[-1][0]} do not fit one column: {reason}"

@@ -1,0 +1,106 @@
+"""The parts of the data that a task can use: their columns, and rows that have the label which a score needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets import ClassLabel, Dataset
+
+from adapters_kit.errors import DataError
+from adapters_kit.task_table import TASKS
+from adapters_kit.tasks.base import Task
+from adapters_kit.training.data.columns import recognise, unused
+from adapters_kit.training.data.folders import located
+from adapters_kit.training.data.sources import Source
+
+
+def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
+    """The training rows and the held-out ones, each with the task's columns alone; None where none are there.
+
+    A held-out part without the task's columns or without labels, as public benchmarks have, is passed over for the
+    next one. Everything that is not used is noted.
+
+    Raises:
+        DataError: training rows without a label; held-out parts of which none can be used.
+    """
+    train = _columns_of(source.train, task, source)
+    _refuse_unlabelled(task, train)
+    sentence = unused(source.train, task.columns, TASKS[task.name].roles)
+    if sentence:
+        task.notes.say(sentence)
+    test: Dataset | None = None
+    first_reason: DataError | None = None
+    left = [*source.others]
+    for name, part in source.held_out.items():
+        if test is not None:
+            left.append(name)
+            continue
+        try:
+            test = labelled(task, _columns_of(part, task, source), name)
+        except DataError as error:
+            first_reason = first_reason or error
+            task.notes.say(f"The part {name!r} cannot be used as the held-out one: {error}")
+    if source.held_out and test is None and first_reason is not None:
+        raise first_reason
+    if left:
+        task.notes.say(f"Parts of the data that are not used: {', '.join(left)}.")
+    return train, test
+
+
+def _columns_of(rows: Dataset, task: Task, source: Source) -> Dataset:
+    recognise(rows, task.columns, task.needs, task.optional)
+    rows = rows.select_columns(list(dict.fromkeys(task.columns.values())))
+    for role, column in task.columns.items():
+        kind = rows.features[column]
+        if isinstance(kind, ClassLabel) and role not in task.targets:  # a text that was saved as categories
+            names = [None if value is None else kind.int2str(value) for value in rows[column][:]]
+            rows = rows.remove_columns(column).add_column(column, names)
+    if "image" in task.columns and source.folder is not None:
+        rows = located(rows, task.columns["image"], source.folder)
+    return rows
+
+
+def _refuse_unlabelled(task: Task, rows: Dataset) -> None:
+    missing = task.unlabelled(rows)
+    if missing:
+        column = task.columns[task.targets[0]]
+        raise DataError(
+            f"{len(missing):,} of {len(rows):,} training rows have no label in column {column!r}: "
+            f"{_numbers(missing)}. Give "
+            f"them one, or take them out.{_minus_one(rows, column, missing)}"
+        )
+
+
+def labelled(task: Task, rows: Dataset, part: str) -> Dataset:
+    """The rows that have a label; those without are noted and count in no score.
+
+    Raises:
+        DataError: no row has one.
+    """
+    missing = task.unlabelled(rows)
+    if not missing:
+        return rows
+    column = task.columns[task.targets[0]]
+    if len(missing) == len(rows):
+        raise DataError(
+            f"No row of {part!r} has a label in column {column!r}, so that nothing can be scored. Name other rows: "
+            "data.test."
+        )
+    task.notes.say(
+        f"{len(missing):,} of {len(rows):,} rows of {part!r} have no label and count in no score: {_numbers(missing)}.",
+        rows_without_label=len(missing),
+    )
+    out = set(missing)
+    return rows.select([row for row in range(len(rows)) if row not in out])
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    shown = ", ".join(str(row + 1) for row in rows[:10])
+    return f"row{'s' * (len(rows) > 1)} {shown}{' …' if len(rows) > 10 else ''}"
+
+
+def _minus_one(rows: Dataset, column: str, missing: Sequence[int]) -> str:
+    if str(rows[missing[0]][column]) != "-1":
+        return ""
+    names = sorted({str(value) for value in rows[column][:]})[:10]
+    return f' -1 means "no label"; if it is a class here, name the classes: labels: {names}.'

@@ -1,0 +1,125 @@
+"""What a recipe's `data` names: a file, a folder or a data set of the hub, as the parts that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.names import looks_like_file
+from adapters_kit.recipe import DataSpec
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.training.data.files import Format, Parts, read_file
+from adapters_kit.training.data.folders import read_folder
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = (
+    *("test", "testing", "validation", "valid", "val", "dev", "eval", "heldout", "held_out"),
+    # a data set with matched and mismatched parts
+    *("test_matched", "validation_matched"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows that a recipe names.
+
+    Attributes:
+        train: the rows to train on.
+        held_out: parts that can be the held-out one, best first, by name; empty where a part is to be set aside.
+        others: names of parts that are neither.
+        folder: the folder that relative paths in the rows start from; None for a data set of the hub.
+    """
+
+    train: Dataset
+    held_out: dict[str, Dataset] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def test(self) -> Dataset | None:
+        """The first of the held-out parts."""
+        return next(iter(self.held_out.values()), None)
+
+
+def read(spec: DataSpec, notes: Notes | None = None) -> Source:
+    """The data that a recipe names.
+
+    Args:
+        notes: told of what was guessed about the files, and of what is in them and not read.
+
+    Raises:
+        DataError: a file that is missing, empty, damaged or of an unknown kind.
+    """
+    form = Format(spec.encoding, spec.delimiter, notes if notes is not None else Notes())
+    source = _source(spec.train, spec.subset, form)
+    if spec.test is not None:
+        # A folder, a document or a hub id given as `test` stands for its held-out part.
+        other = _source(spec.test, spec.subset, form)
+        found = other.held_out or {Path(spec.test).name: other.train}
+        source = Source(source.train, found, source.others, source.folder)
+    for name, part in (("training", source.train), ("held-out", source.test)):
+        if part is not None and len(part) == 0:
+            where = spec.train if name == "training" else spec.test or spec.train
+            raise DataError(f"The {name} data has no rows: {where}")
+    return source
+
+
+def read_rows(source: str | Path, spec: DataSpec | None = None, notes: Notes | None = None) -> Dataset:
+    """One set of rows, for evaluation and prediction: a file, or the held-out part of a folder or hub data set.
+
+    Args:
+        spec: whose encoding and delimiter hold for the file too.
+
+    Raises:
+        DataError: as for `read`.
+    """
+    encoding, delimiter = (spec.encoding, spec.delimiter) if spec is not None else (None, None)
+    found = _source(str(source), None, Format(encoding, delimiter, notes if notes is not None else Notes()))
+    rows = found.test if found.test is not None else found.train
+    if len(rows) == 0:
+        raise DataError(f"{source} has no rows.")
+    return rows
+
+
+def _source(name: str, subset: str | None, form: Format) -> Source:
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _parted(read_folder(path, form), name, path)
+        if path.is_file():
+            return _parted(read_file(path, form), name, path.parent)
+    except PermissionError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"No data file {name!r}: {error}.") from error  # a name too long, or with a zero byte
+    if looks_like_file(name):
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) if siblings else f"The folder {path.parent} does not exist either."
+        raise DataError(f"No data file {name!r}. {hint}")
+    return _parted(_from_hub(name, subset), name, None)
+
+
+def _from_hub(name: str, subset: str | None) -> Parts:
+    try:
+        found = load_dataset(name, subset)
+    except Exception as error:  # the hub library has no common root for what can go wrong
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{name!r} is neither a file here nor a data set that the hub gives: {first_line}") from error
+    if not isinstance(found, DatasetDict):
+        raise DataError(f"{name!r} is a data set of the hub that is only streamed; download it and name its files.")
+    return dict(found)
+
+
+def _parted(parts: Mapping[str, Dataset], name: str, folder: Path | None) -> Source:
+    train = next((parts[part] for part in TRAIN_NAMES if part in parts), None)
+    if train is None:
+        raise DataError(f"{name} has no train part; it has: {', '.join(parts)}.")
+    held_out = {part: parts[part] for part in TEST_NAMES if part in parts}
+    others = tuple(part for part in parts if part not in held_out and part not in TRAIN_NAMES)
+    return Source(train, held_out, others, folder)

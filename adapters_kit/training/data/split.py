@@ -1,0 +1,86 @@
+"""Taking some of the rows, and setting some aside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from sklearn.model_selection import train_test_split
+
+from adapters_kit.errors import DataError
+from adapters_kit.tasks.notes import Notes
+
+
+class Splits(NamedTuple):
+    """The rows to train on and the held-out ones."""
+
+    train: Dataset
+    test: Dataset
+
+
+def take(data: Dataset, limit: int | None, seed: int) -> Dataset:
+    """At most `limit` rows, drawn with the seed."""
+    return data if limit is None or limit >= len(data) else data.shuffle(seed=seed).select(range(limit))
+
+
+def split(
+    data: Dataset, size: float, seed: int, classes: Sequence[Any] | None = None, notes: Notes | None = None
+) -> Splits:
+    """Sets aside a held-out part, of the same mixture of classes where `classes` (one per row) is given.
+
+    A class of one row stays in the training part: held out, it could not be learned.
+
+    Args:
+        size: a fraction below 1, or a number of rows.
+        notes: told of classes that the held-out part lacks.
+
+    Raises:
+        DataError: more rows asked for than can be set aside.
+    """
+    rows = len(data)
+    count = max(round(size * rows) if size < 1 else int(size), 1)
+    if rows < 2:
+        raise DataError("The data is one row, of which none can be set aside. Give held-out rows: data.test.")
+    if count >= rows:
+        raise DataError(f"Cannot set {count} of {rows} rows aside: lower data.test_size or give data.test.")
+    held_out = _any_rows(rows, count, seed) if classes is None else _stratified(classes, count, seed)
+    if classes is not None and notes is not None:
+        lacking = sorted({str(name) for name in classes} - {str(classes[row]) for row in held_out})
+        if lacking:
+            notes.say(
+                f"{len(lacking)} classes have too few rows to be in the held-out part too, so that no score tells of "
+                f"them: {', '.join(lacking[:10])}."
+            )
+    if not held_out:
+        raise DataError(
+            f"None of the {rows} rows can be set aside: each is the only one of its class. Give held-out rows: "
+            "data.test."
+        )
+    kept = set(held_out)
+    return Splits(data.select([row for row in range(rows) if row not in kept]), data.select(sorted(held_out)))
+
+
+def _any_rows(rows: int, count: int, seed: int) -> list[int]:
+    return list(train_test_split(range(rows), test_size=count, random_state=seed)[1])
+
+
+def _stratified(classes: Sequence[Hashable], count: int, seed: int) -> list[int]:
+    """Rows to set aside: of every class as many as its share, and never all of a class."""
+    counts = Counter(classes)
+    divisible = [row for row, name in enumerate(classes) if counts[name] > 1]
+    kinds = sum(number > 1 for number in counts.values())
+    if count >= kinds and len(divisible) - count >= kinds > 1:
+        names = [classes[row] for row in divisible]
+        found = train_test_split(divisible, test_size=count, random_state=seed, stratify=names)[1]
+        # Rounded shares can take the whole of a small class.
+        if all(held < counts[name] for name, held in Counter(classes[row] for row in found).items()):
+            return list(found)
+    left, found = Counter(counts), []
+    for row in np.random.default_rng(seed).permutation(len(classes)).tolist():
+        if len(found) < count and left[classes[row]] > 1:
+            left[classes[row]] -= 1
+            found.append(row)
+    return found

@@ -1,0 +1,191 @@
+"""Labels: what is none is none, names stay spelled as they are, several in a text come apart; splits."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
+from pyarrow import parquet
+
+from adapters_kit import tasks
+from adapters_kit.errors import DataError
+from adapters_kit.recipe import Recipe
+from adapters_kit.training.resolve import prepare
+from tests.support import small
+
+
+def prepared(tmp_path, values, held_out=None, **more):
+    """Task and parts for texts with these labels."""
+    folder = tmp_path / "data"
+    for part, given in (("train", values), ("test", held_out)):
+        if given is None:
+            continue
+        rows = [{"text": f"t{i}", "label": value} for i, value in enumerate(given)]
+        small.write_jsonl(folder / f"{part}.jsonl", rows)
+    return prepare(Recipe(model="m", task="text-classification", data=str(folder), **more))
+
+
+@pytest.mark.parametrize("missing", [None, "", "  ", -1, float("nan")])
+def test_rows_without_a_label(tmp_path, missing):
+    """Refused where they would teach; kept out where they would be scored."""
+    words = ["a", "b"] if isinstance(missing, str | None) else [1, 2]
+    with pytest.raises(DataError, match=r"2 of 12 training rows have no label in column 'label': rows 4, 11\."):
+        prepared(tmp_path, [*words, words[0], missing, *words * 3, missing, words[0]])
+    task, parts = prepared(tmp_path, words * 6, [missing, *words * 2, missing])
+    assert task.labels == [str(word) for word in words]
+    assert len(parts.test) == 4
+    assert task.notes.counts["rows_without_label"] == 2
+    with pytest.raises(DataError, match=r"No row of 'test' has a label"):
+        prepared(tmp_path, words * 6, [missing] * 4)
+
+
+def test_minus_one_is_a_class_where_the_recipe_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"labels: \['-1', '1'\]") as told:
+        prepared(tmp_path, [-1, 1] * 10)
+    advice = json.loads(str(told.value).partition("labels: ")[2].rstrip(".").replace("'", '"'))
+    assert prepared(tmp_path, [-1, 1] * 10, labels=advice)[0].labels == ["-1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([True, False] * 10, ["false", "true"]),
+        ([1.0, 0.0] * 10, ["0", "1"]),
+        ([10, 9, 2, 33] * 5, ["2", "9", "10", "33"]),
+        (["007", "7", "07"] * 7, ["007", "07", "7"]),
+        (["NA", "None", "x"] * 7, ["NA", "None", "x"]),
+        (["b", "a", " a"] * 7, [" a", "a", "b"]),
+    ],
+)
+def test_names_stay_as_they_are_spelled(tmp_path, labels, names):
+    task, _ = prepared(tmp_path, labels)
+    assert sorted(task.labels) == sorted(names)
+    assert any("blanks only" in note for note in task.notes.sentences) == (" a" in names)
+
+
+def test_a_benchmark_whose_test_part_has_no_labels(tmp_path):
+    """The next held-out part is taken, and it is said."""
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    for part, labels in (("train", [0, 1] * 10), ("test", [-1] * 6), ("validation", [1, 0])):
+        rows = {"text": ["t"] * len(labels), "label": labels}
+        Dataset.from_dict(rows, kinds).to_parquet(tmp_path / f"{part}.parquet")
+    task, parts = prepare(Recipe(model="m", task="text-classification", data=str(tmp_path)))
+    assert len(parts.test) == 2
+    assert task.labels == ["neg", "pos"]
+    assert any("'test' cannot be used" in note for note in task.notes.sentences)
+
+
+@pytest.mark.parametrize(
+    "write",
+    ["|".join, ",".join, "; ".join, json.dumps, str, " ".join, lambda names: str(np.array(names))],
+    ids=["bar", "comma", "semicolon", "json", "python", "blank", "numpy"],
+)
+def test_several_labels_in_a_text(tmp_path, write):
+    draw = random.Random(0)
+    rows = [draw.sample(["anger", "joy", "fear"], draw.randint(1, 3)) for _ in range(60)]
+    task, parts = prepared(tmp_path, [write(row) for row in rows], problem="multi-label")
+    assert task.labels == ["anger", "fear", "joy"]
+    numbers = [int(text[1:]) for text in parts.train["text"][:]]
+    found = task._targets(parts.train)
+    assert [{task.labels[i] for i in np.flatnonzero(row)} for row in found] == [set(rows[i]) for i in numbers]
+    assert any(" read from lists" in note or "separated by" in note for note in task.notes.sentences)
+
+
+def test_names_of_several_words_are_not_taken_apart(tmp_path):
+    assert prepared(tmp_path, ["very good", "bad"] * 10, problem="multi-label")[0].labels == ["bad", "very good"]
+
+
+@pytest.mark.parametrize("first", [["a", "b"], []])
+def test_lists_are_several_labels_or_refused(tmp_path, first):
+    labels = [first, ["b"], ["a"], []] * 6
+    assert prepared(tmp_path, labels)[0].problem == "multi-label"
+    with pytest.raises(DataError, match=r"row 1 holds a list of labels.*set problem: multi-label"):
+        prepared(tmp_path, labels, problem="single-label")
+    with pytest.raises(DataError, match=r"1 of 24 training rows have no label in column 'label': row 6"):
+        prepared(tmp_path, [*labels[:5], None, *labels[6:]])
+
+
+def test_pictures_take_one_label(tmp_path):
+    rows = Dataset.from_dict(
+        {"image": ["x.png"] * 4, "label": [["a"], ["b"]] * 2},
+        Features({"image": Value("string"), "label": List(Value("string"))}),
+    )
+    made = tasks.get("image-classification")(
+        Recipe(model="m", task="image-classification", data="x"), {"image": "image", "label": "label"}
+    )
+    with pytest.raises(DataError, match="a list of labels"):
+        made.fit(rows, None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rare_classes_are_split_as_well_as_possible(tmp_path, seed):
+    """Classes of one row stay in training; the others keep their share; no class is held out whole."""
+    draw = random.Random(seed)
+    sizes = {"many": 180, "some": 40, "few": 3, "two": 2, "one": 1, "other": 1}
+    labels = [name for name, size in sizes.items() for _ in range(size)]
+    draw.shuffle(labels)
+    task, parts = prepared(tmp_path, labels, training={"seed": seed})
+    held, kept = Counter(parts.test["label"][:]), Counter(parts.train["label"][:])
+    assert set(kept) == set(sizes)
+    assert held["one"] == held["other"] == 0
+    assert held["many"] >= 15
+    assert held["some"] >= 3
+    assert sum(held.values()) == 23
+    assert any("too few rows to be in the held-out part" in note for note in task.notes.sentences)
+    many = [f"c{i % 40}" for i in range(100)]  # fewer held-out rows than classes
+    _, parts = prepared(tmp_path, many, training={"seed": seed})
+    assert len(parts.test) == 10
+    assert set(parts.train["label"][:]) == set(many)
+
+
+def test_too_little_to_split(tmp_path):
+    with pytest.raises(DataError, match=r"None of the 2 rows can be set aside.*data\.test"):
+        prepared(tmp_path, ["a", "b"])
+    with pytest.raises(DataError, match=r"one class only, \['a'\]"):
+        prepared(tmp_path, ["a"] * 10)
+    assert len(prepared(tmp_path, ["a", "b"], ["a", "b"])[1].train) == 2
+
+
+def test_regression_takes_numbers_as_tables_write_them(tmp_path):
+    task, parts = prepared(tmp_path, ["1.5", "-2", "3e-1", "4"] * 5, problem="regression")
+    assert sorted(set(task._numbers(parts.train))) == [-2, 0.3, 1.5, 4]
+    with pytest.raises(DataError, match=r"row 2 holds '2,5'. Write decimals with a point"):
+        prepared(tmp_path, ["1.5", "2,5"] * 5, problem="regression")
+    with pytest.raises(DataError, match="1 of 4 training rows have no label"):
+        prepared(tmp_path, [1.5, None, 2.0, 3.0], problem="regression")
+
+
+def test_columns_of_any_type_that_nobody_uses(tmp_path):
+    """Dates, bytes, decimals and structures are named with the mapping that would use them, and disturb nothing."""
+    import datetime as dt
+    from decimal import Decimal
+
+    count = 20
+    table = pa.table(
+        {
+            "text": [f"t{i}" for i in range(count)],
+            "label": ["a", "b"] * (count // 2),
+            "when": [dt.datetime(2024, 1, 1, 12)] * count,
+            "raw": [b"\x00\xff"] * count,
+            "price": [Decimal("1.10")] * count,
+            "title": ["x"] * count,
+            "more": [{"k": [1, None]}] * count,
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    task, parts = prepare(Recipe(model="m", task="text-classification", data=str(tmp_path / "a.parquet")))
+    assert parts.train.column_names == ["text", "label"]
+    told = next(note for note in task.notes.sentences if "not used" in note)
+    for name in ("when", "raw", "price", "more"):
+        assert f"{name} (data.columns: {{text_pair: {name}}} would use it)" in told
+    again = prepare(
+        Recipe(
+            model="m",
+            task="text-classification",
+            data={"train": str(tmp_path / "a.parquet"), "columns": {"text_pair": "title"}},
+        )
+    )
+    assert again[0].columns["text_pair"] == "title"

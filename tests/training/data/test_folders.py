@@ -1,0 +1,141 @@
+"""Folders: all shards of every part, nothing that only begins like one; images by class or by list; other formats."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+from pyarrow import parquet
+
+from adapters_kit.errors import DataError
+from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.training import data
+from adapters_kit.training.resolve import prepare
+from tests.support import small
+
+
+def put(folder, **files):
+    for name, rows in files.items():
+        made = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(rows)]
+        small.write_jsonl(folder / f"{name.replace('__', '-').replace('S', '/')}.jsonl", made)
+    return folder
+
+
+def read(folder, **spec):
+    notes = Notes()
+    found = data.read(DataSpec(train=str(folder), **spec), notes)
+    return len(found.train), found.test and len(found.test), " ".join(notes.sentences)
+
+
+@pytest.mark.parametrize(
+    ("files", "sizes"),
+    [
+        ({"train__00000__of__00002": 4, "train__00001__of__00002": 6, "test__00000__of__00001": 2}, (10, 2)),
+        ({"train": 4, "val": 2}, (4, 2)),
+        ({"train": 4, "dev": 2}, (4, 2)),
+        ({"train": 4, "validation": 2, "test": 3}, (4, 3)),
+        ({"reviews__train": 4, "reviews__test": 2}, (4, 2)),
+        ({"train": 4, "testing_notes": 2, "developer": 1}, (4, None)),
+        ({"trainSpart__1": 4, "trainSpart__2": 4, "devSx": 2}, (8, 2)),
+        ({"dataStrain__00000__of__00001": 4, "dataStest__00000__of__00001": 2}, (4, 2)),
+        ({"part__00000": 4, "part__00001": 6}, (10, None)),
+    ],
+)
+def test_parts_of_a_folder(tmp_path, files, sizes):
+    train, test, notes = read(put(tmp_path, **files))
+    assert (train, test) == sizes
+    assert ("testing_notes.jsonl" in notes) == ("testing_notes" in files)
+
+
+def test_parts_that_are_not_clear(tmp_path):
+    with pytest.raises(DataError, match="one of 3 shards, 2 are here"):
+        read(put(tmp_path / "a", train__00000__of__00003=2, train__00002__of__00003=2))
+    folder = put(tmp_path / "b", train=2)
+    (folder / "train.csv").write_text("text,label\na,b\n")
+    with pytest.raises(DataError, match="could each be the same part"):
+        read(folder)
+    folder = put(tmp_path / "c", train__1=2)
+    small.write_jsonl(folder / "train-2.jsonl", [{"body": "x", "label": "a"}])
+    with pytest.raises(DataError, match=r"train-2\.jsonl has the columns body, label"):
+        read(folder)
+
+
+def test_folders_of_images(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for kind in ("cats", "dogs"):
+            (tmp_path / "by_class" / part / kind).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / "by_class" / part / kind / f"{i}.tif")
+    assert read(tmp_path / "by_class")[:2] == (6, 4)
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(listed / f"{i}.png")
+    (listed / "metadata.csv").write_text("file_name,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(4)))
+    found = data.read(DataSpec(train=str(listed))).train
+    assert found["file_name"][:] == [str(listed / f"{i}.png") for i in range(4)]
+
+
+def test_paths_of_images_start_at_their_table(tmp_path):
+    rows = []
+    for i in range(20):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": "ab"[i % 2]})
+    path = small.write_jsonl(tmp_path / "rows.jsonl", rows)
+    task, splits = prepare(Recipe(model="m", task="image-classification", data=str(path)))
+    assert all(name.startswith(str(tmp_path)) for name in splits.train["image"][:])
+    assert task.labels == ["a", "b"]
+
+
+def test_conll_and_fasttext(tmp_path):
+    (tmp_path / "a.conll").write_text("-DOCSTART- X O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\n")
+    notes = Notes()
+    found = data.read(DataSpec(train=str(tmp_path / "a.conll")), notes).train
+    assert found.to_list() == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["Peter"], "tags": ["B-PER"]},
+    ]
+    assert "3 columns" in notes.sentences[0]
+    (tmp_path / "b.conll").write_text("EU B-ORG\nrejects\n")
+    with pytest.raises(DataError, match="line 2: 1 columns"):
+        read(tmp_path / "b.conll")
+    (tmp_path / "c.txt").write_text("__label__good a fine film\n__label__bad no\n")
+    assert data.read(DataSpec(train=str(tmp_path / "c.txt"))).train.to_list()[0] == {
+        "text": "a fine film",
+        "label": "good",
+    }
+    (tmp_path / "d.ft").write_text("__label__a __label__b one\n__label__c two\n")
+    assert data.read(DataSpec(train=str(tmp_path / "d.ft"))).train["label"][:] == [["a", "b"], ["c"]]
+
+
+def test_parquet_of_every_kind(tmp_path):
+    """Categories keep the order that the data gives them; a hub data set's classes keep theirs and their names."""
+    texts = [f"t{i}" for i in range(40)]
+    categories = pa.DictionaryArray.from_arrays(pa.array([i % 3 for i in range(40)]), pa.array(["low", "mid", "high"]))
+    parquet.write_table(pa.table({"text": texts, "label": categories}), tmp_path / "a.parquet")
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(40)]}, kinds).to_parquet(tmp_path / "b.parquet")
+    frame = {"text": texts, "label": [float(i % 2) for i in range(40)], "when": [None] * 40}
+    parquet.write_table(pa.table(frame), tmp_path / "c.parquet")
+    expected = {"a": ["low", "mid", "high"], "b": ["neg", "pos"], "c": ["0", "1"]}
+    for name, labels in expected.items():
+        task, _ = prepare(Recipe(model="m", task="text-classification", data=str(tmp_path / f"{name}.parquet")))
+        assert task.labels == labels
+    content = (tmp_path / "a.parquet").read_bytes()
+    for damaged in (content[:-9], content[: len(content) // 2], content[:40] + b"\xff" * 60 + content[100:]):
+        (tmp_path / "d.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"d\.parquet"):
+            data.read(DataSpec(train=str(tmp_path / "d.parquet"))).train.to_list()
+
+
+def test_files_of_other_kinds_say_what_to_do(tmp_path):
+    for name, advice in (("a.xlsx", "Save the sheet as CSV"), ("a.jsonl.gz", "Unpack it")):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(DataError, match=advice):
+            read(tmp_path / name)
+    (tmp_path / "a.json").write_text(json.dumps({"train": [], "test": []}))
+    with pytest.raises(DataError, match="no rows"):
+        read(tmp_path / "a.json")
