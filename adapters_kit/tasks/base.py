@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Value
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
@@ -244,20 +245,14 @@ def same_padding(processor: Any, model: nn.Module, name: str) -> None:
     else:
         raise ModelError(
             f"The tokenizer of {name} has no padding token, no end-of-text token to pad with, and the model names "
-            "none. Set "
-            "pad_token in its tokenizer_config.json."
+            "none. Set pad_token in its tokenizer_config.json."
         )
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str = "right") -> torch.Tensor:
     """Rows of different length as one int64 tensor (rows, longest)."""
-    width = max(len(row) for row in rows)
-    out = torch.full((len(rows), width), value, dtype=torch.long)
-    for index, row in enumerate(rows):
-        if len(row):
-            where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            out[index, where] = torch.as_tensor(np.asarray(row, dtype=np.int64))
-    return out
+    tensors = [torch.as_tensor(np.asarray(row, dtype=np.int64)) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[str, torch.Tensor]:

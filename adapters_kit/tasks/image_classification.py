@@ -63,8 +63,7 @@ class ImageClassification(Task):
             if strange:
                 raise DataError(
                     f"Column {self.columns['label']!r} has labels that the model does not know: {strange[:10]}; it "
-                    "knows "
-                    f"{self.labels}."
+                    f"knows {self.labels}."
                 )
             labels = [number[name] for name in names if name is not None]
         return Pictures(undecoded(data, self.columns["image"]), self.columns["image"], labels)

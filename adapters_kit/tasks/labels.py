@@ -170,8 +170,7 @@ def class_names(
     if extra:
         notes.say(
             f"The held-out data has classes that the training data never shows: {', '.join(sorted(extra)[:10])}. The "
-            "model "
-            "cannot learn them; their rows count as wrong.",
+            "model cannot learn them; their rows count as wrong.",
             classes_held_out_only=len(extra),
         )
     padded = sorted(name for name in seen | extra if name != name.strip() and name.strip() in seen)

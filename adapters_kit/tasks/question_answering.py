@@ -170,8 +170,8 @@ class QuestionAnswering(Task):
         for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
             inside = np.asarray([part == 1 for part in encoded.sequence_ids(window)])
             offsets = np.asarray(encoded["offset_mapping"][window], dtype=np.int32)
-            types = encoded["token_type_ids"][window] if "token_type_ids" in encoded else None
-            yield Window(start + row, encoded["input_ids"][window], types, offsets, inside)
+            kinds = encoded["token_type_ids"][window] if "token_type_ids" in encoded else None
+            yield Window(start + row, encoded["input_ids"][window], kinds, offsets, inside)
 
     def _too_long(self, row: int, tokens: int) -> DataError:
         more = (

@@ -98,8 +98,7 @@ def _told(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[tupl
         raise DataError(
             f"{path}, line {error.line}: a field begins with a double quote that is not closed before the next "
             'separator. Close it; a quote inside a quoted field is written twice (""). If quotes are plain text in '
-            "this "
-            "file, put them in no field that holds the separator or a line break."
+            "this file, put them in no field that holds the separator or a line break."
         ) from None
 
 
@@ -218,8 +217,7 @@ def _columns(path: Path, header: Sequence[str], dialect: Dialect, notes: Notes) 
         places = [str(index + 1) for index, name in enumerate(named) if name == twice[0]]
         raise DataError(
             f"{path}: the header has the name {twice[0]!r} {counts[twice[0]]} times (columns {', '.join(places)}). "
-            "Give "
-            "each column a name of its own."
+            "Give each column a name of its own."
         )
     return named
 

@@ -113,8 +113,7 @@ def _detected(path: Path, bad: tuple[int, int], notes: Notes) -> str:
     line = next(line for line in (_reads(sample, found) or "").splitlines() if not line.isascii())
     notes.say(
         f"{path.name} is not UTF-8 and is read as {found}, which makes a line {line.strip()[:60]!r}. If its letters "
-        "are "
-        "wrong, name the right one: data.encoding."
+        "are wrong, name the right one: data.encoding."
     )
     return found
 

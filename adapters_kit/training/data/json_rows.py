@@ -352,8 +352,7 @@ def _unlike(path: Path, key: str, part: Sequence[tuple[str, Row]], values: Seque
         elif kind != known[1]:
             return (
                 f"{path}, {place}, column {key!r}: {value!r:.60} is {kind}, while {known[0]} holds {known[1]}. A "
-                "column "
-                "holds values of one kind."
+                "column holds values of one kind."
             )
     reason = str(error).splitlines()[0]
     return f"{path}, column {key!r}: the values from {part[0][0]} to {part[-1][0]} do not fit one column: {reason}"
