@@ -28,6 +28,7 @@ FLOORS = {
     "peft_plugin": 1,
     "peft_hook": 3,
     "artifacts": 2,
+    "pages": 3,
     "kernels": 2,
     "methods": 3,
     "quantization": 3,

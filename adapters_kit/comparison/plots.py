@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.comparison.summary import LESS_IS_BETTER
+from adapters_kit.pages.plots import place_names
 from adapters_kit.training import pictures
 
 
@@ -30,6 +31,8 @@ def draw(document: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]
         for place, (cost, unit, title, logarithmic) in zip([places] if len(axes) == 1 else places, axes, strict=True):
             _scatter(place, rows, cost, unit, scale)
             place.set(xlabel=title, ylabel=label, **({"xscale": "log"} if logarithmic else {}))
+            x, y = [row["costs"][cost] * unit for row in rows], [row["score"] * scale for row in rows]
+            place_names(figure, place, [row["label"] for row in rows], x, y)
         figure.savefig(out / f"{prefix}{name}", dpi=110)
         made.append(out / f"{prefix}{name}")
     return made
@@ -42,7 +45,6 @@ def _scatter(place: Any, rows: Sequence[Mapping[str, Any]], cost: str, unit: flo
         spread = (row["spread"] or 0) * scale
         is_full = row["label"] == "full"
         place.errorbar(x, y, yerr=spread or None, fmt="s" if is_full else "o", color="black" if is_full else None)
-        place.annotate(row["label"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         if is_full:
             place.axhspan(y - spread, y + spread, color="gray", alpha=0.15)
             place.axhline(y, color="gray", linewidth=0.8)

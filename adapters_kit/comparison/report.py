@@ -10,6 +10,7 @@ from typing import Any
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.comparison import plots
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
+from adapters_kit.pages.compared import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.training import run as run_report
 from adapters_kit.training.table import aligned
@@ -99,12 +100,38 @@ def as_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def page_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The methods as rows of a page's table: numbers as numbers, so that they sort."""
+    metric = document["metric"]
+    return [
+        {
+            "method": row["label"],
+            metric: row["score"],
+            "± over seeds": row["spread"],
+            "gap to full": row["gap"],
+            "95 %": gap(row, metric).partition(" ")[2],
+            "trainable_params": row["costs"]["trainable_params"],
+            "adapter_bytes": row["costs"]["adapter_bytes"],
+            "learning rate": document["learning_rates"][row["label"]],
+            "train_seconds": row["costs"]["seconds"],
+            "tokens_per_second": row["costs"]["tokens_per_second"],
+            "peak_memory_bytes": row["costs"]["peak_bytes"],
+        }
+        for row in document["methods"]
+    ]
+
+
 def write(out: Path, document: Mapping[str, Any]) -> list[str]:
     """comparison.json, the plots and report.md; returns where they are, for people."""
     write_json(out / "comparison.json", document)
     pictures = plots.draw(document, out)
     write_text(out / "report.md", markdown(document, [path.name for path in pictures]))
-    return [f"Report: {out / 'report.md'}   figures: {out / 'comparison.json'}"]
+    seeds = len(next(iter(document["cells"].values()), {}))
+    note = f"Score: {document['metric']}, the mean over {seeds} seed{'s' * (seeds != 1)}; gaps are paired by seed."
+    write_table_page(
+        out, f"{out.name}: methods beside full fine-tuning", page_rows(document), document["metric"], "method", [note]
+    )
+    return [f"Report: {out / 'report.md'}, {out / 'report.html'}   figures: {out / 'comparison.json'}"]
 
 
 def markdown(document: Mapping[str, Any], pictures: list[str]) -> str:

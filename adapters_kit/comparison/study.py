@@ -21,6 +21,7 @@ from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
 from adapters_kit.loading import skeleton
+from adapters_kit.pages.compared import rows_table
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration
@@ -64,6 +65,10 @@ class Comparison:
     document: dict[str, Any]
     missing: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        return rows_table(report.page_rows(self.document))
 
     def __str__(self) -> str:
         return "\n".join([report.text_table(self.document), "", *self.notes])

@@ -120,7 +120,7 @@ class Served:
             inputs = torch.tensor([list(ids)], device=next(model.parameters()).device)
             with torch.no_grad():
                 if base:
-                    with model.disable_adapter():  # type: ignore[operator]
+                    with model.disable_adapter():
                         logits = model(input_ids=inputs, use_cache=False).logits[0]
                 else:
                     logits = model(input_ids=inputs, use_cache=False).logits[0]
@@ -340,7 +340,7 @@ class _Completion(_Request):
         self.top = -1 if body.get("logprobs") is None else int(body["logprobs"])
 
     def _ids(self, prompt: Any) -> list[int]:
-        size = self.served.writer.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        size = self.served.writer.model.get_input_embeddings().weight.shape[0]
         if isinstance(prompt, list) and prompt and all(isinstance(one, int) and 0 <= one < size for one in prompt):
             return prompt
         if isinstance(prompt, str) and prompt:

@@ -101,7 +101,7 @@ def task_of_model(path: Path) -> dict[str, Any]:
     for task, row in TASKS.items():
         names = getattr(transformers, row.auto_class)._model_mapping._model_mapping.values()
         if any(saved_as in ((name,) if isinstance(name, str) else name) for name in names):
-            problem = _PROBLEMS.get(config.get("problem_type")) if task == "text-classification" else None
+            problem = _PROBLEMS.get(str(config.get("problem_type"))) if task == "text-classification" else None
             return {"task": task, **({"problem": problem} if problem else {})}
     return {}
 

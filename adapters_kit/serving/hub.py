@@ -66,7 +66,7 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    source = adapter_folder(folder)
+    source = adapter_folder(Path(folder))
     if not (source / CONFIG).is_file() and not (source / "config.json").is_file():
         raise ShippingError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
     if repo.count("/") != 1:

@@ -17,6 +17,7 @@ from adapters_kit.errors import AdapterError, RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.fuse import fuse, unfuse
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
+from adapters_kit.pages.html import pre
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter
 from adapters_kit.training.batches import Batches, FromData, FromLength, histogram
@@ -67,6 +68,10 @@ class Plan:
     largest_batch: int | None = None
     longest: int | None = None
     advice: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        """For a notebook."""
+        return pre(str(self))
 
     def __str__(self) -> str:
         held = f"in {self.recipe.training.precision}"

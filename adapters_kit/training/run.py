@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 
 from adapters_kit.artifacts.adapter import CONFIG, read_json
 from adapters_kit.errors import TrainingError
+from adapters_kit.pages.run import PAGE, scores_table
+from adapters_kit.pages.verdict import verdict
 from adapters_kit.recipe import Recipe
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors", "tokenizers")
@@ -57,6 +60,11 @@ class Run:
                 f"{path} is {'a run that has not finished: go on with resume=True' if started else 'no run folder'}."
             )
         return cls(path, read_json(path / "metrics.json"), Recipe.read(path / "recipe.yaml"))
+
+    def _repr_html_(self) -> str:
+        """The scores, for a notebook; `report.html` in the folder tells the rest."""
+        sentence, _ = verdict(self.metrics)
+        return f"<p><b>{escape(sentence)}</b> Page: {escape(str(self.path / PAGE))}</p>{scores_table(self.metrics)}"
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import TrainingError
+from adapters_kit.pages.compared import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open
 from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.run import Run
-from adapters_kit.training.table import Table, compare_runs
+from adapters_kit.training.table import Table, compare_runs, metric_of
 from adapters_kit.training.train import train
 
 
@@ -55,6 +56,8 @@ def sweep(
         for row in table:
             row["run"] = Path(row["run"]).name  # the folder may be moved
         write_json(out / "sweep.json", table)
+        metric = metric_of(Run.open(runs[0]))
+        write_table_page(out, f"{out.name}: learning rates and ranks", table, metric, "run", table.notes)
     return table
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from adapters_kit import tasks
 from adapters_kit.errors import TrainingError
+from adapters_kit.pages.compared import rows_table
 from adapters_kit.recipe_changes import flat
 from adapters_kit.training.run import Run
 
@@ -27,6 +29,10 @@ class Table(list[dict[str, Any]]):
     def __init__(self, rows: Iterable[dict[str, Any]], notes: Sequence[str] = ()) -> None:
         super().__init__(rows)
         self.notes = list(notes)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: a table that sorts, the notes above it."""
+        return "".join(f"<p>{escape(note)}</p>" for note in self.notes) + rows_table(self)
 
 
 def compare_runs(paths: Iterable[str | Path]) -> Table:

@@ -30,6 +30,7 @@ from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
+from adapters_kit.pages.run import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open, without_paths
 from adapters_kit.tasks.base import Features, Task
@@ -38,6 +39,7 @@ from adapters_kit.training import checkpoints, pictures
 from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.card import advice, card
 from adapters_kit.training.data import Splits
+from adapters_kit.training.details import details
 from adapters_kit.training.folder import Place, held
 from adapters_kit.training.given import Given, recipe_from
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
@@ -165,6 +167,9 @@ class _Training:
                 history = Run(self.path, metrics, recipe).history()
                 pictures.curves(history, base.scores, task.metric, self.path / "curves.png")
             _write_confusion(self.path, task, base.results, results, test_features)
+            found = details(task, recipe, results, test_features, self.splits.test, train_features)
+            write_json(self.path / DETAILS, found)
+            self._write_page()
             checkpoints.drop(
                 self.path
             )  # last of all: while they are there, resuming does all that follows training again
@@ -173,6 +178,13 @@ class _Training:
         for line in metrics["advice"]:
             self.tell(line)
         return Run(self.place.out, metrics, recipe)
+
+    def _write_page(self) -> None:
+        """report.html. What goes wrong there costs nobody a finished run."""
+        try:
+            write_run_page(self.path, self.place.out)
+        except Exception as error:
+            self.tell(f"report.html was not written: {type(error).__name__}: {error}")
 
     def _encoded(self, splits: Splits) -> tuple[Features, Features]:
         """The rows as the model takes them; what was done to them is said."""

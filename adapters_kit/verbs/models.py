@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from adapters_kit.errors import AdapterError
 from adapters_kit.verbs.shown import Shown, console, print_table
@@ -14,7 +15,7 @@ def methods(options: argparse.Namespace) -> Shown:
 
     found = table()
     merges = {True: "yes", False: "no", None: "?"}
-    data = [
+    data: list[dict[str, Any]] = [
         {
             "name": one.name,
             "config": one.config.partition(":")[2],
@@ -41,8 +42,12 @@ def inspect(options: argparse.Namespace) -> Shown:
     bare = skeleton(options.model, options.task)
     found = map_model(bare)
     # What a start from the weights, or the length of a run, decides does not change the count.
-    needed = {"adalora": {"total_step": 1}, "pissa": {"init_lora_weights": True}, "olora": {"init_lora_weights": True}}
-    trained = []
+    needed: dict[str, dict[str, Any]] = {
+        "adalora": {"total_step": 1},
+        "pissa": {"init_lora_weights": True},
+        "olora": {"init_lora_weights": True},
+    }
+    trained: list[dict[str, Any]] = []
     for name in options.methods or registry.names():
         try:
             wrapped = wrap(copy.deepcopy(bare), name, fuse=False, **needed.get(name, {}))

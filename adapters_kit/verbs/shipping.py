@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from adapters_kit.verbs.shown import Shown
 
@@ -35,7 +36,7 @@ def combine(options: argparse.Namespace) -> Shown:
     return Shown(report, str(report))
 
 
-def _mixing(options: argparse.Namespace) -> dict[str, object]:
+def _mixing(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("weights", "method", "density", "seed")}
 
 

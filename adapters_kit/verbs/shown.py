@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PIPED_WIDTH = 160
+PIPED_WIDTH = 1000
 """Columns of a table that goes into a file or a pipe, where COLUMNS does not say."""
 
 

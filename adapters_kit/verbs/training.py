@@ -82,9 +82,12 @@ def train(options: argparse.Namespace) -> Shown | None:
     run = run_training(recipe, out, resume=options.resume, overwrite=options.overwrite)
     if not PartialState().is_main_process:
         return None
+    from adapters_kit.pages.verdict import verdict
+
+    sentence, better = verdict(run.metrics)
     return Shown(
-        {"path": run.path, "adapter": run.adapter, "metrics": run.metrics},
-        f"{metrics_text(run.metrics)}\nRun folder: {run.path}   adapter: {run.adapter}\n{_next(run)}",
+        {"path": run.path, "adapter": run.adapter, "metrics": run.metrics, "better": better, "verdict": sentence},
+        f"{sentence}\n{metrics_text(run.metrics)}\nRun folder: {run.path}   adapter: {run.adapter}\n{_next(run)}",
     )
 
 
