@@ -28,11 +28,6 @@ def verdict(metrics: Mapping[str, Any], chosen: str | None = None) -> tuple[str,
     where = f" on {rows:,} held-out examples" if isinstance(rows, int) else ""
     if change > 0:
         return f"{name} {before:.4g} → {after:.4g}{where}.", True
-    steps = metrics.get("steps")
-    told = f"The adapter is no better than the base model: {name} {before:.4g} → {after:.4g}{where}"
-    tries = ["more epochs" if isinstance(steps, int) and steps < 200 else "another learning rate (adapters-kit sweep)"]
-    if isinstance(steps, int) and steps < 200:
-        tries += ["another learning rate (adapters-kit sweep)"]
-    tries += ["more examples" if isinstance(rows, int) and metrics.get("train_examples", 0) < 1000 else "a higher rank"]
-    trained = f" after {steps:,} steps" if isinstance(steps, int) else ""
-    return f"{told}{trained}. Try {', or '.join(tries)}.", False
+    if metrics.get("advice"):
+        return " ".join(metrics["advice"]), False
+    return f"The adapter is no better than the base model: {name} {before:.4g} → {after:.4g}{where}.", False
