@@ -199,6 +199,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
         result = set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)  # assigns instead of copying
     except Exception as error:  # peft raises KeyError, RuntimeError, ValueError, TypeError for what does not fit
         raise ShippingError(f"{adapter.folder} does not fit {kind.__name__}: {error}") from error
+    result.unexpected_keys[:] = [key for key in result.unexpected_keys if not _shared_tokens(key, weights)]
     if result.unexpected_keys:
         raise ShippingError(
             f"{len(result.unexpected_keys)} tensors of {adapter.folder} match nothing in {type(base).__name__}, such "
@@ -234,6 +235,13 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     if not units and not replaced:
         raise ShippingError(f"{adapter.folder} changes nothing in {type(base).__name__}.")
     return Attached(model, base, bare, owners, units, replaced, tied, config)
+
+
+def _shared_tokens(key: str, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a tensor is the rows of a tied head, which peft saves once more although the embedding's stand for both."""
+    leaf = ".trainable_tokens_delta"
+    same = (other for other in weights if other != key and other.endswith(leaf))
+    return key.endswith(leaf) and any(torch.equal(weights[key], weights[other]) for other in same)
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:
