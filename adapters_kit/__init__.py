@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.kernels.fuse import unfuse as unfuse
     from adapters_kit.loading import load as load
     from adapters_kit.loading import load_processor as load_processor
+    from adapters_kit.merging.extract import compress as compress
+    from adapters_kit.merging.extract import convert as convert
+    from adapters_kit.merging.extract import extract as extract
     from adapters_kit.merging.merge import MergeReport as MergeReport
     from adapters_kit.merging.merge import merge as merge
     from adapters_kit.methods import table as methods  # noqa: F401 - exported under this name
@@ -77,6 +80,9 @@ _HOME = {
     "train": "adapters_kit.training.train",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
+    "compress": "adapters_kit.merging.extract",
+    "convert": "adapters_kit.merging.extract",
+    "extract": "adapters_kit.merging.extract",
     "MergeReport": "adapters_kit.merging.merge",
     "merge": "adapters_kit.merging.merge",
     "check": "adapters_kit.serving.check",

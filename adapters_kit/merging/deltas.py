@@ -238,7 +238,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
 
 
 def _shared_tokens(key: str, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether a tensor is the rows of a tied head, which peft saves once more although the embedding's stand for both."""
+    """Whether a tensor holds the rows of a tied head, which peft saves although the embedding's stand for both."""
     leaf = ".trainable_tokens_delta"
     same = (other for other in weights if other != key and other.endswith(leaf))
     return key.endswith(leaf) and any(torch.equal(weights[key], weights[other]) for other in same)
