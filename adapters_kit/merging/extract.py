@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, adapter_folder, open_adapter, read_adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.artifacts.factors import PREFIX, canonicalise, missed, pairs
+from adapters_kit.artifacts.factors import PREFIX, canonicalise, missed, pairs, strip
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.identity import base_hashes
 from adapters_kit.artifacts.manifest import describe, write_manifest
@@ -227,12 +227,8 @@ def convert(
         made = _factors(updates(), rank, energy)
         if not made.ranks:
             raise ShippingError(f"{adapter.folder} changes no linear's weight.")
-        paths = [f"{unit.path}." for unit in heads]
-        extra = (
-            {n: t for n, t in adapter.weights.items() if n.removeprefix(PREFIX).startswith(tuple(paths))}
-            if paths
-            else {}
-        )
+        paths = tuple(f"{unit.path}." for unit in heads)
+        extra = {name: tensor for name, tensor in adapter.weights.items() if paths and strip(name).startswith(paths)}
         config = _config(made, portable_base(adapter.base, target), adapter.raw.get("task_type"))
         config["modules_to_save"] = adapter.raw.get("modules_to_save") if heads else None
         config["auto_mapping"] = adapter.raw.get("auto_mapping")
