@@ -5,6 +5,7 @@ files, values that are not finite.
 """
 
 import math
+import os
 import pickle
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +55,7 @@ class Adapter:
         return str(self.raw.get("peft_type")).lower()
 
 
-def adapter_folder(folder: Path | str) -> Path:
+def adapter_folder(folder: str | os.PathLike[str]) -> Path:
     """The adapter in a folder: the folder itself, or `adapter` inside it where it is a run folder."""
     folder = Path(folder)
     inside = folder / "adapter"
@@ -174,7 +175,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def open_adapter(folder: Path | str) -> Adapter:
+def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Everything an adapter folder says, its config not looked into yet; see `read_weights` for what is refused.
 
     Args:
@@ -236,7 +237,7 @@ def _tidy(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return result
 
 
-def read_adapter(folder: Path | str) -> Adapter:
+def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """As `open_adapter`; refuses a config that peft cannot use, too (see `read_config`)."""
     config = read_config(Path(folder))
     adapter = open_adapter(folder)

@@ -208,7 +208,7 @@ class Checkpoint:
         """The tensor as stored: contiguous, on the CPU, a fresh copy."""
         stored = self.tensors[name]
         buffer = np.empty(stored.nbytes, dtype=np.uint8)
-        self.fill(name, memoryview(buffer))
+        self.fill(name, buffer.data)
         if not stored.nbytes:
             return torch.empty(stored.shape, dtype=stored.torch_dtype)
         return torch.from_numpy(buffer).view(stored.torch_dtype).view(stored.shape)
@@ -306,13 +306,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not (folder / file).is_file():
             raise ShippingError(f"{index} names {file!r}, which is not in {folder}. Fetch the missing shard.")
         stamps[folder / file] = stamp(folder / file)
-        found, metadata[file] = read_header(folder / file)
+        header, metadata[file] = read_header(folder / file)
         expected = {name for name, place in weight_map.items() if place == file}
-        for problem, names in (("are missing", expected - found.keys()), ("are extra", found.keys() - expected)):
+        for problem, names in (("are missing", expected - header.keys()), ("are extra", header.keys() - expected)):
             if names:
                 raise ShippingError(
                     f"{folder / file} does not hold what {INDEX} says: {len(names)} tensors {problem}, such as "
                     f"{min(names)!r}. Shards of two saves are mixed: fetch or save the model again."
                 )
-        tensors.update(found)
+        tensors.update(header)
     return Checkpoint(folder, tensors, metadata, index_metadata, stamps)

@@ -1,6 +1,7 @@
 """Freed memory given back to the system: heaps keep it, and what is kept counts as used."""
 
 import ctypes
+from typing import Any
 
 TRIM_EVERY = 8 << 20  # bytes read or made between two calls of malloc_trim
 
@@ -17,10 +18,11 @@ class Trimmer:
 
     def __init__(self, every: int = TRIM_EVERY) -> None:
         self.read, self.every = 0, every
+        self.trim: Any = None
         try:
             self.trim = ctypes.CDLL(None).malloc_trim
         except (OSError, AttributeError, TypeError):  # macOS, Windows, musl
-            self.trim = None
+            return
 
     def __call__(self, nbytes: int) -> None:
         """Count bytes that were read or made, and trim if they have become many."""

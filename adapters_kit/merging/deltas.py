@@ -271,7 +271,7 @@ def fill_unit(unit: Unit, adapter: Adapter, read: Callable[[str], torch.Tensor])
     """
     names = unit.wanted
     fill(unit.base, {name: read(f"{unit.path}.{name}") for name in names})
-    start = _RESIDUAL.get(getattr(adapter.config, "init_lora_weights", None))
+    start = _RESIDUAL.get(str(getattr(adapter.config, "init_lora_weights", None)))
     if start is not None and hasattr(unit.module, start):
         layer, name = unit.module, unit.module.active_adapters[0]
         trained = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data

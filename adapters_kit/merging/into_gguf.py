@@ -238,7 +238,7 @@ def _in_file_order(kept: Kept, raw: Tensor) -> memoryview:
         in_file = np.empty_like(array)
         in_file[kept.order] = array
         array = in_file
-    return memoryview(np.ascontiguousarray(array)).cast("B")
+    return np.ascontiguousarray(array).data.cast("B")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -94,7 +94,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     verify: str = "sample",
-    calibration: Sequence[str] | str | os.PathLike | None = None,
+    calibration: Sequence[str] | str | Path | None = None,
     overwrite: bool = False,
     force: bool = False,
 ) -> MergeReport | GgufReport:

@@ -27,7 +27,7 @@ _FREE = {
     "lora_dropout", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights", "megatron_core",
     "qalora_group_size",
 }  # fmt: skip
-_OFF = (None, False, "none", [], {}, 0)
+_OFF: tuple[Any, ...] = (None, False, "none", [], {}, 0)
 _FLOATS = {one.stored for one in FLOATS}
 BLOCK = 1 << 17  # values; in float32, twice, they fit a core's second cache
 _SHORTEST = 32  # rows
@@ -89,7 +89,7 @@ class _Memory:
         if key not in self.made:
             raw = self.raw[: rows * columns * dtype.itemsize]
             floats = (memory[: rows * columns].view(rows, columns) for memory in (self.values, self.updates))
-            self.made[key] = memoryview(raw), torch.from_numpy(raw).view(dtype).view(rows, columns), *floats
+            self.made[key] = raw.data, torch.from_numpy(raw).view(dtype).view(rows, columns), *floats
         return self.made[key]
 
 
@@ -114,7 +114,7 @@ def find_direct(adapter: Adapter, checkpoint: Checkpoint, config: dict[str, Any]
     if config.get("quantization_config") or not _same_class(adapter, config) or _transposed(checkpoint):
         return None
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float) or rank < 1:
+    if type(rank) is not int or not isinstance(alpha, int | float) or isinstance(alpha, bool) or rank < 1:
         return None
     check_patterns(raw, [name.removesuffix(".weight") for name in checkpoint.tensors])
     factors = _factors(adapter, checkpoint, rank, _vocabulary(config))

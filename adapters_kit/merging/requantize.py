@@ -77,7 +77,8 @@ def requantize(update: Update, stage: Path, kind: str) -> Survival:
         unknown = wanted.keys() - merged.tensors.keys()
         if unknown:
             raise ShippingError(f"quantize={kind!r}: {min(unknown)} is not stored as a matrix of its own.")
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for file in merged.files:
             names, size = _rewrite(update, merged, stage, file, wanted, config, measured)
             weight_map |= dict.fromkeys(names, file)
@@ -98,7 +99,10 @@ class _Measure:
         self.arrived = self.update = self.error = 0.0
         self.tensors: dict[str, float] = {}
 
-    def add(self, name: str, base: torch.Tensor, merged: torch.Tensor, before: torch.Tensor, after: torch.Tensor):
+    def add(
+        self, name: str, base: torch.Tensor, merged: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> None:
+        """One weight: of the base and merged, each as it is and as it comes back quantized `before` and `after`."""
         update = (merged - base).double()
         size = update.square().sum().item()
         if size:

@@ -233,7 +233,7 @@ def _reference(update: Update) -> Iterator[nn.Module]:
     def drop(names: Iterable[str]) -> None:
         for name in names:
             leaf = name.rpartition(".")[2]
-            fill(plain[name], {leaf: hollow(plain[name]._parameters[leaf].shape)})
+            fill(plain[name], {leaf: hollow(plain[name].get_parameter(leaf).shape)})
 
     wanted = {unit.path: unit.wanted for unit in attached.units}
 
@@ -262,8 +262,8 @@ def _is_empty(module: nn.Module, name: str) -> bool:
 def _stored(model: nn.Module, checkpoint: Any, moved: set[str]) -> Iterator[nn.Module]:
     """The model of a checkpoint in float32; parameters in `moved` are shifted within half a unit in the last place."""
     origins, unused = trace(model, checkpoint.tensors)
-    for name, names in tied_names(model).items():
-        keeper = next((other for other in names if other in origins), None)
+    for name, group in tied_names(model).items():
+        keeper = next((other for other in group if other in origins), None)
         if keeper is not None:
             origins.setdefault(name, origins[keeper])
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}

@@ -56,7 +56,7 @@ def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:
     )
 
 
-def empty_model(kind: type, config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(kind: Any, config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with every parameter on the meta device (no memory) and real buffers, in float32 and eval mode."""
     with init_empty_weights(include_buffers=False):
         if kind.__name__.startswith("AutoModel"):
@@ -164,7 +164,7 @@ def trace(model: PreTrainedModel, names: Mapping[str, Any]) -> tuple[dict[str, O
     for target, parts in grouped.items():
         keys, patterns = tuple(key for key, _ in parts), tuple(pattern or "" for _, pattern in parts)
         rule = by_pattern.get(patterns[0])
-        parameters = (target,)
+        parameters: tuple[str, ...] = (target,)
         if rule is not None:
             parameters = tuple(target.replace(rule.target_patterns[0], other, 1) for other in rule.target_patterns)
         origin = Origin(keys, parameters, rule, patterns)

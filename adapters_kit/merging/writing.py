@@ -179,7 +179,7 @@ class _Put:
         if self.memory.numel() < size:
             self.memory, self.made = torch.empty(size, dtype=torch.uint8), {}
         memory = self.memory[:size]
-        self.made[name, shape] = memory.view(STORED[name]).view(shape), memoryview(memory.numpy())
+        self.made[name, shape] = memory.view(STORED[name]).view(shape), memory.numpy().data
 
 
 def _blocks(value: torch.Tensor) -> Iterator[torch.Tensor]:

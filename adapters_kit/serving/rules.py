@@ -191,8 +191,8 @@ def _vocabulary(adapter: Adapter) -> int | None:
     if base is None or not (base / "config.json").is_file():
         return None
     config = read_json(base / "config.json")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    return config.get("vocab_size") or text.get("vocab_size")
+    text = config.get("text_config")
+    return config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
 
 
 def _takes_factors(adapter: Adapter, server: str) -> Iterator[Problem]:
