@@ -7,6 +7,7 @@ files, values that are not finite.
 import math
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -185,7 +186,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     raw = _read_raw(folder)
     if str(raw.get("peft_type")).lower() != "lora":
         read_config(folder)  # an unknown method is told before anything about its weights
-    _check_fields(folder, raw)
+    check_fields(folder, raw)
     return Adapter(folder, raw, _tidy(folder, read_weights(folder)), read_record(folder))
 
 
@@ -193,12 +194,14 @@ _TEXTS = ("base_model_name_or_path", "revision", "task_type")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 
 
-def _check_fields(folder: Path, raw: dict[str, Any]) -> None:
+def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
     """Refuse values of the wrong kind in what is read here; what only peft reads is peft's to refuse."""
 
     def refuse(key: str, wanted: str) -> NoReturn:
         raise ShippingError(f"{folder / CONFIG}: {key} is {str(raw[key])[:80]!r}; it has to be {wanted}.")
 
+    if not isinstance(raw.get("peft_type"), str | None):
+        refuse("peft_type", "the name of a method")
     for key in _TEXTS:
         if not isinstance(raw.get(key), str | None):
             refuse(key, "a text")
@@ -219,6 +222,15 @@ def _check_fields(folder: Path, raw: dict[str, Any]) -> None:
             refuse(key, "a table of numbers")
     if "r" in raw and isinstance(raw["r"], int) and raw["r"] < 1 and str(raw.get("peft_type")).lower() == "lora":
         refuse("r", "1 or more")
+
+
+def check_ranks(folder: Path, raw: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a rank that no tensor of the file is long enough for: peft would first allocate what it is told."""
+    claimed = [value for key in ("r", "init_r") if type(value := raw.get(key)) is int]
+    claimed += [rank for rank in (raw.get("rank_pattern") or {}).values() if type(rank) is int]
+    largest = max((max(tensor.shape, default=0) for tensor in weights.values()), default=0)
+    if claimed and max(claimed) > max(largest, 4096):
+        raise ShippingError(f"{folder}: the config says rank {max(claimed)}, and no tensor is longer than {largest}.")
 
 
 def _tidy(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

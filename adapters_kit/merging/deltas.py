@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.anatomy import embeddings, output_embeddings
-from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.adapter import Adapter, check_ranks
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.artifacts.factors import pairs, strip
 from adapters_kit.artifacts.patterns import check_patterns
@@ -151,12 +151,7 @@ def _check_ranks(adapter: Adapter) -> None:
                     "The "
                     "files are of two adapters, or damaged."
                 )
-    claimed = max(value for value in (getattr(config, "r", 0), getattr(config, "init_r", 0)) if isinstance(value, int))
-    largest = max((max(tensor.shape, default=0) for tensor in adapter.weights.values()), default=0)
-    if claimed > max(largest, 4096):
-        raise ShippingError(
-            f"{adapter.folder}: the config says rank {claimed}, and no tensor is longer than {largest}."
-        )
+    check_ranks(adapter.folder, adapter.raw, adapter.weights)
 
 
 def usual_rounding(kind: str, bare: PreTrainedModel, checkpoint: Checkpoint) -> Rounding:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model_state_dict
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from torch import nn
 
+from adapters_kit.artifacts.adapter import check_fields, check_ranks, read_weights
+from adapters_kit.artifacts.patterns import check_patterns
+from adapters_kit.artifacts.reading import read_json
 from adapters_kit.errors import ModelError, did_you_mean
 from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.configs import infer_task_type, task_heads
@@ -47,6 +50,11 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         config.task_type = task
         config.modules_to_save = task_heads(base) or None
         return Saved(folder, config, state, lends_head=True)
+    raw = read_json(folder / ADAPTER_CONFIG)
+    check_fields(folder, raw)
+    check_patterns(raw, [path for path, _ in base.named_modules()])
+    state = read_weights(folder)
+    check_ranks(folder, raw, state)
     try:
         config = PeftConfig.from_pretrained(folder)
     except KeyError as error:
@@ -55,6 +63,8 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
             f"{folder / ADAPTER_CONFIG} asks for the method {kind!r}, which neither peft nor a plug-in provides. "
             f"{did_you_mean(str(kind).lower(), peft_methods())}"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is not a usable peft config: {error}") from error
     config.inference_mode = False
     # Trained for another task, such as a language adapter under a classifier: the head is the model's own.
     lends_head = config.task_type not in (None, task) and not isinstance(config, PromptLearningConfig)
@@ -62,7 +72,7 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         config.task_type = task
         if hasattr(config, "modules_to_save"):
             config.modules_to_save = task_heads(base) or None
-    return Saved(folder, config, load_peft_weights(str(folder), device="cpu"), lends_head)
+    return Saved(folder, config, state, lends_head)
 
 
 def fill(model: PeftModel, adapter_name: str, saved: Saved) -> None:

@@ -141,7 +141,7 @@ _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR",
 
 def _run(command: list[str], source: Path, home: Path) -> None:
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home), "PYTHONSAFEPATH": "1"}
+    alone = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HOME": str(home)}
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**kept, **alone}, cwd=home)
     if result.returncode:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
