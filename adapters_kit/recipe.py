@@ -118,6 +118,14 @@ class DataSpec(BaseModel):
     test_limit: int | None = Field(None, ge=1)
     """Use at most so many held-out rows (drawn with the seed)."""
 
+    source_lang: str | None = None
+    """Translation: the language of the sources, as the model's tokenizer writes it (eng_Latn, en_XX, en); by default
+    the one that the tokenizer was saved with."""
+    target_lang: str | None = None
+    """Translation: the language of the targets; answers begin with its code."""
+    source_prefix: str | None = None
+    """Text put before every source, such as T5's "summarize: "."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:

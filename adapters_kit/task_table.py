@@ -74,6 +74,7 @@ TASKS: dict[str, Row] = {
         auto_class="AutoModelForSeq2SeqLM",
         task_type="SEQ_2_SEQ_LM",
         pipeline="text2text-generation",
+        keys=("data.source_lang", "data.target_lang", "data.source_prefix"),
     ),
     "masked-lm": Row(
         "adapters_kit.tasks.masked_lm:MaskedLM",

@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.streaming import pieces
+from adapters_kit.tasks.streaming import answer, pieces
 
 IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
 Features = Sequence[dict[str, Any]]
@@ -131,7 +132,7 @@ class Task:
             with torch.no_grad(), autocast(model, device):
                 self.generate(model, batch, **options)
 
-        return pieces(self.processor, generate)
+        return answer(pieces(self.processor, generate))
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
         """What the model writes for each example of a batch; `options` go to `model.generate`."""
@@ -215,17 +216,9 @@ def outputs_of(model: nn.Module) -> list[str]:
 
 
 def longest_input(processor: Any, model: nn.Module) -> int:
-    """Tokens that the model can take, from its position embeddings and its tokenizer; huge if neither says."""
-    told = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
-    sizes = [size for size in told if isinstance(size, int) and size > 0]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
-            # RoBERTa's kind counts positions from behind the padding index.
-            sizes.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    """Tokens that the model can take, from its positions and its tokenizer; huge if neither says."""
     limit = getattr(processor, "model_max_length", None)
-    if isinstance(limit, int) and limit < 10**9:
-        sizes.append(limit)
-    return min(sizes, default=10**9)
+    return min(positions(model), limit if isinstance(limit, int) and limit > 0 else 10**9)
 
 
 def same_padding(processor: Any, model: nn.Module, name: str) -> None:

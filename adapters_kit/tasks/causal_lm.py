@@ -15,7 +15,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
 from adapters_kit.tasks.conversation import Conversation, conversation, past_turns, refuse_preferences, with_input
-from adapters_kit.tasks.generation import Limits, set_stops, tokenizer_of, written
+from adapters_kit.tasks.generation import Limits, positions, set_stops, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
@@ -70,7 +70,13 @@ class CausalLM(Task):
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         super().bind(tokenizer_of(processor), model)
-        self.limits = Limits(self.recipe.max_new_tokens, self.max_length, self.longest)
+        self.limits = Limits(self.recipe.max_new_tokens, self.max_length, positions(model))
+        if self.limits.answer < self.recipe.max_new_tokens:
+            self.notes.say(
+                f"Answers end after {self.limits.answer} tokens, not after max_new_tokens "
+                f"{self.recipe.max_new_tokens}: {self.recipe.model} has {positions(model)} positions, of which a "
+                f"prompt takes up to {self.limits.prompt}."
+            )
         if getattr(self.processor, "chat_template", None):
             self.template = ChatTemplate(self.processor, self.recipe.model)
         elif "messages" in self.columns:

@@ -27,6 +27,20 @@ class Limits:
         self.answer = max(min(max_new_tokens, positions - self.prompt), 1)
 
 
+def positions(model: nn.Module) -> int:
+    """How many tokens a model has positions for; huge where nothing limits them.
+
+    A table of positions is a limit; a number in the config of a model without one (RoPE) is what it was trained on.
+    """
+    told = [getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")]
+    sizes = [size for size in told if isinstance(size, int) and size > 0]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            # RoBERTa's kind counts positions from behind the padding index.
+            sizes.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(sizes, default=10**9)
+
+
 def tokenizer_of(processor: Any) -> Any:
     """The tokenizer of a processor for text and images, with the processor's chat template; a tokenizer as it is."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -35,7 +49,7 @@ def tokenizer_of(processor: Any) -> Any:
     return tokenizer
 
 
-def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int]) -> None:
+def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int] = ()) -> None:
     """Lets `model.generate` stop at the tokenizer's end of text and at the template's ends of turns as well.
 
     The generation config says so, which is saved with the adapter.
@@ -51,9 +65,14 @@ def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int]) -> None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
 
 
+def without_empty_thinking(text: str) -> str:
+    """The text without a block of thinking at its beginning that holds nothing."""
+    return _NO_THINKING.sub("", text)
+
+
 def written(tokenizer: Any, ids: Sequence[int], model: nn.Module) -> str:
     """What was written, as text: up to where it stopped, without special tokens and an empty block of thinking."""
     stop = getattr(model.generation_config, "eos_token_id", None)
     stops = set(stop if isinstance(stop, list) else [stop])
     end = next((place for place, index in enumerate(ids) if index in stops), len(ids))
-    return _NO_THINKING.sub("", tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return without_empty_thinking(tokenizer.decode(ids[:end], skip_special_tokens=True))

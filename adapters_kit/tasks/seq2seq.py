@@ -9,16 +9,49 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from adapters_kit.errors import MissingPackageError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
+from adapters_kit.tasks.generation import positions, set_stops, written
+from adapters_kit.tasks.languages import set_languages
+from adapters_kit.tasks.text_scores import how_counted, text_scores
 
 
 class Seq2Seq(Task):
+    """From one text to another.
+
+    Attributes:
+        codes: the languages, by key of the recipe; empty for models that are told none.
+        new_tokens: longest answer in tokens: `max_new_tokens`, or what the model has positions for.
+    """
+
     name = "seq2seq"
     needs = (("source", "target"),)
     targets = ("target",)
     metric = "loss"
     generates = True
+
+    def adapt(self, model: nn.Module) -> None:
+        spec = self.recipe.data
+        codes = set_languages(self.processor, model, self.recipe.model, spec.source_lang, spec.target_lang)
+        self.codes = codes or {}
+        if codes and not (spec.source_lang and spec.target_lang):
+            told = ", ".join(f"{key}: {code}" for key, code in codes.items())
+            self.notes.say(f"The languages are those that the tokenizer was saved with: {told}.")
+        set_stops(model, self.processor)
+        self.new_tokens = min(self.recipe.max_new_tokens, positions(model) - 1)
+        known = {
+            task: options["prefix"]
+            for task, options in (getattr(model.config, "task_specific_params", None) or {}).items()
+            if isinstance(options, dict) and options.get("prefix")
+        }
+        if known and spec.source_prefix is None:
+            told = ", ".join(f"{prefix!r} ({task})" for task, prefix in known.items())
+            self.notes.say(
+                f"{self.recipe.model} was trained with a word for each job before the source: {told}. None is put "
+                "there; data.source_prefix names one."
+            )
+
+    def found(self) -> dict[str, Any]:
+        return {**super().found(), **self.codes}
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         for data in (train, test) if test is not None else (train,):
@@ -26,15 +59,28 @@ class Seq2Seq(Task):
                 self.text(data, role)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        options = {"truncation": True, "max_length": self.max_length}
-        encoded = self.processor(self.text(data, "source"), **options)
-        features = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(encoded["input_ids"])]
+        prefix = self.recipe.data.source_prefix or ""
+        sources = self._cut([prefix + text for text in self.text(data, "source")], "sources", "text")
+        features: list[dict[str, Any]] = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(sources)]
         if answers:
             texts = self.text(data, "target")
-            targets = self.processor(text_target=texts, **options)["input_ids"]
-            for feature, ids, text in zip(features, targets, texts, strict=True):
+            for feature, ids, text in zip(features, self._cut(texts, "targets", "text_target"), texts, strict=True):
                 feature["labels"], feature["target"] = compact(ids), text
         return features
+
+    def _cut(self, texts: list[str], what: str, keyword: str) -> list[list[int]]:
+        """Token ids of texts; how many of these were longer than `max_length` is said."""
+        cut = self.processor(**{keyword: texts}, truncation=True, max_length=self.max_length)["input_ids"]
+        full = [row for row, ids in enumerate(cut) if len(ids) >= self.max_length]
+        whole = self.processor(**{keyword: [texts[row] for row in full]})["input_ids"] if full else []
+        count = sum(len(ids) > self.max_length for ids in whole)
+        if count:
+            self.notes.say(
+                f"{count:,} of {len(texts):,} {what} are longer than max_length {self.max_length}: their end was cut. "
+                "A higher training.max_length keeps more.",
+                **{f"{what}_cut": count},
+            )
+        return cut
 
     def length(self, feature: Mapping[str, Any]) -> int:
         return len(feature["input_ids"]) + len(feature.get("labels", ()))
@@ -60,14 +106,17 @@ class Seq2Seq(Task):
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        limits = {"max_new_tokens": self.recipe.max_new_tokens, "do_sample": False, "num_beams": 1}
+        limits = {"max_new_tokens": self.new_tokens, "do_sample": False, "num_beams": 1}
         out = model.generate(**inputs, **limits, **options)
-        return self.processor.batch_decode(out, skip_special_tokens=True)
+        # The first is the start token, which may be the one that ends a text as well.
+        return [written(self.processor, ids, model) for ids in out[:, 1:].tolist()]
 
     def score(self, results: Sequence[tuple[float, int, str]], features: Features) -> dict[str, float]:
         loss = sum(nll for nll, *_ in results) / max(sum(count for _, count, _ in results), 1)
         guesses = [text.strip() for *_, text in results]
         truth = [feature["target"].strip() for feature in features]
+        if told := how_counted(truth):
+            self.notes.say(told)
         exact = sum(guess == text for guess, text in zip(guesses, truth, strict=True)) / len(truth)
         return {"loss": loss, "exact_match": exact, **text_scores(guesses, truth)}
 
@@ -76,20 +125,3 @@ class Seq2Seq(Task):
         texts = self.run(model, features, batch_size, self.generate)
         sources = self.text(data, "source")
         return [{"source": sources[f["row"]], "answer": text} for f, text in zip(features, texts, strict=True)]
-
-
-def text_scores(guesses: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
-    """BLEU and chrF (0 to 100), ROUGE-1, -2 and -L (F1, 0 to 1)."""
-    try:
-        import sacrebleu
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise MissingPackageError(f"{error.name} is needed: pip install 'adapters-kit[metrics]'") from error
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = rouge_scorer.RougeScorer(kinds)
-    each = [scorer.score(text, guess) for guess, text in zip(guesses, truth, strict=True)]
-    return {
-        "bleu": sacrebleu.corpus_bleu(list(guesses), [list(truth)]).score,
-        "chrf": sacrebleu.corpus_chrf(list(guesses), [list(truth)]).score,
-        **{kind: sum(score[kind].fmeasure for score in each) / len(each) for kind in kinds},
-    }

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextStreamer
 
+from adapters_kit.tasks.generation import without_empty_thinking
+
 
 class _Pieces(TextStreamer):
     """Hands on what is certain of the text: everything up to the last complete word."""
@@ -21,6 +23,22 @@ class _Pieces(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.queue.put(text)
+
+
+def answer(texts: Iterator[str]) -> Iterator[str]:
+    """The pieces without an empty block of thinking at their beginning, as a whole answer is given too."""
+    waiting, begun = "", False
+    for text in texts:
+        if begun:
+            yield text
+            continue
+        waiting += text
+        so_far = "".join(waiting.split())
+        begun = not any(block.startswith(so_far) for block in ("<think></think>", "</think>"))
+        if begun:
+            yield without_empty_thinking(waiting)
+    if not begun and (rest := without_empty_thinking(waiting)):
+        yield rest
 
 
 def pieces(tokenizer: Any, generate: Callable[..., Any]) -> Iterator[str]:
