@@ -31,7 +31,11 @@ def test_notes_reach_screen_metrics_and_card(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(CausalLM, "encode", telling)
     rows = small.write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in small.sentiment(20)])
     recipe = ak.Recipe(
-        model=str(small.model("gpt2")), task="causal-lm", data=str(rows), training={"max_steps": 1, "samples": 0}
+        model=str(small.model("gpt2")),
+        task="causal-lm",
+        data=str(rows),
+        max_new_tokens=8,
+        training={"max_steps": 1, "samples": 0},
     )
     run = ak.train(recipe, tmp_path / "run")
     said = "training data: 18 rows were looked at."
