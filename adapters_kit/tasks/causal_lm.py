@@ -57,6 +57,7 @@ class CausalLM(Task):
         refuse_preferences(data.column_names, given, booleans=booleans)
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
+        """Reads every row, so that one that is no conversation is refused before the model loads. Raises DataError."""
         for data in (train, test) if test is not None else (train,):
             if "text" in self.columns:
                 self.text(data, "text")
@@ -69,6 +70,12 @@ class CausalLM(Task):
                 conversation(row, self.columns, index, answer="completion" in self.columns)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
+        """Takes the tokenizer, its chat template and the model's positions; answers stop where the template ends turns.
+
+        Raises:
+            DataError: conversations for a tokenizer without a chat template.
+            ModelError: packing for a model whose packed examples see each other.
+        """
         super().bind(tokenizer_of(processor), model)
         self.limits = Limits(self.recipe.max_new_tokens, self.max_length, positions(model))
         if self.limits.answer < self.recipe.max_new_tokens:
@@ -89,6 +96,11 @@ class CausalLM(Task):
             packing.check(model, self.recipe.model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
+        """One or more samples a row, with `labels` that are -100 where nothing is learned; without `answers`, prompts.
+
+        Raises:
+            DataError: no row has anything to learn, or the template refuses one.
+        """
         if not answers:
             return self._prompts(data)
         cuts, features, learned_from = Cuts(), [], set()
@@ -184,14 +196,17 @@ class CausalLM(Task):
         return talk.without_answer() if "messages" in self.columns else talk
 
     def training_features(self, features: Features) -> Features:
+        """The samples, packed to rows of `max_length` tokens where the recipe asks for it."""
         return packing.pack(features, self.max_length) if self.recipe.training.packing else features
 
     def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
+        """A batch to train on, of packed rows or of samples."""
         if self.recipe.training.packing:
             return packing.collate(features, self.processor.pad_token_id or 0)
         return self.collate(features)
 
     def collate(self, features: Features, side: str = "right") -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, labels, each (rows, longest) int64, and row (rows,); padded on `side`."""
         batch = pad_inputs(features, self.processor, side)
         batch["labels"] = pad([feature["labels"] for feature in features], IGNORED, side)
         batch["row"] = torch.tensor([feature["row"] for feature in features])
@@ -215,11 +230,13 @@ class CausalLM(Task):
         return found
 
     def score(self, results: Sequence[tuple[float, int]], features: Features) -> dict[str, float]:
+        """Mean loss of a token (nats), perplexity, and how many tokens were counted."""
         tokens = sum(count for _, count in results)
         loss = sum(nll for nll, _ in results) / max(tokens, 1)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": tokens}
 
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
+        """Of each row what was asked (`messages`, `prompt` or `text`) and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
         results = self.run(model, features, batch_size, self.generate, lambda f: self.collate(f, side="left"))
         given = next(role for role in ("messages", "prompt", "text") if role in self.columns)
@@ -229,6 +246,7 @@ class CausalLM(Task):
         return [{given: asked[f["row"]], "answer": text} for f, text in zip(features, results, strict=True)]
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
+        """The answers to a batch of prompts padded on the left; greedy; `options` go to `model.generate`."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         out = model.generate(**inputs, max_new_tokens=self.limits.answer, do_sample=False, **options)
         return [written(self.processor, ids, model) for ids in out[:, batch["input_ids"].shape[1] :].tolist()]

@@ -30,6 +30,11 @@ class Seq2Seq(Task):
     generates = True
 
     def adapt(self, model: nn.Module) -> None:
+        """Sets languages, stops and the longest answer; says which languages and prefixes there are.
+
+        Raises:
+            ModelError: a language that the model does not have.
+        """
         spec = self.recipe.data
         codes = set_languages(self.processor, model, self.recipe.model, spec.source_lang, spec.target_lang)
         self.codes = codes or {}
@@ -51,14 +56,17 @@ class Seq2Seq(Task):
             )
 
     def found(self) -> dict[str, Any]:
+        """What the same run needs again; the languages too."""
         return {**super().found(), **self.codes}
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
+        """Checks that sources and targets are text. Raises DataError."""
         for data in (train, test) if test is not None else (train,):
             for role in self.columns:
                 self.text(data, role)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
+        """input_ids of the source behind `source_prefix`; with `answers` also `labels` and the text of the target."""
         prefix = self.recipe.data.source_prefix or ""
         sources = self._cut([prefix + text for text in self.text(data, "source")], "sources", "text")
         features: list[dict[str, Any]] = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(sources)]
@@ -83,9 +91,11 @@ class Seq2Seq(Task):
         return cut
 
     def length(self, feature: Mapping[str, Any]) -> int:
+        """Tokens of source and target together."""
         return len(feature["input_ids"]) + len(feature.get("labels", ()))
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask, labels, each (rows, longest) int64, padded on the right, and row (rows,)."""
         batch = pad_inputs(features, self.processor)
         batch.pop("token_type_ids", None)
         if "labels" in features[0]:
@@ -105,6 +115,7 @@ class Seq2Seq(Task):
         return list(zip(sums, counts, self.generate(model, batch), strict=True))
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
+        """What the model writes for each source, greedily; `options` go to `model.generate`."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         limits = {"max_new_tokens": self.new_tokens, "do_sample": False, "num_beams": 1}
         out = model.generate(**inputs, **limits, **options)
@@ -112,6 +123,7 @@ class Seq2Seq(Task):
         return [written(self.processor, ids, model) for ids in out[:, 1:].tolist()]
 
     def score(self, results: Sequence[tuple[float, int, str]], features: Features) -> dict[str, float]:
+        """Mean loss of a token (nats), exact_match (0 to 1), BLEU and chrF (0 to 100), ROUGE (0 to 1)."""
         loss = sum(nll for nll, *_ in results) / max(sum(count for _, count, _ in results), 1)
         guesses = [text.strip() for *_, text in results]
         truth = [feature["target"].strip() for feature in features]
@@ -121,6 +133,7 @@ class Seq2Seq(Task):
         return {"loss": loss, "exact_match": exact, **text_scores(guesses, truth)}
 
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
+        """Of each row the `source` and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
         texts = self.run(model, features, batch_size, self.generate)
         sources = self.text(data, "source")
