@@ -93,6 +93,7 @@ class MaskedLM(Task):
         return masked, labels
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
+        """Ids with masks, attention mask and labels, (rows, tokens) int64."""
         shown = [{**feature, "input_ids": feature.get("masked", feature["input_ids"])} for feature in features]
         batch = pad_inputs(shown, self.processor)
         if "labels" in features[0]:
@@ -101,6 +102,7 @@ class MaskedLM(Task):
         return batch
 
     def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
+        """As `collate`, with masks drawn anew."""
         # torch's generator is what a resumed run restores.
         fresh = []
         for feature in features:
@@ -126,6 +128,7 @@ class MaskedLM(Task):
         return list(zip(loss.double().sum(-1).tolist(), at.sum(-1).tolist(), right, guesses, strict=True))
 
     def score(self, results: Sequence[Any], features: Features) -> dict[str, float]:
+        """Loss (nats a masked token), perplexity, and the part of them guessed."""
         tokens = max(sum(count for _, count, *_ in results), 1)
         loss = sum(nll for nll, *_ in results) / tokens
         return {

@@ -20,7 +20,8 @@ from adapters_kit.artifacts.mapped import release_pages
 from adapters_kit.errors import DataError
 
 _AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not
-_CHARACTERS = 1 << 22  # of a part, where rows are long
+_CHARACTERS = 1 << 20  # of a part, where rows are long
+_FAR = 32  # characters a token, behind which a text is looked at only if its tokens do not fill the row
 
 
 def in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -58,6 +59,31 @@ def check_text(values: Sequence[Any], start: int, column: str, role: str, names:
                 f"not a string. Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(names)}."
             )
     return list(values)
+
+
+def truncated_ids(processor: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The token ids of each text, cut to `max_length`; of a long text little more than what is kept is tokenized.
+
+    1. A text is cut at a blank far behind where `max_length` tokens usually end.
+    2. Its tokens up to there are those of the whole text: no token reaches over a blank into the next word.
+    3. If they fill the row, all that was cut lies behind the row's end. If not, the whole text is tokenized.
+    """
+    options = {"truncation": True, "max_length": max_length}
+    if getattr(processor, "truncation_side", "right") != "right":
+        return list(processor(list(texts), **options)["input_ids"])
+    far = max(_FAR * max_length, 1000)
+    short = [_up_to_a_blank(text, far) for text in texts]
+    found = list(processor(short, **options)["input_ids"])
+    again = [i for i, ids in enumerate(found) if len(short[i]) < len(texts[i]) and len(ids) < max_length]
+    if again:
+        for i, ids in zip(again, processor([texts[i] for i in again], **options)["input_ids"], strict=True):
+            found[i] = ids
+    return found
+
+
+def _up_to_a_blank(text: str, far: int) -> str:
+    blank = text.find(" ", far) if len(text) > 2 * far else -1
+    return text if blank < 0 else text[:blank]
 
 
 class Encoded(Sequence[dict[str, Any]]):

@@ -18,7 +18,7 @@ from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
 from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, separated
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts
+from adapters_kit.tasks.rows import Encoded, check_text, in_parts, truncated_ids
 
 _LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
     "single-label": "single_label_classification",
@@ -134,10 +134,13 @@ class TextClassification(Task):
                 check_text(part[name], start, name, role, data.column_names)
                 for role, name in zip(roles, names, strict=True)
             ]
-            encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+            if len(texts) == 1:
+                encoded = {"input_ids": truncated_ids(self.processor, texts[0], self.max_length)}
+            else:
+                encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
             for offset, ids in enumerate(encoded["input_ids"]):
                 feature = {"row": start + offset, "input_ids": compact(ids)}
-                if "token_type_ids" in encoded and len(texts) == 2:
+                if "token_type_ids" in encoded:
                     feature["token_type_ids"] = compact(encoded["token_type_ids"][offset])
                 if targets is not None:
                     feature["labels"] = targets[start + offset]
