@@ -82,7 +82,7 @@ def test_what_is_cut_off_need_not_be_tokenized(name, side, monkeypatch):
 
 
 def test_a_value_that_is_no_text_is_told_by_its_row():
-    with pytest.raises(DataError, match="row 12 holds 7 .int., not a string.*There are: a, b"):
+    with pytest.raises(DataError, match=r"row 12 holds 7 .int., not a string.*There are: a, b"):
         check_text(["x", 7], 10, "a", "text", ["a", "b"])
 
 
