@@ -65,25 +65,27 @@ def record_saves() -> None:
                 record_saved(self, save_directory, name)
         return result
 
-    save_pretrained.records = True
-    kind.save_pretrained = save_pretrained
+    recording: Any = save_pretrained
+    recording.records = True
+    kind.save_pretrained = recording
 
 
 class _PeftFinder(MetaPathFinder):
     """Lets Python find peft as always, and adds a step after its import."""
 
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "peft":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec("peft")
         if spec is None or spec.loader is None:
             return spec
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def execute_then_register(module: ModuleType) -> None:
             execute(module)
             register()
 
-        spec.loader.exec_module = execute_then_register
+        loader.exec_module = execute_then_register
         return spec

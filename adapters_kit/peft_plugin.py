@@ -98,7 +98,7 @@ class MixedModel(mixed.MixedModel):
             super()._prepare_model(config, model)
 
     @staticmethod
-    def _check_target_module_exists(config: PeftConfig, key: str):
+    def _check_target_module_exists(config: PeftConfig, key: str) -> Any:
         owner = _OURS.get(type(config), mixed.MixedModel)
         return owner._check_target_module_exists(config, key)
 

@@ -297,7 +297,7 @@ def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndByt
 
     trimmer = Trimmer()
     for path in paths:
-        old = model.get_submodule(path)
+        old: Any = model.get_submodule(path)
         weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
         rows, width = weight.shape
         if config.load_in_8bit:
@@ -333,9 +333,10 @@ def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndByt
         del weight
     trimmer.now()
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    quantized: Any = model
+    quantized.hf_quantizer = quantizer
+    quantized.is_quantized = True
+    quantized.quantization_method = config.quant_method
     quantizer.postprocess_model(model)
 
 

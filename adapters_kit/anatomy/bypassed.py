@@ -32,8 +32,10 @@ def bypassed(model: nn.Module, linears: Sequence[str], inputs: Mapping[str, Any]
     suspects: dict[str, tuple[nn.Module, str]] = {}
     for path in linears:
         parent, _, name = path.rpartition(".")
-        if name in _weights_read(type(modules[parent])):
-            suspects[path] = (modules[parent], name)
+        owner = modules[parent]
+        of: Any = type(owner)
+        if name in _weights_read(of):
+            suspects[path] = (owner, name)
     if not suspects:
         return set()
     never = _never_called(model, list(suspects.values()), inputs)
@@ -59,7 +61,7 @@ def _never_called(
     base = base_model(model)
     inputs = probe_inputs(base) if inputs is None else dict(inputs)
     if "use_cache" in inspect.signature(base.forward).parameters:
-        inputs.setdefault("use_cache", False)  # a hybrid whose layers are all state-space cannot make an empty cache
+        inputs = {"use_cache": False, **inputs}  # a hybrid whose layers are all state-space cannot make an empty cache
     try:
         for owner in modes:
             owner.training = True
@@ -74,8 +76,8 @@ def _never_called(
 
 
 @cache
-def _weights_read(owner: type) -> frozenset[str]:
-    """Every `x` for which code beside the class reads `self.x.weight`."""
+def _weights_read(owner: Any) -> frozenset[str]:
+    """Every `x` for which code beside the class `owner` reads `self.x.weight`."""
     return frozenset().union(*(_read_in(parent.__module__) for parent in owner.__mro__ if parent is not nn.Module))
 
 

@@ -28,11 +28,12 @@ def fake(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[FakeTen
     """
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
-    own: list[tuple[dict, str, torch.Tensor]] = []
+    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         with mode:
             for module in model.modules():
-                for store in (module._parameters, module._buffers):
+                stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for store in stores:
                     for name, tensor in store.items():
                         if tensor is None:
                             continue

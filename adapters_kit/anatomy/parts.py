@@ -157,10 +157,12 @@ class ModelMap:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of all blocks, in order."""
         return tuple(linear for block in self.blocks for linear in block.linears)
 
     @property
     def experts(self) -> tuple[ExpertWeight, ...]:
+        """The fused experts' weights of all blocks, in order."""
         return tuple(weight for block in self.blocks for weight in block.experts)
 
     def branches(self, *kinds: Kind) -> Iterator[tuple[Block, Branch]]:

@@ -106,8 +106,9 @@ def _audio(base: Any, main: str) -> torch.Tensor:
     frames = getattr(config, "max_source_positions", None)
     if main == "input_features" and bins is not None:
         # Whisper takes exactly its full window; models whose positions are made as they go declare it too.
-        fixed = "num_mel_bins" in config.to_dict() and frames is not None
-        return _noise(base, 1, bins, 2 * frames) if fixed else _noise(base, 1, 64, bins)
+        if frames is not None and "num_mel_bins" in config.to_dict():
+            return _noise(base, 1, bins, 2 * frames)
+        return _noise(base, 1, 64, bins)
     if bins is not None and getattr(config, "max_length", None):  # audio spectrogram transformer: an image of frames
         return _noise(base, 1, config.max_length, bins)
     # A waveform: enough samples for a few frames after the strided convolutions.

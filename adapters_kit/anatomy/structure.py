@@ -95,7 +95,7 @@ def _lists(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in modules if isinstance(module, nn.ModuleList | nn.Sequential)]
 
 
-def _descend(path: str, module: nn.Module, inner_lists) -> dict[str, nn.Module]:
+def _descend(path: str, module: nn.Module, inner_lists: list[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     """The blocks at or below one element of a list of blocks."""
     found: dict[str, nn.Module] = {}
     for inner_path, inner in inner_lists:
@@ -176,9 +176,10 @@ def _split_blocks(found: dict[str, nn.Module], modules: list[tuple[str, nn.Modul
         parent = by_path[list_path.rpartition(".")[0]]
         for name, sibling in parent.named_children():
             beside = isinstance(sibling, nn.ModuleList) and len(sibling) == len(by_path[list_path])
-            if beside and index in dict(sibling.named_children()) and _holds_weights(sibling):
+            twin = dict(sibling.named_children()).get(index) if beside else None
+            if twin is not None and _holds_weights(sibling):
                 element_path = ".".join(filter(None, [list_path.rpartition(".")[0], name, index]))
-                result[element_path] = unwrap(sibling[int(index)])
+                result[element_path] = unwrap(twin)
     return result
 
 

@@ -6,7 +6,7 @@ a branch (the chain of modules that returned it), or neither. Module hooks say w
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,14 +104,13 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _outputs(output: Any) -> list[tuple[int | None, torch.Tensor]]:
     """The floating-point tensors that a module returns, each with its place."""
+    found: Iterable[tuple[int | None, Any]] = ()
     if isinstance(output, _TENSOR):
         found = [(None, output)]
     elif isinstance(output, Mapping):
-        found = list(enumerate(output.values()))
+        found = enumerate(output.values())
     elif isinstance(output, list | tuple):
-        found = list(enumerate(output))
-    else:
-        found = []
+        found = enumerate(output)
     return [(place, item) for place, item in found if isinstance(item, _TENSOR) and item.is_floating_point()]
 
 
@@ -146,6 +145,7 @@ class Trace(TorchFunctionMode):
         self._time = 0
 
     def note(self, tensor: Any) -> Note:
+        """What is known of `tensor`; `NOTHING` of a value that is none or was not met."""
         return self._notes.get(id(tensor), NOTHING) if isinstance(tensor, _TENSOR) else NOTHING
 
     def _write_note(self, tensor: torch.Tensor, note: Note) -> None:
@@ -212,6 +212,7 @@ class Trace(TorchFunctionMode):
     # modules
 
     def enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A module begins: its inputs that are values of the stream become taps."""
         self._time += 1
         self.calls[path] += 1
         given = [(key, value) for key, value in (*enumerate(args), *kwargs.items()) if isinstance(value, _TENSOR)]
@@ -233,10 +234,12 @@ class Trace(TorchFunctionMode):
             # Reformer's blocks take two streams of one shape; the first argument is a stream in every other model.
             if value.shape == values[0].shape and self.note(value).state is None and not self.note(value).chains:
                 self._write_note(value, Note(state=State()))
-        if values and self.note(values[0]).state is not None:
-            self.note(values[0]).state.borders = True
+        entering = self.note(values[0]).state if values else None
+        if entering is not None:
+            entering.borders = True
 
     def leave(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """A module ends: what it returns is a value of the stream behind a norm, or a link of a branch."""
         self._time += 1
         self.order.setdefault(path, self._time)
         self._open.pop()

@@ -42,10 +42,12 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Length of the range."""
         return self.stop - self.start
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch knows it."""
         return STORED[self.dtype]
 
 

@@ -6,7 +6,7 @@ model = load("models/minilm", task="text-classification", labels=["negative", "p
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,7 @@ def load(
     elif quantize is None:
         model, info = read(auto_class, source, config, saved_as, labels, options)
     else:
+        assert wanted_dtype is not None  # with quantize= it has been given or made bf16
         skeleton = meta_model(auto_class, config, trust_remote_code)
         wanted = quantizable(skeleton, skip)
         check_device(quantize, _device_type(device_map))
@@ -173,7 +174,7 @@ def _half_product() -> torch.Tensor:
     return torch.ones(2, 2, dtype=torch.float16) @ torch.ones(2, 2, dtype=torch.float16)
 
 
-def _tell_of_experts(skeleton, quantize: str, dtype: torch.dtype) -> None:
+def _tell_of_experts(skeleton: PreTrainedModel, quantize: str, dtype: torch.dtype) -> None:
     """Fused experts are no linear layers, and most of a mixture's weights: whoever reads "nf4" expects them smaller."""
     experts = expert_parameters(skeleton)
     if experts:
@@ -189,7 +190,9 @@ def _tell_of_experts(skeleton, quantize: str, dtype: torch.dtype) -> None:
         )
 
 
-def _check_complete(model, info, source: Source, labels) -> None:
+def _check_complete(
+    model: PreTrainedModel, info: Mapping[str, Any], source: Source, labels: Sequence[str] | None
+) -> None:
     """Refuse a body at random; remember which modules are new."""
     bad = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
@@ -205,7 +208,7 @@ def _check_complete(model, info, source: Source, labels) -> None:
     model.fresh_modules = [path for path in fresh if path]
 
 
-def _finish(model, source: Source, task: str, norms_fp32: bool) -> None:
+def _finish(model: PreTrainedModel, source: Source, task: str, norms_fp32: bool) -> None:
     setattr(model, OURS, True)
     keep_layout(model)
     # The way back from a quantized checkpoint to its saved form does not exist in transformers, and is not needed: the
@@ -290,7 +293,7 @@ def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
     return getattr(transformers, TASKS[task].auto_class)
 
 
-def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequence[str] | None = None):
+def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequence[str] | None = None) -> Any:
     """The model that `load` would return, on the meta device: shapes without weights, from the config alone.
 
     Without a task, the class that the checkpoint was saved as.
@@ -320,6 +323,7 @@ def _saved_kind(config: PreTrainedConfig) -> str | None:
 
 def _device_type(device_map: Any) -> str:
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
-    if all(place in ("cpu", torch.device("cpu")) for place in places) or not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or all(place in ("cpu", torch.device("cpu")) for place in places):
         return "cpu"
-    return torch.accelerator.current_accelerator().type
+    return accelerator.type

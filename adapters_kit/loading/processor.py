@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-from adapters_kit.artifacts.source import Source, find
+from adapters_kit.artifacts.source import find
 from adapters_kit.errors import ModelError
 
 
@@ -26,7 +26,8 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     source = find(name)
     options = {"trust_remote_code": trust_remote_code, **source.options(revision)}
     try:
-        auto_class = _tokenizer_class(source) if source.gguf_file else transformers.AutoProcessor
+        file = source.gguf_file
+        auto_class = _tokenizer_class(source.location, file) if file else transformers.AutoProcessor
         processor = auto_class.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -40,12 +41,12 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     return processor
 
 
-def _tokenizer_class(source: Source) -> Any:
+def _tokenizer_class(location: str, gguf_file: str) -> Any:
     """The class of a GGUF file's tokenizer, as AutoTokenizer finds it: that unpacks the vocabulary once more for it."""
     from adapters_kit.loading.gguf import read_config
 
-    config = read_config(source.location, source.gguf_file)
-    told_elsewhere = os.path.exists(os.path.join(source.location, "tokenizer_config.json"))
+    config = read_config(location, gguf_file)
+    told_elsewhere = os.path.exists(os.path.join(location, "tokenizer_config.json"))
     if told_elsewhere or getattr(config, "tokenizer_class", None):
         return transformers.AutoTokenizer
     found = TOKENIZER_MAPPING.get(type(config), transformers.PreTrainedTokenizerFast)

@@ -1,7 +1,7 @@
 """Weights into the model, by transformers, and quantized on the way without a second copy."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def read_gguf_and_quantize(
     """The same from a GGUF file; the unquantized model where transformers has to unpack the file as a whole."""
     from adapters_kit.loading.gguf import read_gguf_lazily
 
-    with read_gguf_lazily(os.path.join(source.location, source.gguf_file), skeleton) as state_dict:
+    with read_gguf_lazily(os.path.join(source.location, source.gguf_file or ""), skeleton) as state_dict:
         if state_dict is None or _needs_transformers(options):
             return read(auto_class, source, config, None, labels, options)
         options = {key: value for key, value in options.items() if key != "gguf_file"}
@@ -105,13 +105,15 @@ def read_gguf_in_blocks(
     return model, info
 
 
-def _needs_transformers(options) -> bool:
+def _needs_transformers(options: Mapping[str, Any]) -> bool:
     """Whether loading involves what only a plain `from_pretrained` does: sharding, code that comes with the model."""
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return sharded or bool(options.get("trust_remote_code"))
 
 
-def _from_pretrained(model_class, location, source, labels, options) -> Loaded:
+def _from_pretrained(
+    model_class: Any, location: str | None, source: Source, labels: Sequence[str] | None, options: Mapping[str, Any]
+) -> Loaded:
     try:
         return model_class.from_pretrained(
             location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
@@ -120,7 +122,7 @@ def _from_pretrained(model_class, location, source, labels, options) -> Loaded:
         raise ModelError(f"Cannot load {source.name}: {gist(error)}") from error
 
 
-def _leave_fresh_linears(auto_class, source, config, options) -> None:
+def _leave_fresh_linears(auto_class: Any, source: Source, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
     """Keep transformers from quantizing a new head of a checkpoint saved quantized: only what was saved so is so."""
     skeleton = meta_model(auto_class, config, options.get("trust_remote_code", False))
     files = source.safetensors_files(options.get("revision"))
