@@ -19,6 +19,7 @@ from adapters_kit.methods.configs import build
 from adapters_kit.methods.saved import fill, read_saved
 from adapters_kit.methods.together.build import combine
 from adapters_kit.methods.together.live import attach
+from adapters_kit.methods.virtual_tokens import keep_places
 from adapters_kit.names import ADAPTER_CONFIG, is_adapter_folder, looks_like_folder
 from adapters_kit.quantization import keep_layout
 
@@ -84,6 +85,7 @@ def wrap(
             saved = read_saved(folder, base)
             wrapped = attach(model, saved.config, adapter_name)
             fill(wrapped, adapter_name, saved)
+    keep_places(wrapped)
     if fuse:
         fuse_layers(wrapped)
     if recompute:

@@ -260,6 +260,12 @@ def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[
     return batch
 
 
+def of_the_text(logits: torch.Tensor, length: int) -> torch.Tensor:
+    """The outputs at the text's own tokens: (rows, length, …). Virtual tokens, as prompt tuning puts before a text, come
+    first and have outputs too."""
+    return logits[:, logits.shape[1] - length :]
+
+
 def compact(ids: Sequence[int]) -> np.ndarray:
     """Token ids at 4 bytes each: a Python list takes up to 36."""
     return np.asarray(ids, dtype=np.int32)

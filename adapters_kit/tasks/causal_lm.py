@@ -13,7 +13,7 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
-from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
+from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, pad, pad_inputs
 from adapters_kit.tasks.conversation import Conversation, conversation, past_turns, refuse_preferences, with_input
 from adapters_kit.tasks.generation import Limits, positions, set_stops, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
@@ -220,7 +220,7 @@ class CausalLM(Task):
         found: list[tuple[float, int]] = []
         for start in range(0, rows, at_once):
             part = {key: value[start : start + at_once] for key, value in batch.items()}
-            logits = model(**part, use_cache=False).logits[:, :-1]
+            logits = of_the_text(model(**part, use_cache=False).logits, length)[:, :-1]
             target = labels[start : start + at_once, 1:]
             loss = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED, reduction="none"

@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
-from adapters_kit.tasks.base import Features, Task, compact, pad_inputs
+from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_inputs
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts
 from adapters_kit.tasks.slow_tokens import encode_pair, is_slow
@@ -197,7 +197,8 @@ class QuestionAnswering(Task):
         """Logits of start and end, (tokens,) each, of each window."""
         inputs = {key: value for key, value in batch.items() if not key.endswith("_positions")}
         out = model(**inputs)
-        starts, ends = out.start_logits.float().cpu().numpy(), out.end_logits.float().cpu().numpy()
+        length = batch["input_ids"].shape[1]
+        starts, ends = (of_the_text(part, length).float().cpu().numpy() for part in (out.start_logits, out.end_logits))
         lengths = batch["attention_mask"].sum(-1).tolist()
         return [(s[:n], e[:n]) for s, e, n in zip(starts, ends, lengths, strict=True)]
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
-from adapters_kit.tasks.base import IGNORED, Features, Task, compact, outputs_of, pad, pad_inputs
+from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, outputs_of, pad, pad_inputs
 from adapters_kit.tasks.labels import class_names, declared_names, label_reader, lists_of
 from adapters_kit.tasks.rows import Encoded, in_parts
 from adapters_kit.tasks.slow_tokens import encode_words, is_slow
@@ -115,7 +115,8 @@ class TokenClassification(Task):
     def step(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[np.ndarray]:
         """Probabilities (tokens, classes) of each example."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        probabilities = model(**inputs).logits.float().softmax(-1).cpu().numpy()
+        logits = of_the_text(model(**inputs).logits, batch["input_ids"].shape[1])
+        probabilities = logits.float().softmax(-1).cpu().numpy()
         lengths = batch["attention_mask"].sum(-1).tolist()
         return [row[:length] for row, length in zip(probabilities, lengths, strict=True)]
 
