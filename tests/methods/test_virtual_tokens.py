@@ -1,4 +1,4 @@
-"""What prompt tuning puts in front of a text displaces neither labels, nor places of answers, nor the token that is read."""
+"""What stands in front of a text displaces neither labels, nor places of answers, nor the token that is read."""
 
 import pytest
 import torch
