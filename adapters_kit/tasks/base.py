@@ -261,8 +261,8 @@ def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[
 
 
 def of_the_text(logits: torch.Tensor, length: int) -> torch.Tensor:
-    """The outputs at the text's own tokens: (rows, length, …). Virtual tokens, as prompt tuning puts before a text, come
-    first and have outputs too."""
+    """The outputs at the text's own tokens: (rows, length, …). Virtual tokens, as prompt tuning puts before a text,
+    come first and have outputs too."""
     return logits[:, logits.shape[1] - length :]
 
 
