@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import encodings.aliases
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -457,6 +458,10 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
             missing = f"no {names.ADAPTER_CONFIG} in that folder."
             reason = missing if names.looks_like_folder(name) else did_you_mean(name, known)
             problems.append((("method",), f"there is no method {name!r}: {reason}"))
+
+    for key, value in part("method").items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append((("method", str(key)), f"{value!r} does not fit: give a finite number."))
 
     row = TASKS.get(task) if isinstance(task, str) else None
     roles = row.roles if row else ()

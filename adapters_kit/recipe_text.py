@@ -8,6 +8,14 @@ import yaml
 
 from adapters_kit.errors import did_you_mean, nearest
 
+MOST_CHARACTERS, MOST_LEVELS, MOST_VALUES = 1_000_000, 20, 100_000
+"""A recipe that is larger is none: it is refused before anything is made of it."""
+_TOO_DEEP = f"It is nested more than {MOST_LEVELS} levels deep."
+
+
+class _ExcessError(Exception):
+    """Says what is too much."""
+
 
 class Place(NamedTuple):
     """Where something was written: "line 7" or "--method.r", and its rank for sorting."""
@@ -45,6 +53,11 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], dict[Path, Place], list[tuple
     """The mapping in `text`, the line of each of its keys, and what is wrong with the text itself."""
     problems: list[tuple[Place, str]] = []
     places: dict[Path, Place] = {}
+    if len(text) > MOST_CHARACTERS:
+        told = f"It has {len(text):,} characters; a recipe has at most {MOST_CHARACTERS:,}."
+        return {}, places, [(Place("", 0), told)]
+    if _is_too_deep(text):
+        return {}, places, [(Place("", 0), _TOO_DEEP)]
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # a character that no YAML holds
@@ -55,8 +68,12 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], dict[Path, Place], list[tuple
             return {}, places, [(Place("", 0), "The file is empty.")]
         if not isinstance(node, yaml.MappingNode):
             return {}, places, [(_line(node), "A recipe is a mapping of keys to values, like `model: path`.")]
+        if told := _excess(node):
+            return {}, places, [(Place("", 0), told)]
         _collect(node, (), places, problems)
         return loader.construct_document(node), places, problems
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, a date that is none
+        return {}, places, [(Place("", 0), f"A value in it cannot be read: {error}.")]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = Place(f"line {mark.line + 1}", mark.line + 1) if mark else Place("", 0)
@@ -64,6 +81,43 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], dict[Path, Place], list[tuple
         return {}, places, [(place, f"This is not valid YAML: {reason}.")]
     finally:
         loader.dispose()
+
+
+def _is_too_deep(text: str) -> bool:
+    """Reads no further than to the level that is too deep: what comes after may be meant to take forever."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_LEVELS:
+                return True
+    except yaml.YAMLError:
+        pass  # said by whoever reads it whole
+    return False
+
+
+def _excess(root: yaml.Node) -> str | None:
+    """What no recipe needs and a trap may have: aliases that lead back to themselves, or multiply."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        """Values under a node once its aliases are written out."""
+        if id(node) in above:
+            raise _ExcessError("An alias in it leads back to itself.")
+        if id(node) not in sizes:
+            inside = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.MappingNode):
+                inside = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(size(part, (*above, id(node))) for part in inside)
+        if sizes[id(node)] > MOST_VALUES:
+            raise _ExcessError(f"Written out, its aliases make more than {MOST_VALUES:,} values.")
+        return sizes[id(node)]
+
+    try:
+        size(root, ())
+    except _ExcessError as error:
+        return str(error)
+    return None
 
 
 def _line(node: yaml.Node) -> Place:
@@ -86,8 +140,8 @@ def _collect(node: yaml.MappingNode, path: Path, places: dict, problems: list) -
 def parse_value(text: str) -> Any:
     """One flag's value, read as YAML would read it: numbers, true/false, null, [lists]; everything else is a string."""
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        value = text if len(text) > MOST_CHARACTERS or _is_too_deep(text) else yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError):
         return text
     return value if isinstance(value, int | float | bool | list | dict | type(None)) else text
 

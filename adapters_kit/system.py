@@ -317,18 +317,20 @@ def resident_memory() -> int:
 def end_with_parent() -> None:
     """This process shall not outlive the one that started it: it is killed when that one ends, however it ends."""
     parent = os.getppid()
-    if hasattr(_LIBC, "prctl"):
+    if hasattr(_LIBC, "prctl"):  # no thread: whoever forks must not have one
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+        if os.getppid() != parent:  # it ended just before
+            os._exit(1)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:
-    """Ends this process when its parent is gone: where the kernel does not, or SIGTERM is not enough."""
+    """Ends this process when its parent is gone, where the kernel does not."""
     import psutil
 
     while os.getppid() == parent and psutil.pid_exists(parent):
         time.sleep(0.5)
-    time.sleep(5)  # for what SIGTERM began: removing a temporary folder
     os._exit(1)
 
 

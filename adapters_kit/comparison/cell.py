@@ -112,8 +112,11 @@ def rows_of(recipe: Recipe, validation_size: float) -> tuple[Task, dict[str, Dat
     return task, {"train": both.train, "validation": both.test, "test": splits.test}
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
+def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     """Trains and scores; returns the scores and what they cost.
+
+    Args:
+        work: where what is only needed meanwhile is written; by default with other temporary files.
 
     Returns:
         scores: the task's metrics. For a kind other than "base" also: trainable and total parameters; adapter_bytes
@@ -141,11 +144,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         set_dropout(model, recipe.training.base_dropout)  # the method's own default is not for this
     else:
         model = add_adapter(model, seeded, total_steps(seeded, len(train_features))[0])
-    with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_") as folder:
+    with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_", dir=work) as folder:
         out = Path(folder)
         quiet = Console(stderr=True, quiet=True)
         validation = scored if cell.part == "validation" else task.encode(rows["validation"])
-        trainer = AdapterTrainer(model, task, seeded, train_features, validation, processor, out, quiet)
+        trainer = AdapterTrainer(model, task, seeded, train_features, validation, processor, out, quiet, durable=False)
         wall, busy = time.perf_counter(), time.process_time()
         trainer.train()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - busy}

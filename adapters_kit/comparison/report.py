@@ -12,6 +12,7 @@ from adapters_kit.comparison import plots
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
 from adapters_kit.pages.compared import write_table_page
 from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_changes import without_paths
 from adapters_kit.training import run as run_report
 from adapters_kit.training.table import aligned
 
@@ -30,7 +31,7 @@ def document(
 ) -> dict[str, Any]:
     """What comparison.json holds; everything else is drawn from it."""
     return {
-        "recipe": {**recipe.model_dump(mode="json"), "model": Path(recipe.model).name},
+        "recipe": without_paths(recipe).model_dump(mode="json"),
         "metric": metric,
         "higher_is_better": higher,
         "rows": sizes,
@@ -134,6 +135,11 @@ def write(out: Path, document: Mapping[str, Any]) -> list[str]:
     return [f"Report: {out / 'report.md'}, {out / 'report.html'}   figures: {out / 'comparison.json'}"]
 
 
+def _budget(training: Mapping[str, Any]) -> str:
+    """How long each was trained, in the unit that decided it."""
+    return f"{training['max_steps']:,} steps" if training["max_steps"] else f"{training['epochs']:g} epochs"
+
+
 def markdown(document: Mapping[str, Any], pictures: list[str]) -> str:
     """The report: what was compared, the table, the plots, the rates that were tried, how to read it."""
     recipe, metric, sizes = document["recipe"], document["metric"], document["rows"]
@@ -145,14 +151,15 @@ def markdown(document: Mapping[str, Any], pictures: list[str]) -> str:
         f"# {recipe['task']} on {recipe['model']}: adapters beside full fine-tuning",
         "",
         f"{sizes['train']:,} rows to train on, {sizes['validation']:,} to choose learning rates on, {sizes['test']:,} "
-        f"held out and seen once a cell. {training['epochs']:g} epochs in batches of {training['batch_size']}, "
+        f"held out and seen once a cell. {_budget(training)} in batches of {training['batch_size']}, "
         f"{training['scheduler']} schedule; {seeds} {'seeds' if seeds > 1 else 'seed'}. {better.capitalize()} {metric} "
         "is better." + (f" Before training: {shown(base[metric], metric)}." if base and metric in base else ""),
         "",
         as_markdown(*cells(document)),
         "",
         "Score: mean ± standard deviation over the seeds. Gap: to full fine-tuning with the same seed, mean and 95 % "
-        "interval (Student's t, paired); it holds the spread over seeds, not that of drawing another test set. Costs "
+        "interval (Student's t, paired); it holds the spread over seeds, not that of drawing another test set, but is "
+        f"never narrower than what {sizes['test']:,} rows can tell apart (three rows either way). Costs "
         "are medians; peak memory is above what the imports take. Merged − trained: largest difference of an output of "
         "the merged model, and what rounding alone makes.",
         "",

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from adapters_kit import tasks
+from adapters_kit import system, tasks
 from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
@@ -115,9 +115,32 @@ def compare(
     Raises:
         RecipeError, DataError, ModelError, UnknownNameError: before anything is trained.
         TrainingError: none of the cells gave a result.
+        WriteError: `out` cannot be written, or another process writes there.
     """
-    out, begun = Path(out), time.monotonic()
-    recipe = recipe_from(recipe, out / "data")
+    out = Path(out)
+    given = (recipe_from(recipe, out / "data"), methods, seeds, out, metric, grid, rates)
+    with (
+        system.lock(out),
+        system.stoppable(),
+        system.writing(out, "The same call goes on with the cells that are done."),
+    ):
+        return _compare(*given, validation_size, max_minutes, threads, quiet)
+
+
+def _compare(
+    recipe: Recipe,
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    seeds: int | Sequence[int],
+    out: Path,
+    metric: str | None,
+    grid: Sequence[float] | None,
+    rates: Mapping[str, float] | None,
+    validation_size: float,
+    max_minutes: float | None,
+    threads: int | None,
+    quiet: bool,
+) -> Comparison:
+    begun = time.monotonic()
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError([f"seeds={seeds}: give at least one seed, each once."])
@@ -195,7 +218,7 @@ def compare(
         reasons = "; ".join(f"{label}: {why}" for label, why in failures.items())
         raise TrainingError(f"No method gave a result. {reasons or f'max_minutes={max_minutes} left no time.'}")
     full = next((v.label for v in variants if v.kind == FULL), None)
-    rows_out = summarize(finals, metric, higher, full)
+    rows_out = summarize(finals, metric, higher, full, len(rows["test"]))
     document = report.document(
         recipe, rows_out, metric, higher, base, chosen, searched, finals, failures, {k: len(v) for k, v in rows.items()}
     )

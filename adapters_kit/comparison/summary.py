@@ -34,7 +34,8 @@ class Row:
         score: their mean.
         spread: their standard deviation (one seed: None).
         gap: mean difference to full fine-tuning, seed by seed (score minus full's); None without it.
-        interval: 95 % confidence interval of the gap over the seeds (Student's t, paired); None for one seed.
+        interval: 95 % confidence interval of the gap over the seeds (Student's t, paired), at least as wide as what the
+            held-out rows can tell apart; None for one seed.
         costs: medians over the seeds.
         merge: largest difference between merged model and base + adapter, and the rounding floor; None where the
             method does not merge.
@@ -51,13 +52,14 @@ class Row:
 
 
 def summarize(
-    finals: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str, higher: bool, full: str | None
+    finals: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str, higher: bool, full: str | None, held_out: int
 ) -> list[Row]:
     """One row a method, best first; methods without a result are left out.
 
     Args:
         finals: label to seed to a cell's result.
         full: the label of full fine-tuning, if it is there.
+        held_out: rows that each score was made on.
     """
     reference = {seed: result["scores"][metric] for seed, result in finals.get(full, {}).items()}
     rows = []
@@ -75,7 +77,7 @@ def summarize(
                 fmean(scores.values()),
                 stdev(scores.values()) if len(scores) > 1 else None,
                 fmean(differences) if differences else None,
-                interval(differences),
+                interval(differences, least=0.0 if metric in LESS_IS_BETTER else resolution(held_out)),
                 {name: median(result[name] for result in results.values()) for name in COSTS},
                 merge,
             )
@@ -83,12 +85,23 @@ def summarize(
     return sorted(rows, key=lambda row: -row.score if higher else row.score)
 
 
-def interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Confidence interval of the mean of paired differences, after Student; None for fewer than two."""
+def resolution(rows: int) -> float:
+    """What so many rows cannot tell apart: if two models never differ on n rows, they may still differ on 3/n of all
+    rows (the rule of three, 95 %). Two seeds that agree on 20 rows do not prove that two methods are equal."""
+    return min(3 / rows, 1.0) if rows else 1.0
+
+
+def interval(differences: Sequence[float], level: float = LEVEL, least: float = 0.0) -> tuple[float, float] | None:
+    """Confidence interval of the mean of paired differences, after Student; None for fewer than two.
+
+    Args:
+        least: half its width is at least this.
+    """
     if len(differences) < 2:
         return None
     from scipy.stats import t
 
-    half = t.ppf((1 + level) / 2, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    half = float(t.ppf((1 + level) / 2, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    half = max(half, least)
     middle = fmean(differences)
     return middle - half, middle + half

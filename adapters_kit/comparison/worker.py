@@ -1,22 +1,24 @@
 """Cells in processes of their own, so that peak memory is a cell's alone and a crash takes one cell with it.
 
 The worker reads jobs from stdin, one JSON object a line, and says "done" after each. It imports torch and transformers
-once and forks for each cell. It never starts a thread or touches a GPU itself: a forked child can use neither if its
-parent has.
+once and forks for each cell; where a process cannot fork, each cell imports anew. The worker never starts a thread or
+touches a GPU itself: a forked child can use neither if its parent has. Worker and cell end with the process that
+started them, however that ends; what a cell was writing lies in one folder, which the next comparison removes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers.utils import logging
 
@@ -24,6 +26,8 @@ from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.comparison.cell import Cell, run_cell
 from adapters_kit.errors import AdapterError, TrainingError
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_changes import without_paths
 
 
 @contextmanager
@@ -31,75 +35,117 @@ def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, An
     """Gives `run(cell) -> result`; a result is what `run_cell` returns, or {"error": why there is none}.
 
     Args:
-        folder: results are kept here as KEY.json; a cell that has one is not run again. Errors are not kept.
+        folder: results are kept here as KEY.json; a cell that has one is not run again. Errors are not kept. No other
+            process uses it.
         threads: torch threads of each cell.
     """
     # Progress would be drawn for every model that is loaded: here that is every cell.
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **quiet}
-    command = [sys.executable, "-c", "from adapters_kit.comparison.worker import serve; serve()"]
+    work = folder / ".work"
     folder.mkdir(parents=True, exist_ok=True)
-    process: subprocess.Popen | None = None
+    shutil.rmtree(work, ignore_errors=True)  # of a comparison that was killed
+    process: subprocess.Popen[str] | None = None
 
     def run(cell: Cell) -> dict[str, Any]:
         nonlocal process
         kept, error = folder / f"{cell.key}.json", folder / f"{cell.key}.error.json"
         if not kept.is_file():
             error.unlink(missing_ok=True)
-            if process is None:
-                # In a session of its own: stopping the comparison stops the cell that is running too.
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-                process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-            process.stdin.write(json.dumps({"cell": asdict(cell), "kept": str(kept), "error": str(error)}) + "\n")
-            process.stdin.flush()
-            while (line := process.stdout.readline()) and line != "done\n":
-                pass
-            if not line:
-                raise TrainingError(
-                    "The process that runs the comparison's cells has died. Start the comparison again."
-                )
+            work.mkdir(exist_ok=True)
+            process = process or _started(_SERVE, environment)
+            _ask(process, {"cell": asdict(cell), "kept": str(kept), "error": str(error), "work": str(work)})
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))["result"]
         if not error.is_file():
-            return {"error": "its process was killed, most likely because memory ran out"}
+            full = shutil.disk_usage(folder).free < 1 << 20
+            return {"error": "its process ended, most likely because " + ("the disk is full" if full else _KILLED)}
         return json.loads(error.read_text(encoding="utf-8"))
 
     try:
         yield run
     finally:
         if process is not None:
-            process.stdin.close()
             system.stop_group(process.pid)
-            process.wait()
+            process.communicate()
+        shutil.rmtree(work, ignore_errors=True)
+
+
+_SERVE, _ONE = "serve", "serve_one"
+_KILLED = "memory ran out and the system killed it"
+
+
+def _started(function: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that runs a function of this file. In a session of its own: stopping it stops all that it started."""
+    command = [sys.executable, "-c", f"from adapters_kit.comparison.worker import {function}; {function}()"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
+    )
+
+
+def _ask(process: subprocess.Popen[str], job: dict[str, Any]) -> None:
+    """Hands a job over and waits until it is done."""
+    assert process.stdin is not None and process.stdout is not None  # they are pipes
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+    while (line := process.stdout.readline()) and line != "done\n":
+        pass
+    if not line:
+        raise TrainingError("The process that runs the comparison's cells has died. Start the comparison again.")
 
 
 def _work(job: dict[str, Any]) -> None:
     """Runs one job and writes its result, or why there is none."""
+    cell = Cell(**job["cell"])
     try:
-        result = run_cell(Cell(**job["cell"]))
+        result = run_cell(cell, Path(job["work"]))
     except AdapterError as error:
         write_json(Path(job["error"]), {"error": str(error)})
     except Exception as error:  # whatever a model or a method throws belongs into the table, not over it
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = system.reason(error) or f"{type(error).__name__}: {error}".splitlines()[0]
         write_json(Path(job["error"]), {"error": text, "traceback": traceback.format_exc()})
     else:
-        write_json(Path(job["kept"]), {"cell": job["cell"], "result": result})
+        # What was asked, for whoever looks; paths of this machine are nobody's business.
+        told = {**job["cell"], "recipe": without_paths(Recipe(**cell.recipe)).model_dump(mode="json")}
+        write_json(Path(job["kept"]), {"cell": told, "result": result})
 
 
 def serve() -> None:
     """The worker's side: runs until stdin ends."""
+    system.end_with_parent()
     logging.set_verbosity_error()  # fresh heads are reported for every model
     for line in sys.stdin:
-        job = json.loads(line)
         if system.FORKS:
             child = os.fork()
             if child == 0:
-                os.dup2(2, 1)  # what a library prints must not be taken for the worker's answer
-                _work(job)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
+                _alone(json.loads(line))
             os.waitpid(child, 0)
         else:
-            _work(job)
+            command = [sys.executable, "-c", f"from adapters_kit.comparison.worker import {_ONE}; {_ONE}()"]
+            subprocess.run(command, input=line, text=True, encoding="utf-8", stdout=sys.stderr, check=False)
         print("done", flush=True)
+
+
+def serve_one() -> None:
+    """One cell, in a process that was made for it."""
+    system.end_with_parent()
+    logging.set_verbosity_error()
+    _work(json.loads(sys.stdin.readline()))
+
+
+def _alone(job: dict[str, Any]) -> NoReturn:
+    """The forked child: one cell, then the end, whatever happens."""
+    status = 1
+    try:
+        system.end_with_parent()
+        os.dup2(2, 1)  # what a library prints must not be taken for the worker's answer
+        _work(job)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -173,8 +174,9 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # a torn one of the same step
             write_json(folder / checkpoints.PROGRESS, self.meter.state())
-            if not self._is_sharded():
-                checkpoints.save_trained(self.accelerator.unwrap_model(self.model), folder)
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            if isinstance(unwrapped, PeftModel) and not self._is_sharded():
+                checkpoints.save_trained(unwrapped, folder)
         PartialState().wait_for_everyone()
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
