@@ -54,7 +54,7 @@ def in_process(monkeypatch):
         def run(cell):
             kept, error = folder / f"{cell.key}.json", folder / f"{cell.key}.error.json"
             if not kept.is_file():
-                worker._work({"cell": asdict(cell), "kept": str(kept), "error": str(error)})
+                worker._work({"cell": asdict(cell), "kept": str(kept), "error": str(error), "work": str(folder)})
             return json.loads(kept.read_text())["result"] if kept.is_file() else json.loads(error.read_text())
 
         yield run
