@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _let_every_character_out()
+    if not sys.stderr.isatty():  # read by the hub's libraries when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     parser, known = make_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         parser.error(f"there is no verb {arguments[0]!r}. {did_you_mean(arguments[0], known)}")

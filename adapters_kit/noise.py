@@ -2,10 +2,14 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NOISE = {
     # Once for every int8 product in evaluation: thousands of lines.
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast from",
+    # At every model that is built from shapes, though nobody asked to shard it.
+    "transformers.distributed.tensor_parallel": "The following layers were not sharded",
     # At every import of peft on a CPU with AVX512-bf16, about an inference kernel that adapters_kit turns off.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
 }
@@ -30,3 +34,22 @@ def quiet() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _StartsWith) for known in logger.filters):
             logger.addFilter(_StartsWith(start))
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Leaves out transformers' table of weights that a checkpoint does not have, with its advice to train.
+
+    For whoever looks at the missing weights itself: a new head is trained or comes with the adapter, and a body that
+    misses weights is refused.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def no_report(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in str(record.msg)
+
+    logger.addFilter(no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(no_report)

@@ -11,6 +11,7 @@ from adapters_kit.artifacts.source import Source
 from adapters_kit.errors import ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading.lazy import read_lazily
+from adapters_kit.noise import without_load_report
 from adapters_kit.quantization import KINDS, check_kind, modules_to_leave
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]  # with transformers' account of missing and misfitting keys
@@ -115,9 +116,10 @@ def _from_pretrained(
     model_class: Any, location: str | None, source: Source, labels: Sequence[str] | None, options: Mapping[str, Any]
 ) -> Loaded:
     try:
-        return model_class.from_pretrained(
-            location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
-        )
+        with without_load_report():  # `load` looks at what is missing
+            return model_class.from_pretrained(
+                location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"Cannot load {source.name}: {gist(error)}") from error
 

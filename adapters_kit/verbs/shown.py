@@ -87,7 +87,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
     """Names and values in two columns; what was printed while the run went on is left out."""
-    shown = {name: value for name, value in metrics.items() if name not in ("notes", "counts")}
+    shown = {name: value for name, value in metrics.items() if name not in ("notes", "counts", "advice")}
     width = max(map(len, shown), default=0)
     return "\n".join(
         f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
