@@ -5,7 +5,7 @@ BIN := .venv/bin
 # left to do takes tests from the other.
 PYTEST := -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test quick lint types package lowest newest fuzz clean
+.PHONY: demo test quick lint types docs package lowest newest fuzz clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,10 @@ lint: .venv/.installed
 
 types: .venv/.installed
 	$(BIN)/mypy
+
+# The documentation as a site in build/site; a link that leads nowhere is an error.
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # The wheel and the source distribution: built, checked, and the tests of the latter collected.
 package: .venv/.installed

@@ -1,4 +1,4 @@
-"""Every table and plot of README and docs/defaults.md, from the committed results alone.
+"""Every table and plot of README, docs/measured.md and docs/defaults.md, from the committed results alone.
 
     python benchmarks/figures.py            # draws the plots, writes the tables between the markers
     python benchmarks/figures.py --check    # says which table is not the measured one
@@ -21,7 +21,7 @@ import memory
 import merging
 import step_time
 
-PAGES = (common.ROOT / "README.md", common.ROOT / "docs" / "defaults.md")
+PAGES = tuple(common.ROOT / page for page in ("README.md", "docs/measured.md", "docs/defaults.md"))
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": lambda: comparison.sentiment_table(comparison.read()),
     "costs": lambda: comparison.cost_table(comparison.read()),

@@ -67,9 +67,11 @@ def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **re
         >>> ak.predict("runs/x", pandas.read_csv("new.csv"))  # doctest: +SKIP
 
     Args:
-        name, batch_size, **recipe_keys: as for `evaluate`.
+        name: as for `evaluate`.
         data_source: one text or a list of texts, where the task reads one text; a path; a hub id with its owner
             ("owner/name"); a list of dicts, a frame or a Dataset. A text that is the name of a file here is that file.
+        batch_size: rows in a forward pass.
+        **recipe_keys: as for `evaluate`.
 
     Raises:
         ModelError: as for `evaluate`; and a plain model that has no trained head for the task.
@@ -88,7 +90,9 @@ def stream(name: Name, prompts: str | Sequence[str], **recipe_keys: Any) -> Iter
         ...         print(piece, end="", flush=True)
 
     Args:
-        name, **recipe_keys: as for `predict`.
+        name: as for `predict`.
+        prompts: one text or several.
+        **recipe_keys: as for `predict`.
 
     Raises:
         DataError: the task does not generate text; before the model is loaded.

@@ -70,12 +70,13 @@ def predict_file(
     that writes text `predicted_answer`.
 
     Args:
-        name, **recipe_keys: as for `predict`.
+        name: as for `predict`.
         source: CSV, TSV, JSON, JSONL or Parquet file, a folder or a hub id.
         out: the file to write; its suffix says how: .csv, .tsv, .jsonl or .parquet.
         batch_size: rows in a forward pass; rows of similar length are put together.
         overwrite: replace `out`, and forget what a stopped call left.
         progress: called with the rows done and the rows in all.
+        **recipe_keys: as for `predict`.
 
     Raises:
         DataError: `out` exists, is of another kind, or a stopped call on other rows left its answers; the source has a
