@@ -32,7 +32,7 @@ types: .venv/.installed
 
 # The documentation as a site in build/site; a link that leads nowhere is an error.
 docs: .venv/.installed
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The wheel and the source distribution: built, checked, and the tests of the latter collected.
 package: .venv/.installed

@@ -272,7 +272,7 @@ def _using(verb: Adder) -> None:
 def _shipping(verb: Adder) -> None:
     made = verb(shipping.merge)
     made.add_argument("adapters", nargs="+", metavar="ADAPTER", help="run or adapter folder; or several")
-    made.add_argument("out", metavar="OUT", help="model folder to write")
+    made.add_argument("out", metavar="OUT", help="model folder to write; a .gguf file for an adapter on one")
     _several(made)
     made.add_argument("--base", help="base model (default: the one that the adapter names)")
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
@@ -289,6 +289,11 @@ def _shipping(verb: Adder) -> None:
         choices=["sample", "full", "off"],
         default="sample",
         help="compare outputs on 2 batches, or on 16 and every written tensor, or nothing (default: sample)",
+    )
+    made.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="LoRA into a .gguf file: text like that which the model will see (default: it writes some itself)",
     )
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
     made.add_argument(

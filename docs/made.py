@@ -50,8 +50,10 @@ def recipe_keys() -> str:
 
 
 def _plain(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, list | dict) else (
-        str(value) if value else "none"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, list | dict)
+        else (str(value) if value else "none")
     )
 
 

@@ -42,7 +42,7 @@ def calibration_tokens(model: nn.Module, base: Path, texts: Sequence[str] | str 
             torch.manual_seed(0)
             options: dict[str, Any] = {"do_sample": True, "min_new_tokens": TOKENS - 1, "max_new_tokens": TOKENS - 1}
             return model.generate(first, attention_mask=torch.ones_like(first), **options)
-    given = [Path(texts).read_text(encoding="utf-8")] if isinstance(texts, str | Path) else list(texts)
+    given = [_read(Path(texts))] if isinstance(texts, str | Path) else list(texts)
     ids = [token for text in given for token in load_processor(base)(text).input_ids]
     rows = min(TEXTS, len(ids) // TOKENS)
     if rows < 2:
@@ -51,6 +51,13 @@ def calibration_tokens(model: nn.Module, base: Path, texts: Sequence[str] | str 
             "the model will see, or leave it out."
         )
     return torch.tensor(ids[: rows * TOKENS]).view(rows, TOKENS)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShippingError(f"calibration: {path} is no text file in UTF-8 ({error}).") from error
 
 
 class _Stop(Exception):

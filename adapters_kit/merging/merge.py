@@ -145,7 +145,12 @@ def merge(
     order = _order(adapter, weights, method, density, seed, base, quantized, dtype, quantize, verify)
     first = order.adapters[0]
     source = base_of(first, None if base == "original" else base)
-    if Path(out).suffix == ".gguf":
+    into_gguf = Path(out).suffix == ".gguf"
+    if calibration is not None and not into_gguf:
+        raise ShippingError(f"calibration is for a LoRA that goes into a .gguf file, and {out} is none: leave it out.")
+    if into_gguf:
+        meaningless = {"dtype": dtype, "quantize": quantize, "quantized": quantized}
+        _check_one_for_gguf(order, Path(out), [name for name, value in meaningless.items() if value is not None])
         from adapters_kit.merging.into_gguf import merge_into_gguf
 
         return merge_into_gguf(
@@ -240,6 +245,16 @@ def _order(
             f"{on_rounded.folder} was trained on a quantized base, so there is no sum with others. Merge it alone."
         )
     return Order(adapters, factors, Mix(method, density, seed), target)
+
+
+def _check_one_for_gguf(order: Order, out: Path, given: list[str]) -> None:
+    if len(order.adapters) > 1:
+        raise ShippingError(
+            f"{out.name}: a .gguf file takes in one adapter, and these are {len(order.adapters)}. Combine them first: "
+            f"combine([{', '.join(repr(str(one.folder)) for one in order.adapters)}], 'combined')."
+        )
+    if given:
+        raise ShippingError(f"{given[0]}=: {out.name} keeps the kinds of its base's tensors. Leave it out.")
 
 
 def _rounding(adapter: Adapter, original: bool, quantized: str | None) -> tuple[Any, bool]:

@@ -21,6 +21,7 @@ def merge(options: argparse.Namespace) -> Shown:
         quantized=options.quantized,
         quantize=options.quantize,
         verify=options.verify,
+        calibration=options.calibration,
         overwrite=options.overwrite,
         force=options.force,
     )

@@ -66,3 +66,19 @@ def test_layers_that_no_format_takes_are_named(tmp_path):
     with pytest.raises(ShippingError, match="not evenly spaced"):
         ak.merge(tmp_path / "adapter", tmp_path / "tuned.gguf")
     assert not (tmp_path / "tuned.gguf").exists()
+
+
+def test_what_a_file_cannot_take_is_refused(tmp_path, monkeypatch):
+    """Nothing that was asked for is dropped: a second adapter, a dtype, a calibration."""
+    monkeypatch.chdir(tmp_path)
+    write("llama", tmp_path / "model.gguf", "Q4_1")
+    trained("model.gguf", "adapter")
+    with pytest.raises(ShippingError, match="takes in one adapter, and these are 2"):
+        ak.merge(["adapter", "adapter"], "tuned.gguf")
+    with pytest.raises(ShippingError, match="dtype=: tuned.gguf keeps"):
+        ak.merge("adapter", "tuned.gguf", dtype="float16")
+    with pytest.raises(ShippingError, match="calibration is for a LoRA that goes into a .gguf file, and merged is none"):
+        ak.merge("adapter", "merged", calibration=["a"])
+    with pytest.raises(ShippingError, match="no-such.txt is no text file"):
+        ak.merge("adapter", "tuned.gguf", calibration="no-such.txt")
+    assert not (tmp_path / "tuned.gguf").exists() and not (tmp_path / "merged").exists()

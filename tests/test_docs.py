@@ -1,0 +1,180 @@
+"""What README and docs/ show runs; their commands, flags, links and figures are those that there are."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters_kit.arguments import flags_of, make_parser
+from adapters_kit.recipe import known_flags
+from tests.support import small
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+MINILM, SMOLLM = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.DOTALL
+)
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    """The code of a page; what a comment above excuses, with its reason, is left out."""
+    found = [block for block in BLOCK.finditer(text_of(name)) if block["language"] == language]
+    return [block["text"] for block in found if not block["reason"]]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """The files that the pages speak of, and tiny models in place of the hub's."""
+    monkeypatch.chdir(tmp_path)
+    rows = small.sentiment(48)
+    for name in ("reviews.csv", "tickets.csv"):
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    turns = [
+        {"role": "user", "content": "where does anna live ?"},
+        {"role": "assistant", "content": "anna lives in rome"},
+    ]
+    small.write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 24)
+    return {MINILM: str(small.model("bert")), SMOLLM: str(small.model("llama", chat=True))}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES[1:] if blocks(name, "python")])
+def test_python_runs(name, desk):
+    code = "\n".join(blocks(name, "python"))
+    if "model.gguf" in code:
+        pytest.importorskip("gguf")
+        from tests.support.gguf_files import write
+
+        write("llama", Path("model.gguf"), "Q4_1")
+    for hub_id, folder in desk.items():
+        code = code.replace(hub_id, folder)
+    exec(compile(code, name, "exec"), {"__name__": "__page__"})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if blocks(name, "yaml")])
+def test_recipes_are_valid(name):
+    """Whole ones as they stand, parts of one within a small one."""
+    import yaml
+
+    from adapters_kit.recipe import Recipe
+
+    for block in blocks(name, "yaml"):
+        rest = {"model": "m", "task": "text-classification", "data": "d.csv"}
+        Recipe(**rest | yaml.safe_load(block))
+
+
+def commands(name):
+    """The words of every adapters-kit command of a page, comments and continued lines joined."""
+    for block in [*blocks(name, "sh"), *blocks(name, "text")]:
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.match(r"(?:\$ )?(?:accelerate launch .* -m adapters_kit|adapters-kit) (.*)", line):
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if list(commands(name))])
+def test_commands_parse(name):
+    """Verbs and flags exist; a verb's required arguments are there."""
+    parser, verbs = make_parser()
+    for words in commands(name):
+        assert words[0] in verbs, words
+        verb = verbs[words[0]]
+        if verb.get_default("takes_recipe_keys"):
+            own, keys = flags_of(verb), known_flags()
+            named = [word for word in words if word.startswith("--")]
+            strange = [flag for flag in named if flag not in own and flag[2:] not in keys]
+            assert all(re.match(r"--(method|data\.columns)\.", flag) for flag in strange), (words, strange)
+            continue
+        parser.parse_args(words)
+
+
+def test_links_lead_somewhere():
+    """mkdocs holds those between pages; these are README's, which start at the repository's address."""
+    links = re.findall(r"adapters-kit/adapters-kit/(?:blob|raw)/HEAD/([^)#]+)(?:#([^)]+))?\)", text_of("README.md"))
+    assert len(links) > 5
+    for path, anchor in links:
+        assert (ROOT / path).is_file(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", text_of(path), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, anchor
+
+
+def test_readme_is_short():
+    assert len(text_of("README.md").splitlines()) < 150
+
+
+def test_every_page_is_in_the_navigation():
+    nav = text_of("mkdocs.yml").partition("\nnav:")[2]
+    assert [name for name in NAMES if name.startswith("docs/") and name.removeprefix("docs/") not in nav] == []
+
+
+@pytest.fixture(scope="module")
+def made():
+    spec = importlib.util.spec_from_file_location("made", ROOT / "docs" / "made.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_names_everything(made):
+    """Every public name, recipe key, verb, method and file."""
+    import adapters_kit as ak
+    from adapters_kit import registry
+
+    names = made.python_names()
+    assert all(f".{name}\n" in names for name in ak.__all__ if name not in ("__version__", "methods"))
+    keys = made.recipe_keys()
+    assert [key for key in known_flags() if f"`{key}`" not in keys] == []
+    assert all(f"## {verb}\n" in made.commands() for verb in make_parser()[1])
+    cards = made.method_cards()
+    assert all(f"## {name}\n" in cards for name in registry.names())
+    house = made.house()
+    files = (ROOT / "adapters_kit").rglob("*.py")
+    assert [
+        path.name for path in files if path.name not in ("__init__.py", "__main__.py") and path.name not in house
+    ] == []
+
+
+def quoted():
+    """The messages that the page of troubles quotes in its headings."""
+    return re.findall(r"^## `(.+)`$", text_of("docs/howto/troubleshooting.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_quoted_messages_exist(message):
+    """Each stands in one source file as it is printed, but for line breaks within a string."""
+    wanted = re.sub(r"\W", "", re.sub(r"[A-Z]{3,}", "", message))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "adapters_kit").rglob("*.py"))
+    assert any(wanted in re.sub(r"\{.*?\}|\bf(?=[\"'])|\W", "", source) for source in sources), message
+
+
+def test_every_table_is_the_measured_one():
+    """And each table that can be drawn has its place."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import figures
+
+    pages = [page.read_text(encoding="utf-8") for page in figures.PAGES]
+    assert {name for page in pages for name in figures.names(page)} == set(figures.TABLES)
+    for page in pages:
+        assert figures.filled(page) == page
+    for name, table in figures.TABLES.items():
+        assert table().count("\n") >= 3, name
+
+
+@pytest.mark.slow
+def test_the_readme_with_its_real_model(real, tmp_path, monkeypatch):
+    reviews = (real("reviews") / "train.csv").read_text(encoding="utf-8").splitlines()[:97]
+    (tmp_path / "reviews.csv").write_text("\n".join(reviews) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("README.md", "python"):
+        exec(compile(block.replace(MINILM, str(real("minilm"))), "README.md", "exec"), names)
+    assert names["run"].metrics["accuracy"] > 0 and (tmp_path / "merged" / "config.json").is_file()
