@@ -75,10 +75,12 @@ def test_what_a_file_cannot_take_is_refused(tmp_path, monkeypatch):
     trained("model.gguf", "adapter")
     with pytest.raises(ShippingError, match="takes in one adapter, and these are 2"):
         ak.merge(["adapter", "adapter"], "tuned.gguf")
-    with pytest.raises(ShippingError, match="dtype=: tuned.gguf keeps"):
+    with pytest.raises(ShippingError, match=r"dtype=: tuned.gguf keeps"):
         ak.merge("adapter", "tuned.gguf", dtype="float16")
-    with pytest.raises(ShippingError, match="calibration is for a LoRA that goes into a .gguf file, and merged is none"):
+    with pytest.raises(
+        ShippingError, match=r"calibration is for a LoRA that goes into a .gguf file, and merged is none"
+    ):
         ak.merge("adapter", "merged", calibration=["a"])
-    with pytest.raises(ShippingError, match="no-such.txt is no text file"):
+    with pytest.raises(ShippingError, match=r"no-such.txt is no text file"):
         ak.merge("adapter", "tuned.gguf", calibration="no-such.txt")
     assert not (tmp_path / "tuned.gguf").exists() and not (tmp_path / "merged").exists()
