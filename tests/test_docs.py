@@ -1,6 +1,8 @@
 """What README and docs/ show runs; their commands, flags, links and figures are those that there are."""
 
+import ast
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -58,6 +60,28 @@ def test_python_runs(name, desk):
     for hub_id, folder in desk.items():
         code = code.replace(hub_id, folder)
     exec(compile(code, name, "exec"), {"__name__": "__page__"})
+
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_run(path, desk):
+    """Cell by cell; what a cell ends with shows itself, as a notebook would show it."""
+    names = {"__name__": "__page__"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"], "committed without outputs"
+        code = "".join(cell["source"])
+        for hub_id, folder in desk.items():
+            code = code.replace(hub_id, folder)
+        tree = ast.parse(code)
+        shown = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path.name, "exec"), names)
+        if shown is not None:
+            value = eval(compile(shown, path.name, "eval"), names)
+            assert value is None or (getattr(value, "_repr_html_", None) or value.__repr__)()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(name, "yaml")])
