@@ -11,7 +11,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.kernels.block_tensor import BlockTensor
-from adapters_kit.kernels.lora import Quantized
+from adapters_kit.kernels.projection import Quantized
 
 _DENSE = (nn.Linear, Conv1D)
 _LIKE_LINEAR = "_computes_as_linear"  # on a base layer: the class for which `settle` found that

@@ -12,8 +12,8 @@ product that the node does not have: peft's forward does that.
 import torch
 from torch import Tensor
 
-from adapters_kit.kernels.lora import Projection
 from adapters_kit.kernels.products import cast
+from adapters_kit.kernels.projection import Projection
 
 
 def row_norms(projection: Projection, scale: float) -> Tensor:
@@ -23,28 +23,16 @@ def row_norms(projection: Projection, scale: float) -> Tensor:
     """
     with torch.no_grad(), torch.autocast(projection.down.device.type, enabled=False):
         dtype = torch.promote_types(torch.float32, projection.down.dtype)
-        down, up = cast(projection.down, dtype), cast(projection.up, dtype)
+        down, up = cast(projection.down, dtype), cast(projection.up, dtype)  # (r, in), (out, r)
         quantized = projection.quantized
-        weight = cast(projection.weight, dtype) if quantized is None else quantized.dense(dtype)
-        mixed = 2 * scale * torch.mm(weight, down.t()) + scale**2 * torch.mm(up, torch.mm(down, down.t()))
-        squares = torch.linalg.vector_norm(weight, dim=1).square_() + (mixed * up).sum(1)
+        weight = projection.weight if quantized is None else quantized.dense(dtype)
+        assert weight is not None
+        weight = cast(weight, dtype)  # (out, in)
+        mixed = 2 * scale * torch.mm(weight, down.t()) + scale**2 * torch.mm(up, torch.mm(down, down.t()))  # (out, r)
+        squares = torch.linalg.vector_norm(weight, dim=1).square_() + (mixed * up).sum(1)  # (out,)
         return squares.clamp_min_(0).sqrt_()
 
 
-def rescaled(y: Tensor, projection: Projection, magnitude: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """What DoRA makes of LoRA's output.
-
-    Args:
-        y: `(..., out)`, the node's output for `projection`, with that projection's bias if it has one.
-        magnitude: m `(out,)`.
-        bias: b `(out,)` of the base layer or None.
-
-    Returns:
-        Like `y`; the products with m / norm are made in float32 or wider and rounded once.
-    """
-    factor = magnitude / row_norms(projection, scale)
-    if bias is None:
-        return (y * factor).to(y.dtype)
-    if projection.bias is not None:  # it is in y already, and DoRA leaves it as it is
-        bias = bias - bias * factor
-    return torch.addcmul(cast(bias, factor.dtype), y, factor).to(y.dtype)
+def with_gain(projection: Projection, magnitude: Tensor, scale: float) -> Projection:
+    """`projection` with g = m / ‖W + scale · B A‖, through which the magnitude m `(out,)` gets its gradient."""
+    return projection._replace(gain=magnitude / row_norms(projection, scale))

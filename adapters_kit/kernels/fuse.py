@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from adapters_kit.kernels import bases
-from adapters_kit.kernels.dora import rescaled
-from adapters_kit.kernels.lora import Projection, lora_linear
+from adapters_kit.kernels.dora import with_gain
+from adapters_kit.kernels.lora import lora_linear
+from adapters_kit.kernels.projection import Projection
 from adapters_kit.kernels.siblings import Siblings, find_groups
 
 _GROUP = "_fused_siblings"
@@ -62,14 +63,12 @@ class Call(NamedTuple):
 
     Attributes:
         magnitude: DoRA's m `(out,)`, or None for LoRA.
-        bias: of the base layer, which DoRA adds last.
         dtype: to compute in.
         result: dtype of the output.
     """
 
     projection: Projection
     magnitude: Tensor | None
-    bias: Tensor | None
     scale: float
     p: float
     dtype: torch.dtype
@@ -77,7 +76,7 @@ class Call(NamedTuple):
 
     def joins(self, other: "Call") -> bool:
         """Whether both can be computed in one node."""
-        return self[3:] == other[3:]
+        return self[2:] == other[2:]
 
     def same(self, other: "Call") -> bool:
         """Whether both compute the same."""
@@ -86,7 +85,7 @@ class Call(NamedTuple):
             mine.down is theirs.down
             and mine.up is theirs.up
             and mine.up_bias is theirs.up_bias
-            and self.bias is other.bias
+            and mine.bias is theirs.bias
             and self.magnitude is other.magnitude
             and self.joins(other)
         )
@@ -203,6 +202,19 @@ def unfuse(model: nn.Module) -> int:
     return count
 
 
+def forget(model: nn.Module) -> int:
+    """Let go of what siblings computed ahead: after an exception inside `model`, their graph keeps every activation.
+
+    Returns:
+        How many groups held something.
+    """
+    groups = {id(group): group for module in model.modules() if (group := module.__dict__.get(_GROUP)) is not None}
+    held = [group for group in groups.values() if group.waiting is not None]
+    for group in held:
+        group.waiting = None
+    return len(held)
+
+
 def _shape_of(path: str) -> str:
     """A path with `*` for the number of the block, as many layers share it."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix("base_model.model."))
@@ -299,15 +311,13 @@ def _plan(layer: nn.Module, x: Any) -> "Call | str":
     if not base._parameters["weight"].device == a.device == b.device == device:
         return "its weights and its input are on different devices"
     weight, bias = bases.weight_and_bias(base)
-    quantized, magnitude = bases.quantized(base), None
-    inner, p = bias, dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    magnitude, p = None, dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     if scaler is not None:
         magnitude, p = scaler._parameters["weight"], 0.0
         if magnitude.device != device:
             return "its weights and its input are on different devices"
-        inner = None if quantized is None else bias  # a quantized layer's own forward adds it
-    projection = Projection(weight, inner, a, b, up._parameters["bias"], quantized)
-    return Call(projection, magnitude, bias, layer.scaling[name], p, *settled)
+    projection = Projection(weight, bias, a, b, up._parameters["bias"], None, bases.quantized(base))
+    return Call(projection, magnitude, layer.scaling[name], p, *settled)
 
 
 def _compute(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
@@ -339,10 +349,9 @@ def _run(layer: nn.Module, x: Tensor, calls: list[Call]) -> tuple[Tensor, ...]:
     made_of = None
     if low is x and not torch.compiler.is_compiling():
         made_of = getattr(x, "_made_of", None)  # set by recompute.py
-    outputs = lora_linear(low, [call.projection for call in calls], first.scale, first.p, shared, made_of)
-    if any(call.magnitude is not None for call in calls):
-        outputs = tuple(
-            y if call.magnitude is None else rescaled(y, call.projection, call.magnitude, call.bias, call.scale)
-            for call, y in zip(calls, outputs, strict=True)
-        )
+    projections = [
+        call.projection if call.magnitude is None else with_gain(call.projection, call.magnitude, call.scale)
+        for call in calls
+    ]
+    outputs = lora_linear(low, projections, first.scale, first.p, shared, made_of)
     return outputs if first.result == first.dtype else tuple(y.to(first.result) for y in outputs)

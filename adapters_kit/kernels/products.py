@@ -1,36 +1,79 @@
-"""Products in the dtype that serves them: narrow ones in float32, wide ones as this machine multiplies fastest.
+"""Products in the dtype that serves them: narrow ones exact to float32, wide ones as this machine multiplies fastest.
 
 A product of 16-bit tensors is accumulated in float32 but rounded to 16 bit when it is stored. For the narrow result S
 and for the gradients of A and B that rounding is worth avoiding: they are small, and the optimizer sees them. CUDA
-stores float32 from 16-bit factors. A CPU does not, but converts a slice that fits its cache as fast as it multiplies.
+stores float32 from 16-bit factors. A CPU does not; there are two ways on it, and `cpu_path` chooses one:
 
-x86 CPUs without AMX tiles multiply float32 up to twice as fast as bf16. From a few dozen tokens on, converting both
-factors costs less than that, so there a frozen bf16 weight is multiplied in float32, and the result rounded once.
+"float32": an x86 CPU without AMX tiles multiplies float32 up to twice as fast as bf16. A slice that fits its cache is
+converted as fast as it is multiplied. From a few dozen tokens on, converting both factors pays for a frozen bf16 weight
+too: it is multiplied in float32, and the result rounded once.
+
+"tiles": a CPU with AMX tiles multiplies bf16 many times faster than it converts. There wide products stay in bf16, and
+narrow ones are put together from bf16 products of the same tensors, without a conversion of the large one:
+
+1. A float32 matrix M is M₁ + M₂ to about 16 bits, M₁ = bf16(M) and M₂ = bf16(M - M₁).
+2. R = bf16(x M₁) is what a bf16 product stores; it loses L = x M₁ - R. The product that starts from -R instead of zero
+   is accumulated in float32 before it is rounded: E = bf16(x M₁ - R), L to 8 bits of its own.
+3. x M = R + E + bf16(x M₂), each term smaller than the one before by 2⁻⁸: together exact to about 2⁻¹⁶, where one
+   bf16 product is exact to 2⁻⁸.
+4. Adding s M (and a bias: one row more) to a bf16 y needs no R and E, since the sum is rounded to bf16 anyway: [s₁ s₂ s₁] [M₁; M₁; M₂] in one
+   product that accumulates onto y.
 """
 
 import functools
+import os
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from adapters_kit.errors import UnknownNameError, did_you_mean
+
+CPU_PATH = "ADAPTERS_KIT_CPU_PATH"  # environment variable: one of the names below in place of what the CPU suggests
+PATHS = ("float32", "tiles", "bf16")
 _SLICE = 2**18  # elements converted at a time for a narrow product: 1 MB
 _BLOCK = 2**22  # and for a wide one: 16 MB, so that a long batch is not held in float32 as a whole
 _WORTH = 32  # tokens from which a weight is worth converting
+
+
+@functools.cache
+def cpu_path() -> Literal["float32", "tiles", "bf16"]:
+    """How products with bf16 tensors are made on this CPU, by what it is able to do; the same at every call.
+
+    "bf16" is "tiles" for the wide products and "float32" for the narrow ones: CPUs that are not x86.
+
+    Raises:
+        UnknownNameError: the environment asks for another.
+    """
+    asked = os.environ.get(CPU_PATH)
+    if asked is not None:
+        if asked not in PATHS:
+            raise UnknownNameError(f"{CPU_PATH}={asked!r} is unknown. {did_you_mean(asked, PATHS)}")
+        return asked  # type: ignore[return-value]
+    able = torch.cpu.get_capabilities()
+    if able.get("amx_bf16") and torch.backends.mkldnn.is_available():
+        return "tiles"
+    return "float32" if able.get("architecture") == "x86_64" and able.get("avx2") else "bf16"
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which to multiply `x (tokens, in)` by a frozen weight: its own, or float32 if that is faster."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(x) < _WORTH or torch.compiler.is_compiling():
         return x.dtype
-    return torch.float32 if _slow_at_bf16() else x.dtype
+    return torch.float32 if cpu_path() == "float32" else x.dtype
 
 
-@functools.cache
-def _slow_at_bf16() -> bool:
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("architecture") == "x86_64" and able.get("avx2") and not able.get("amx_bf16"))
+def _in_tiles(x: Tensor) -> bool:
+    """Whether narrow products with `x` are put together from bf16 products."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _supported(x) and cpu_path() == "tiles"
+
+
+def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """M₁ and M₂ in bf16: `matrix` is their sum to 16 bits."""
+    first = matrix.to(torch.bfloat16)
+    return first, (matrix - first).to(torch.bfloat16)
 
 
 def blocks(x: Tensor, wide: torch.dtype) -> list[slice] | None:
@@ -57,6 +100,9 @@ def _slices(x: Tensor, dtype: torch.dtype, positions: Tensor | None) -> Iterator
     They share memory, so each is to be used before the next; views of `x` itself if there was nothing to change.
     """
     rows, width = x.shape
+    if positions is None and x.dtype == dtype:
+        yield slice(0, rows), x
+        return
     count = 1 if isinstance(x, FakeTensor) else max(1, -(-rows * width // _SLICE))  # without values there is no cache
     step = max(1, -(-rows // count))
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -84,6 +130,14 @@ def narrow(x: Tensor, matrix: Tensor, positions: Tensor | None = None) -> Tensor
         return torch.mm(x, cast(matrix, x.dtype).t())
     if x.is_cuda:
         return torch.mm(x, cast(matrix, x.dtype).t(), out_dtype=fine)
+    if _in_tiles(x):
+        first, second = _halves(matrix)  # (r, in) each
+        result = x.new_empty(x.shape[0], len(matrix), dtype=fine)
+        for part, piece in _slices(x, x.dtype, positions):
+            rough = torch.mm(piece, torch.cat([first, second]).t())  # (tokens, 2 r)
+            lost = torch.addmm(rough[:, : len(matrix)], piece, first.t(), beta=-1)  # (tokens, r)
+            torch.add(rough[:, : len(matrix)], lost.to(fine).add_(rough[:, len(matrix) :]), out=result[part])
+        return result
     matrix = cast(matrix, fine).t()
     result = x.new_empty(x.shape[0], matrix.shape[1], dtype=fine)
     for part, piece in _slices(x, fine, positions):
@@ -103,6 +157,15 @@ def narrow_sum(d: Tensor, x: Tensor, positions: Tensor | None = None) -> Tensor:
     if x.is_cuda:
         return torch.mm(d.to(x.dtype).t(), x, out_dtype=fine)
     result = None
+    if _in_tiles(x):
+        r = d.shape[1]
+        halves = torch.cat(_halves(d), dim=1).t()  # (2 r, tokens)
+        for part, piece in _slices(x, x.dtype, positions):
+            rough = torch.mm(halves[:, part], piece)  # (2 r, wide)
+            lost = torch.addmm(rough[:r], halves[:r, part], piece, beta=-1)  # (r, wide)
+            sum_ = lost.to(fine).add_(rough[r:]).add_(rough[:r])
+            result = sum_ if result is None else result.add_(sum_)
+        return x.new_zeros(r, x.shape[1], dtype=fine) if result is None else result
     for part, piece in _slices(x, fine, positions):
         result = torch.mm(d[part].t(), piece) if result is None else result.addmm_(d[part].t(), piece)
     return x.new_zeros(d.shape[1], x.shape[1], dtype=fine) if result is None else result
@@ -117,6 +180,13 @@ def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | N
     if fine == y.dtype or y.is_cuda:
         y.addmm_(cast(s, y.dtype), cast(matrix, y.dtype), alpha=factor)
         return y if bias is None else y.add_(cast(bias, y.dtype))
+    if _in_tiles(y):
+        matrix = cast(matrix, fine) * factor
+        if bias is not None:  # one row more, so that the sum is rounded once
+            s = torch.cat([s, s.new_ones(len(s), 1)], dim=1)  # (tokens, r + 1)
+            matrix = torch.cat([matrix, cast(bias, fine).unsqueeze(0)])  # (r + 1, wide)
+        (s1, s2), (m1, m2) = _halves(s), _halves(matrix)
+        return y.addmm_(torch.cat([s1, s2, s1], dim=1), torch.cat([m1, m1, m2]))
     matrix = cast(matrix, fine)
     for part, piece in _slices(y, fine, None):
         sum_ = piece.addmm_(s[part], matrix, alpha=factor)

@@ -83,8 +83,7 @@ class PendingActivation(Pending):
         if not alike or not torch.is_grad_enabled():
             return super().__mul__(up)
         product = GatedProduct.apply(self.gate, up, self.act)
-        if not torch.compiler.is_compiling():
-            product._made_of = (self.gate, up, self.act)  # the fused down-projection keeps these, not the product
+        product._made_of = (self.gate, up, self.act)  # the fused down-projection keeps these, not the product
         return product
 
     __rmul__ = __mul__
@@ -106,7 +105,12 @@ class GatedActivation(nn.Module):
         self.act = act
 
     def forward(self, gate: Tensor) -> "Tensor | PendingActivation":
-        return PendingActivation(gate, self.act) if torch.is_grad_enabled() and gate.requires_grad else self.act(gate)
+        """The activation's value, or a stand-in for it while a backward pass is to follow.
+
+        The compiler gets the value: it chooses by itself what to compute again, and sees no stand-in as a tensor.
+        """
+        waits = torch.is_grad_enabled() and gate.requires_grad and not torch.compiler.is_compiling()
+        return PendingActivation(gate, self.act) if waits else self.act(gate)
 
 
 class RecomputedForward:
@@ -117,7 +121,8 @@ class RecomputedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = type(self.norm).forward
-        if not torch.is_grad_enabled() or not isinstance(x, Tensor) or x.dtype not in (torch.bfloat16, torch.float16):
+        half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
+        if not torch.is_grad_enabled() or not half or torch.compiler.is_compiling():
             return run(self.norm, x, *args, **kwargs)
         return checkpoint(run, self.norm, x, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 

@@ -84,7 +84,7 @@ def plan(options: argparse.Namespace) -> Shown:
     from adapters_kit.verbs.training import recipe_of
 
     if options.length is not None and options.recipe is None and "--data" not in options.flags:
-        options.flags = [*options.flags, "--data", "-"]  # not read
+        options.flags = [*options.flags, "--data=unread"]
     recipe = recipe_of(options)
     from adapters_kit.training.plan import plan as make_plan
 

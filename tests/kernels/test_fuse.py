@@ -10,7 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.kernels.fuse import FusedLinear, fuse, unfuse, why_plain
-from adapters_kit.kernels.lora import LoraLinear, Projection, lora_linear
+from adapters_kit.kernels.lora import LoraLinear, lora_linear
+from adapters_kit.kernels.projection import Projection
 from tests.support import tiny
 from tests.support.fused import gradients, live, lora, relative, with_seeded_dropout
 

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters_kit.kernels import products
 from adapters_kit.kernels.dora import row_norms
 from adapters_kit.kernels.fuse import fuse, why_plain
-from adapters_kit.kernels.lora import LoraLinear, Projection
+from adapters_kit.kernels.lora import LoraLinear
+from adapters_kit.kernels.products import PATHS
+from adapters_kit.kernels.projection import Projection
 from tests.support import tiny
 from tests.support.fused import gradients, lora, relative
 
@@ -94,9 +97,12 @@ def test_norms_from_narrow_products():
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_no_further_from_float64_than_peft(dtype, autocast):
-    """Errors are means over seeds; the adapters are fp32, peft's default."""
+@pytest.mark.parametrize(
+    ("dtype", "path"), [(torch.float32, "float32"), *((torch.bfloat16, p) for p in PATHS)], ids=str
+)
+def test_no_further_from_float64_than_peft(dtype, path, autocast, monkeypatch):
+    """Errors are means over seeds; the adapters are fp32, peft's default. `path`: what the CPU at hand would choose."""
+    monkeypatch.setattr(products, "cpu_path", lambda: path)
     plain, fused = build(nn.Linear, dtype)
     exact = copy.deepcopy(plain).double()
     theirs, ours = Counter(), Counter()

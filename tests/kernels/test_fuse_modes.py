@@ -76,10 +76,11 @@ def test_error_against_float64_is_no_larger_than_pefts(dtype, adapter, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
-@pytest.mark.parametrize("slow_at_bf16", [True, False])
-def test_bf16_in_either_dtype_and_in_blocks(slow_at_bf16, p, monkeypatch):
-    """A CPU may multiply bf16 weights in fp32, block by block: never further from float64 than peft is."""
-    monkeypatch.setattr(products, "_slow_at_bf16", lambda: slow_at_bf16)
+@pytest.mark.parametrize("path", products.PATHS)
+def test_bf16_by_every_path_and_in_blocks(path, p, monkeypatch):
+    """A CPU may multiply bf16 weights in fp32, block by block, or narrow ones in tiles: never further from float64 than
+    peft is."""
+    monkeypatch.setattr(products, "cpu_path", lambda: path)
     plain, fused, exact = models(torch.bfloat16, torch.float32, p)
     x, upstream = torch.randn(3, 500, 256).bfloat16(), torch.randn(3, 500, 256).bfloat16()
     truth, theirs = run(exact, x.double(), upstream.double()), run(plain, x, upstream)
@@ -89,7 +90,7 @@ def test_bf16_in_either_dtype_and_in_blocks(slow_at_bf16, p, monkeypatch):
         fused.zero_grad()
         found.append(run(fused, x, upstream))
         assert len(products.blocks(x.view(-1, 256), products.wide_dtype(x.view(-1, 256))) or [1]) == (
-            3 if slow_at_bf16 and size == 512 else 1
+            3 if path == "float32" and size == 512 else 1
         )
     for ours in found:
         assert relative(ours[0], truth[0]) <= 1.1 * relative(theirs[0], truth[0])

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from adapters_kit.kernels import products
 from adapters_kit.kernels.fuse import fuse, why_plain
 from tests.support.fused import gradients, live, relative, with_seeded_dropout
 
@@ -81,9 +82,14 @@ def named(results):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "tiles")],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_no_further_from_float64_than_peft(kind, dtype, p):
+def test_no_further_from_float64_than_peft(kind, dtype, p, path, monkeypatch):
+    monkeypatch.setattr(products, "cpu_path", lambda: path)
     plain = build(kind, dtype, p, bias=True, lora_bias=True)
     exact = exact_copy(plain)
     fused = copy.deepcopy(plain)
