@@ -118,6 +118,7 @@ def compute_dtypes(base: nn.Module, x: Tensor) -> "tuple[torch.dtype, torch.dtyp
     if autocast is not None:
         return autocast, autocast
     weight = base._parameters["weight"]
+    assert weight is not None  # `why_plain` has looked
     if x.dtype != weight.dtype:
         return f"its input is {x.dtype} and its weight {weight.dtype}"
     return x.dtype, x.dtype
@@ -128,6 +129,7 @@ def weight_and_bias(base: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     if type(base) in _FOUR_BIT or type(base) in _EIGHT_BIT or isinstance(weight, BlockTensor):
         return None, bias
+    assert weight is not None  # `why_plain` has looked
     return (weight.t() if type(base) is Conv1D else weight), bias
 
 

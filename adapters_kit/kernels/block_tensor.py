@@ -35,6 +35,7 @@ class BlockTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor, kind: int, dtype: torch.dtype, turned: bool = False) -> "BlockTensor":
+        """Over `raw`, which is not copied."""
         given = FORMATS[kind]
         shape = (raw.shape[0], raw.shape[1] // given.nbytes * given.weights)
         made = torch.Tensor._make_wrapper_subclass(
@@ -55,7 +56,7 @@ class BlockTensor(torch.Tensor):
         is_parameter = isinstance(self, torch.nn.Parameter)
         return _rebuild, (self.raw, self.kind, self.dtype, self.turned, is_parameter)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"BlockTensor({tuple(self.shape)}, {FORMATS[self.kind].name}, {self.dtype})"
 
     @property
@@ -88,7 +89,9 @@ class BlockTensor(torch.Tensor):
         return super().requires_grad_(requires_grad)  # type: ignore[return-value]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _SPECIAL:
             return _SPECIAL[func](*args, **kwargs)

@@ -62,6 +62,7 @@ class ScalesOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the share."""
         x, share, raw = ctx.saved_tensors
         (dy,) = grads
         dx = dy @ _scaled(raw, ctx.kind, share, dy.dtype) if ctx.needs_input_grad[0] else None

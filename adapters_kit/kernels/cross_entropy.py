@@ -93,7 +93,8 @@ def _linear_cross_entropy(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, labels, names, values, ignore_index, label_smoothing, want_grad):
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    want_grad = others[-1]
     exact = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty((), dtype=exact), torch.empty_like(hidden if want_grad else hidden[:0])
 
@@ -173,35 +174,42 @@ class LazyLogits(Pending):
 
     @property
     def shape(self) -> torch.Size:
+        """`(..., vocabulary)`."""
         return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
 
     @property
     def device(self) -> torch.device:
+        """Where the logits would be made."""
         return self.hidden.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the last cast, or that of the head's product."""
         casts = [value for name, value in self.steps if name == "to"]
         return casts[-1] if casts else _compute_dtype(self.hidden)
 
     def __mul__(self, other: Any) -> Any:
-        return self._with("mul", float(other)) if isinstance(other, int | float) else super().__mul__(other)
+        return self._with("mul", float(other)) if isinstance(other, int | float) else self.make() * other
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return self._with("mul", 1.0 / other) if isinstance(other, int | float) else super().__truediv__(other)
+        return self._with("mul", 1.0 / other) if isinstance(other, int | float) else self.make() / other
 
     def contiguous(self) -> "LazyLogits":
+        """Itself: there is nothing to lay out yet."""
         return self
 
     def tanh(self) -> "LazyLogits":
+        """Noted down, as half of a cap on the logits."""
         return self._with("tanh")
 
     def float(self) -> "LazyLogits":
+        """A cast to float32, noted down."""
         return self._with("to", torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
+        """A cast is noted down; a move elsewhere makes the logits."""
         if len(args) == 1 and not kwargs and isinstance(args[0], torch.dtype):
             return self._with("to", args[0])
         if len(args) == 1 and not kwargs and args[0] == self.device:
@@ -221,7 +229,8 @@ class LazyLogits(Pending):
 class ChunkedHead(nn.Linear):
     """An output head that returns `LazyLogits` while a training loss is being computed."""
 
-    def forward(self, x: Tensor) -> "Tensor | LazyLogits":
+    def forward(self, x: Tensor) -> "Tensor | LazyLogits":  # type: ignore[override]
+        """The logits `(..., vocabulary)`, or what they are to be made of."""
         if self.__dict__.get("_armed") and why_plain_head(self) is None and _fits(self, x):
             return LazyLogits(x, self)
         return super().forward(x)
@@ -243,16 +252,16 @@ class ChunkedLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """As the original's: the mean over the labels that count, or their sum over `num_items_in_batch`."""
         smoothing = self.label_smoothing if self.training else 0.0
-        lazy = isinstance(logits, LazyLogits)
-        if lazy and vocab_size != logits.shape[-1]:
-            logits, lazy = logits.make(), False
-        if not lazy and not smoothing:
+        if isinstance(logits, LazyLogits) and vocab_size != logits.shape[-1]:
+            logits = logits.make()
+        if not isinstance(logits, LazyLogits) and not smoothing:
             return self.original(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target = shift_labels.reshape(-1).to(logits.device)
-        if lazy:
+        if isinstance(logits, LazyLogits):
             dtype = _compute_dtype(logits.hidden)
             head = logits.head
             total = linear_cross_entropy(
@@ -305,7 +314,7 @@ def chunked_loss(model: nn.Module, *, label_smoothing: float = 0.0) -> LossRepor
         Whether it applies; if not, the model is as it was and the reason is given. A head that is adapted, trained or
         hooked later makes the model compute its own loss again.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     if isinstance(getattr(base, "_loss_function", None), ChunkedLoss):
         base._loss_function.label_smoothing = label_smoothing
         return LossReport(True)
@@ -334,13 +343,13 @@ def is_chunked(model: nn.Module) -> bool:
 
 def plain_loss(model: nn.Module) -> None:
     """Undo `chunked_loss`."""
-    base = base_model(model)
+    base: Any = base_model(model)
     if not isinstance(getattr(base, "_loss_function", None), ChunkedLoss):
         return
     base._loss_function = base._loss_function.original
     for module in base.modules():
-        if type(module) is ChunkedHead:
-            module.__class__ = nn.Linear
+        if isinstance(module, ChunkedHead):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
             module.__dict__.pop("_armed", None)
     for hooks in (base._forward_pre_hooks, base._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_arm, _disarm)]:

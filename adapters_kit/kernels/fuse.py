@@ -91,7 +91,7 @@ class Call(NamedTuple):
         )
 
 
-class _Fused:
+class _Fused(nn.Module):
     """Mixed in before one of peft's LoRA layers."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -215,6 +215,10 @@ def forget(model: nn.Module) -> int:
     return len(held)
 
 
+# Modules as their dictionaries hold them, whose declared types say less than is true.
+_Parts = tuple[str, Any, Any, Any, Any, Any]
+
+
 def _shape_of(path: str) -> str:
     """A path with `*` for the number of the block, as many layers share it."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path.removeprefix("base_model.model."))
@@ -232,7 +236,7 @@ def why_plain(layer: nn.Module) -> str | None:
     return _TRAINED if found[1]._parameters["weight"].requires_grad else None
 
 
-def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, nn.Module, nn.Module | None] | str":
+def _inspect(layer: Any) -> _Parts | str:
     """The one active adapter, the base layer, A, B, their dropout and DoRA's magnitude, if it is one.
 
     Or the reason why peft's forward has to run.
@@ -291,7 +295,7 @@ def _inspect(layer: nn.Module) -> "tuple[str, nn.Module, nn.Module, nn.Module, n
     return name, base, down, up, dropout, magnitude
 
 
-def _plan(layer: nn.Module, x: Any) -> "Call | str":
+def _plan(layer: Any, x: Any) -> "Call | str":
     """What to compute on `x`, or why peft's forward has to run."""
     found = _inspect(layer)
     if isinstance(found, str):

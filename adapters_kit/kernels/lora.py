@@ -117,7 +117,7 @@ class LoraLinear(torch.autograd.Function):
 
 def _projections(tensors: Sequence[Any], quantized: Sequence[Any]) -> list[Projection]:
     return [
-        Projection(*tensors[start : start + TENSORS], base)
+        Projection._make([*tensors[start : start + TENSORS], base])
         for start, base in zip(range(0, len(tensors), TENSORS), quantized, strict=True)
     ]
 
@@ -189,32 +189,32 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
     if parts is None:
         dx, *sums = _backward_part(ctx, rows, wide, low, seeds, patterns, flat, projections, needs)
     else:
-        pieces = []
-        sums = []
+        pieces, sums = [], []
         for part in parts:
             some = [None if grad is None else grad[part] for grad in flat]
             cut_patterns = _cut(patterns, part, rows)
             piece, *found = _backward_part(
                 ctx, rows[part], wide, low[part], seeds, cut_patterns, some, projections, needs
             )
-            pieces.append(piece)
+            pieces += [] if piece is None else [piece]
             sums = [_added(a, b) for a, b in zip(sums, found, strict=True)] if sums else found
-        dx = torch.cat(pieces) if ctx.needs_input_grad[0] and pieces[0] is not None else None
+        dx = torch.cat(pieces) if pieces else None
     totals, d_downs, d_ups = sums
     factor = _factor(ctx.scale, ctx.p)
     result: list[Tensor | None] = []
     for i, (one, need) in enumerate(zip(projections, needs, strict=True)):
         d_bias = d_up_bias = d_gain = None
-        total, d_down, d_up = totals[i], d_downs[i], d_ups[i]
+        grad, total, d_down, d_up = flat[i], totals[i], d_downs[i], d_ups[i]
         if total is not None:
-            d_bias = total.to(one.bias.dtype) if need.bias else None
-            if need.up_bias:
+            if need.bias and one.bias is not None:
+                d_bias = total.to(one.bias.dtype)  # (out,)
+            if need.up_bias and one.up_bias is not None:
                 scaled = total * ctx.scale if one.gain is None else total * one.gain * ctx.scale
-                d_up_bias = scaled.to(one.up_bias.dtype)
-        if need.gain and flat[i] is not None:
-            d_gain = (flat[i] * cast(unscaled[i], one.gain.dtype)).sum(0)  # (out,)
+                d_up_bias = scaled.to(one.up_bias.dtype)  # (out,)
+        if need.gain and one.gain is not None and grad is not None:
+            d_gain = (grad * cast(unscaled[i], one.gain.dtype)).sum(0)  # (out,)
             if one.quantized is not None and one.bias is not None:
-                d_gain = d_gain - flat[i].sum(0, dtype=one.gain.dtype) * one.bias
+                d_gain = d_gain - grad.sum(0, dtype=one.gain.dtype) * one.bias
         if d_down is not None:
             d_down = (d_down * factor).to(one.down.dtype)  # (r, in)
         if d_up is not None:  # laid out as the parameter is, or autograd would copy it
@@ -262,7 +262,7 @@ def _backward_part(
                 dx = torch.mm(scaled, cast(weight, wide)) if dx is None else dx.addmm_(scaled, cast(weight, wide))
                 del weight  # a dequantized weight is large
         start = stop
-    for which, span in enumerate(_spans(ctx.p > 0, seeds, count)):
+    for which, span in enumerate(_spans(seeds, count)):
         live = [i for i in span if grads[i] is not None]
         if not live:
             continue
@@ -290,7 +290,7 @@ def _add_down_part(
     pattern: Tensor | None,
 ) -> None:
     """Add `factor · d_low · matrix` to `dx`, where the input was not dropped."""
-    if p <= 0:
+    if seeds is None:
         widen_(dx, d_low, matrix, factor)
     elif pattern is None:
         dx.add_(dropped(torch.mm(d_low, cast(matrix, dx.dtype)), seeds, which, p), alpha=factor)
@@ -304,14 +304,14 @@ def _add_down_part(
         flat.put_(pattern, before)
 
 
-def _spans(dropout: bool, seeds: Tensor | None, count: int) -> list[range]:
+def _spans(seeds: Tensor | None, count: int) -> list[range]:
     """Projections that see the same (dropped) input: their products are made together."""
-    return [range(count)] if not dropout or len(seeds) == 1 else [range(i, i + 1) for i in range(count)]
+    return [range(count)] if seeds is None or len(seeds) == 1 else [range(i, i + 1) for i in range(count)]
 
 
 def _patterns(rows: Tensor, seeds: Tensor | None, p: float) -> list[Tensor] | None:
     """What each seed drops; None without dropout, for the compiler (no generators) and for fake seeds (no values)."""
-    if p <= 0 or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
+    if seeds is None or torch.compiler.is_compiling() or isinstance(rows, FakeTensor):
         return None
     return [draw_pattern(rows, seed, p) for seed in seeds.tolist()]
 
@@ -324,7 +324,7 @@ def _sources(
     x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, p: float, count: int
 ) -> Iterable[tuple[range, Tensor, Tensor | None]]:
     """Which projections, and `_source` of each."""
-    for which, span in enumerate(_spans(p > 0, seeds, count)):
+    for which, span in enumerate(_spans(seeds, count)):
         yield span, *_source(x, seeds, patterns, which, p)
 
 
@@ -332,7 +332,7 @@ def _source(
     x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, which: int, p: float
 ) -> tuple[Tensor, Tensor | None]:
     """What a down-projection reads, without the factor 1 / (1 - p), and positions in it that count as zero."""
-    if p <= 0:
+    if seeds is None:
         return x, None
     if patterns is None:
         return dropped(x, seeds, which, p), None
@@ -345,7 +345,7 @@ def _factor(scale: float, p: float) -> float:
 
 
 def _added(ours: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if a is None else a.add_(b) for a, b in zip(ours, more, strict=True)]
+    return [None if a is None or b is None else a.add_(b) for a, b in zip(ours, more, strict=True)]
 
 
 def _side_by_side(matrices: list[Any]) -> Tensor:

@@ -16,13 +16,13 @@ narrow ones are put together from bf16 products of the same tensors, without a c
    is accumulated in float32 before it is rounded: E = bf16(x M₁ - R), L to 8 bits of its own.
 3. x M = R + E + bf16(x M₂), each term smaller than the one before by 2⁻⁸: together exact to about 2⁻¹⁶, where one
    bf16 product is exact to 2⁻⁸.
-4. Adding s M (and a bias: one row more) to a bf16 y needs no R and E, since the sum is rounded to bf16 anyway: [s₁ s₂ s₁] [M₁; M₁; M₂] in one
-   product that accumulates onto y.
+4. Adding s M (and a bias, one row more) to a bf16 y needs no R and E, since the sum is rounded to bf16 anyway:
+   [s₁ s₂ s₁] [M₁; M₁; M₂] in one product that accumulates onto y.
 """
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -108,8 +108,8 @@ def _slices(x: Tensor, dtype: torch.dtype, positions: Tensor | None) -> Iterator
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     copied = positions is not None or x.dtype != dtype
     scratch = x.new_empty(min(step, rows), width, dtype=dtype) if copied else x
-    zeros = [] if positions is None else [positions]
-    if len(parts) > 1 and zeros:
+    zeros: Sequence[Tensor] = [] if positions is None else [positions]
+    if positions is not None and len(parts) > 1:
         ends = torch.searchsorted(positions, torch.tensor([part.stop * width for part in parts[:-1]])).tolist()
         zeros = positions.tensor_split(ends)
     for number, part in enumerate(parts):

@@ -45,12 +45,14 @@ class GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        """The product, of the shape of both."""
         ctx.save_for_backward(gate, up)
         ctx.act = act
         return act(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of gate and up, from the activation's value computed again."""
         gate, up = ctx.saved_tensors
         again = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -81,7 +83,7 @@ class PendingActivation(Pending):
     def __mul__(self, up: Any) -> Tensor:
         alike = isinstance(up, Tensor) and up.shape == self.gate.shape and up.dtype == self.gate.dtype
         if not alike or not torch.is_grad_enabled():
-            return super().__mul__(up)
+            return self.make() * up
         product = GatedProduct.apply(self.gate, up, self.act)
         product._made_of = (self.gate, up, self.act)  # the fused down-projection keeps these, not the product
         return product
@@ -120,6 +122,7 @@ class RecomputedForward:
         self.norm = norm
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The norm of `x`; in 16 bit only `x` is kept of it."""
         run = type(self.norm).forward
         half = isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16)
         if not torch.is_grad_enabled() or not half or torch.compiler.is_compiling():

@@ -93,6 +93,7 @@ def rounded(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tensor:
 
 def _with_minima(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tensor:
     given = FORMATS[kind]
+    assert given.minimum is not None  # asked for by `rounded`, where there is one
     error = (target - dequantize(raw, kind, torch.float32)).double()  # (out, in)
     blocks = error.shape[1] // given.weights
     # P (in, blocks) adds a block's Δm to each of its weights: PᵀHP Δmᵀ = PᵀH Eᵀ.
