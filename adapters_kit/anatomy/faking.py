@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from adapters_kit.anatomy.structure import expert_parameters
 
@@ -39,7 +40,7 @@ def fake(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[FakeTen
                             continue
                         if id(tensor) not in made:
                             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                            new = torch.empty(tensor.shape, dtype=kind, device="cpu")
+                            new = _twin(tensor, kind)
                             is_parameter = isinstance(tensor, nn.Parameter)
                             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                         own.append((store, name, tensor))
@@ -48,6 +49,16 @@ def fake(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[FakeTen
     finally:
         for store, name, tensor in own:
             store[name] = tensor
+
+
+def _twin(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A fake tensor of that dtype; one that is made of others (`BlockTensor`) is made of fakes and keeps its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    names, about = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    made = {name: torch.empty(part.shape, dtype=part.dtype, device="cpu") for name, part in parts.items()}
+    return type(tensor).__tensor_unflatten__(made, about, tensor.size(), tensor.stride())
 
 
 def fake_batch(batch: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -166,6 +166,30 @@ def kept_weights(file: str | os.PathLike, skeleton: nn.Module) -> dict[str, Kept
     return _keepable(skeleton, parts, convert)
 
 
+def lay_in_blocks(skeleton: nn.Module, file: str | os.PathLike, dtype: torch.dtype) -> int:
+    """Give a model of shapes alone the weights that `load(file, quantize="keep")` leaves in their blocks.
+
+    Args:
+        skeleton: on the meta device. Its parameters are replaced, tied ones together.
+        dtype: what the weights are unpacked to.
+
+    Returns:
+        How many weights that are.
+
+    Raises:
+        ModelError: as `kept_weights`.
+    """
+    packed: dict[int, nn.Parameter] = {}
+    for key, kept in kept_weights(file, skeleton).items():
+        raw = torch.empty(kept.stored.shape, dtype=torch.uint8, device="meta")  # (out, bytes)
+        made = BlockTensor(raw, int(kept.stored.kind), dtype)
+        packed[id(skeleton.get_parameter(key))] = nn.Parameter(made, requires_grad=False)
+    for module in skeleton.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = packed.get(id(parameter), parameter)
+    return len(packed)
+
+
 def _keepable(skeleton: nn.Module, parts: dict[str, list[Stored]], convert: Any) -> dict[str, Kept]:
     found = {key: _kept(skeleton, key, each, convert) for key, each in parts.items()}
     return {key: kept for key, kept in found.items() if kept is not None}

@@ -102,11 +102,8 @@ def load(
         raise UnknownNameError(f"skip={list(skip)!r} needs quantize=, one of {', '.join(KINDS)}.")
     source = find(name)
     source.check_weights()
-    if quantize == KEEP and not source.gguf_file:
-        raise ModelError(
-            f'quantize="keep" keeps the weights of a .gguf file in their blocks, and {source.name} is none. '
-            f"For this model choose one of {', '.join(KINDS)}."
-        )
+    if quantize == KEEP:
+        file_in_blocks(source)
     config = _read_config(source, revision, trust_remote_code)
     auto_class = _class_for(config, task, source)
     _set_labels(config, task, labels)
@@ -306,6 +303,20 @@ def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequen
         with torch.device("meta"):
             return own._from_config(config)
     return meta_model(_class_for(config, task or "causal-lm", source), config, False)
+
+
+def file_in_blocks(source: Source) -> str:
+    """The path of the .gguf file whose blocks `quantize="keep"` keeps.
+
+    Raises:
+        ModelError: the model is no such file.
+    """
+    if not source.gguf_file:
+        raise ModelError(
+            f'quantize="keep" keeps the weights of a .gguf file in their blocks, and {source.name} is none. '
+            f"For this model choose one of {', '.join(KINDS)}."
+        )
+    return os.path.join(source.location, source.gguf_file)
 
 
 def _saved_kind(config: PreTrainedConfig) -> str | None:

@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 from adapters_kit.anatomy import base_model, block_linears, blocks, fake, output_embeddings
 from adapters_kit.anatomy.structure import unwrap
 from adapters_kit.errors import UnknownNameError, did_you_mean
+from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked
+from adapters_kit.quantization import KEEP
 from adapters_kit.tasks.causal_lm import LOGITS_AT_ONCE
 from adapters_kit.training.gpu_rules import AllCount, GpuRules
 
@@ -165,7 +167,8 @@ def kept_by_shapes(model: nn.Module, batch: Batch, dtype: torch.dtype, *, on_gpu
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """Tells tensors apart by the memory that they view."""
+    """Tells tensors apart by the memory that they view; what lies in blocks, by its blocks."""
+    tensor = tensor.raw if isinstance(tensor, BlockTensor) else tensor
     return tensor.untyped_storage()._cdata
 
 
@@ -174,10 +177,11 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
 
     Args:
         model: wrapped, on any device (meta will do), in the dtype that it is to be held in.
-        linears: paths in the base model of the layers that `quantize` is for.
+        linears: paths in the base model of the layers that `quantize` is for. For "keep" the model has its weights in
+            blocks already (`loading.gguf.lay_in_blocks`).
     """
     base = base_model(model)
-    paths = linears if quantize else ()
+    paths = linears if quantize in QUANTIZED_BYTES else ()
     quantized = {id(unwrap(base.get_submodule(path)).weight) for path in paths}
     weights = 0.0
     trained: list[int] = []
@@ -186,7 +190,9 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if tensor.requires_grad and not (optimizer == "lora-fa" and "lora_A" in name):
+        if isinstance(tensor, BlockTensor):
+            weights += tensor.packed_bytes
+        elif tensor.requires_grad and not (optimizer == "lora-fa" and "lora_A" in name):
             trained.append(tensor.numel())
         else:
             each = QUANTIZED_BYTES[str(quantize)] if id(tensor) in quantized else tensor.element_size()
@@ -262,6 +268,8 @@ class StepMemory:
         checkpointing = self.checkpointing if checkpointing is None else checkpointing
         quantize = quantize or self.quantize
         unpacked = self.quantizable * self.dtype.itemsize if quantize else 0
+        if quantize == KEEP and self.dtype != torch.float32:
+            unpacked += 4 * self.quantizable  # blocks are unpacked in float32 and rounded
         loss, evaluation = 0, 0
         base = base_model(self.model)
         if output_embeddings(base) is not None and "labels" in batch and batch["labels"].ndim == 2:

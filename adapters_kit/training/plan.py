@@ -13,11 +13,15 @@ from torch import nn
 
 from adapters_kit.anatomy.depth import shortened
 from adapters_kit.artifacts.dtypes import DTYPES
+from adapters_kit.artifacts.source import find
 from adapters_kit.errors import AdapterError, RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.fuse import fuse, unfuse
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
+from adapters_kit.loading.gguf import lay_in_blocks
+from adapters_kit.loading.model import file_in_blocks
 from adapters_kit.pages.html import pre
+from adapters_kit.quantization import KEEP
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter
 from adapters_kit.training.batches import Batches, FromData, FromLength, histogram
@@ -124,6 +128,8 @@ def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = No
     batches: Batches = FromData(recipe) if length is None else FromLength(recipe, length)
     training, dtype = recipe.training, DTYPES[recipe.training.precision]
     batches.bare.to(dtype)
+    if recipe.quantize == KEEP:
+        lay_in_blocks(batches.bare, file_in_blocks(find(recipe.model)), dtype)
     model = _wrapped(batches.bare, recipe)
     groups, trainable, total = _groups(model)
     asked = StepMemory(

@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 import adapters_kit as ak
 from adapters_kit import cli
-from adapters_kit.errors import RecipeError
+from adapters_kit.errors import ModelError, RecipeError
+from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter, load_base
+from adapters_kit.training.given import recipe_from
 from adapters_kit.training.memory import kept_for_backward, step_bytes, storage_of
 from adapters_kit.training.plan import parse_size
 from adapters_kit.training.resolve import prepare, resolve
@@ -225,3 +227,33 @@ def test_within_a_tenth_of_a_real_model(real, asset):
             loss.backward()
         planned = plan.variants.get(name, plan.memory.total) - plan.memory.optimizer
         assert planned == pytest.approx(held + live.peak, rel=0.1), name
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "Q4_1"), ("blocks", "Q4_1"), ("blocks", "Q4_K")])
+def test_a_base_kept_in_its_blocks(method, kind, tmp_path):
+    """The file's own bytes for the weights, and what a loaded model keeps for its backward pass."""
+    pytest.importorskip("gguf")
+    from tests.support.gguf_files import write
+
+    file = tmp_path / "model.gguf"
+    write("llama", file, kind, **({"hidden_size": 256, "intermediate_size": 256} if kind == "Q4_K" else {}))
+    training = {"precision": "fp32", "batch_size": 2, "base_dropout": 0.0}
+    options = {"task": "causal-lm", "quantize": "keep", "method": method, "training": training}
+    recipe = recipe_from({"model": str(file), "data": "-", **options})
+    planned = ak.plan(recipe, length=8)
+    base = ak.load(file, quantize="keep", dtype="float32")
+    model = add_adapter(base, resolve(recipe, trains=False), 10).train()
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    kept = kept_for_backward(model, {"input_ids": ids, "labels": ids}).total
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    expected = sum(p.packed_bytes if isinstance(p, BlockTensor) else p.nbytes for p in frozen)
+    assert sum(isinstance(p, BlockTensor) for p in frozen) >= 14
+    assert expected <= planned.memory.weights <= expected + sum(b.nbytes for b in model.buffers())
+    assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert planned.memory.activations == pytest.approx(kept, rel=0.01)
+
+
+def test_only_a_gguf_file_has_blocks_to_keep(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\.gguf"):
+        ak.plan({"model": str(tmp_path), "task": "causal-lm", "quantize": "keep", "method": "lora"}, length=8)

@@ -65,7 +65,9 @@ class BlocksLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def unit_of(raw: Tensor, kind: int) -> float:
         """What Δm is measured in: codes of up to 63 make the same Δm move a weight as much further, and one learning
-        rate is to suit all formats."""
+        rate is to suit all formats. 1 where there are no values to look at (the meta device)."""
+        if raw.is_meta:
+            return 1.0
         v = minima_codes(raw, kind) if FORMATS[kind].minimum is not None else None
         return 1.0 if v is None else 1 / max(1.0, v.float().square().mean().sqrt().item())
 
