@@ -4,8 +4,9 @@ BIN := .venv/bin
 # Two processes of one thread each: the tests are many small models, not a few large ones. A process that has nothing
 # left to do takes tests from the other.
 PYTEST := -m pytest -n 2 --dist worksteal
+NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/methods/test_bottleneck.py
 
-.PHONY: demo test quick lint types docs package lowest newest fuzz clean
+.PHONY: demo test quick lint types docstrings numerics docs package lowest newest fuzz clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,6 +34,16 @@ types: .venv/.installed
 # The documentation as a site in build/site; a link that leads nowhere is an error.
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docstrings: .venv/.installed
+	$(BIN)/ruff check --select D100,D101,D102,D103,D104 adapters_kit
+
+# The tests that compare numbers, as three kinds of CPU compute them: torch's own kernels and oneDNN's are held to an
+# older instruction set. What this machine lacks cannot be shown on it: the last is the machine itself.
+numerics: .venv/.installed
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NUMERIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NUMERIC)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(NUMERIC)
 
 # The wheel and the source distribution: built, checked, and the tests of the latter collected.
 package: .venv/.installed

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adapters_kit.errors import did_you_mean
+from adapters_kit.recipe import QUANTIZATIONS
 from adapters_kit.verbs import doctor, models, shipping, training, using
 
 # The recipe's keys as the help of a verb groups them; a key that is in no group stands in the last.
@@ -278,12 +279,10 @@ def _shipping(verb: Adder) -> None:
     made.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="dtype of the result (default: the base's)")
     made.add_argument(
         "--quantized",
-        choices=["nf4", "fp4", "int8"],
+        choices=QUANTIZATIONS,
         help="what the base was quantized to in training, for an adapter without a record of it",
     )
-    made.add_argument(
-        "--quantize", choices=["nf4", "fp4", "int8"], help="round the result again; prints what the update loses"
-    )
+    made.add_argument("--quantize", choices=QUANTIZATIONS, help="round the result again; prints what the update loses")
     made.add_argument(
         "--verify",
         choices=["sample", "full", "off"],

@@ -27,10 +27,11 @@ from adapters_kit.anatomy import block_linears
 from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.recipe import QUANTIZATIONS
 
 _log = logging.getLogger(__name__)
 
-KINDS = ("nf4", "fp4", "int8")
+KINDS = QUANTIZATIONS
 KEEP = "keep"  # a .gguf file's own blocks (kernels/ggml.py)
 OLDEST = "0.49.0"
 BLOCK = 64  # weights that share a scale in 4-bit formats

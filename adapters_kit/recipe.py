@@ -14,7 +14,7 @@ import encodings.aliases
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,10 @@ from adapters_kit import names, registry
 from adapters_kit.errors import RecipeError, did_you_mean, nearest
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 from adapters_kit.task_table import TASKS, tasks_with
+
+Quantization = Literal["nf4", "fp4", "int8"]
+"""The kinds of rounding that a base can be loaded with; `quantization.bnb_config` says what each is."""
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 # Files of rows, which are no recipes.
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md")
@@ -243,7 +247,7 @@ class Recipe(BaseModel):
     """Question answering: the answer is empty where that is likelier than the best span by more than this (nats)."""
     labels: list[str] | None = None
     """The classes in the order of the model's outputs; by default those of the training data, sorted."""
-    quantize: Literal["nf4", "fp4", "int8", "keep"] | None = None
+    quantize: Literal[Quantization, "keep"] | None = None
     """Hold the frozen weights at 4 or 8 bits (bitsandbytes); keep: a .gguf file's weights stay in its own blocks."""
     answer_only: bool = True
     """Causal LM with prompts or chats: only the answer's tokens count in the loss."""

@@ -22,12 +22,12 @@ from typing import Any
 from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.errors import ShippingError
+from adapters_kit.recipe import QUANTIZATIONS
 
 RECORD, FORMAT = "adapters_kit.json", 1
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 OURS = "_adapters_kit"
 """Attribute that marks a model as having gone through `load` or `wrap`: whatever saves it, its base is hashed."""
-QUANTIZED = ("nf4", "fp4", "int8")
 
 
 def _text(value: Any) -> bool:
@@ -53,7 +53,7 @@ def _config(value: Any) -> bool:
 def _quantization(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.get("type") in QUANTIZED
+        and value.get("type") in QUANTIZATIONS
         and isinstance(value.get("modules"), list)
         and all(map(_text, value["modules"]))
         and value.get("blocksize", 64) in (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -20,7 +20,6 @@ from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.reading import read_json
-from adapters_kit.artifacts.recorded import QUANTIZED
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
@@ -29,6 +28,7 @@ from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.card import model_card
 from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.writing import write
+from adapters_kit.recipe import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from adapters_kit.merging.into_gguf import GgufReport
@@ -218,8 +218,8 @@ def _order(
     if verify not in {"sample", "full", "off"}:
         raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
     for name, kind in (("quantize", quantize), ("quantized", quantized)):
-        if kind is not None and kind not in QUANTIZED:
-            raise ShippingError(f"{name}={kind!r}: choose {', '.join(map(repr, QUANTIZED))} or None.")
+        if kind is not None and kind not in QUANTIZATIONS:
+            raise ShippingError(f"{name}={kind!r}: choose {', '.join(map(repr, QUANTIZATIONS))} or None.")
     if quantized is not None and base == "original":
         raise ShippingError("quantized= says which rounding to repeat, and base='original' to repeat none: give one.")
     target = None if dtype is None else as_dtype(dtype)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from adapters_kit.artifacts.dtypes import as_dtype
-from adapters_kit.artifacts.recorded import QUANTIZED
 from adapters_kit.errors import MissingPackageError, ShippingError
+from adapters_kit.recipe import QUANTIZATIONS
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Rounding:
                 "This adapter was trained on a base quantized by bitsandbytes, whose rounding the merge has to repeat: "
                 "pip install bitsandbytes. Or merge into the original weights with base='original'."
             ) from error
-        if self.kind not in QUANTIZED:
-            raise ShippingError(f"The base was quantized as {self.kind!r}; {', '.join(QUANTIZED)} are known here.")
+        if self.kind not in QUANTIZATIONS:
+            raise ShippingError(f"The base was quantized as {self.kind!r}; {', '.join(QUANTIZATIONS)} are known here.")
         weight = weight.to(self.dtype)
         if self.kind == "int8":
             rows, scales, _ = bnb.int8_vectorwise_quant(weight.half().contiguous())

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.comparison import cell as cells
-from adapters_kit.comparison import study, summary, worker
+from adapters_kit.comparison import plots, study, summary, worker
 from adapters_kit.comparison.cell import Cell, rows_of, run_cell
 from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
@@ -32,7 +32,7 @@ TRAINING = {"epochs": 1, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> ak.Recipe:
     folder = tmp_path_factory.mktemp("data")
-    small.write_jsonl(folder / "train.jsonl", small.sentiment(160))
+    small.write_jsonl(folder / "train.jsonl", small.sentiment(96))
     small.write_jsonl(folder / "test.jsonl", small.sentiment(48, seed=1))
     return ak.Recipe(
         model=str(small.model("bert")),
@@ -60,6 +60,7 @@ def in_process(monkeypatch):
         yield run
 
     monkeypatch.setattr(study, "worker", here)
+    monkeypatch.setattr(plots, "draw", lambda document, out: [])  # half of the time; `compared` has pictures
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def compared(recipe, tmp_path_factory):
     return ak.compare(recipe, methods, 2, out=out, grid=(1, 10), validation_size=32, quiet=True)
 
 
+@pytest.mark.slow
 def test_every_method_has_a_row_with_its_costs(compared, recipe):
     rows = {row.label: row for row in compared.rows}
     assert set(rows) == {"full", "lora", "lora+prefix"}
@@ -89,6 +91,7 @@ def test_every_method_has_a_row_with_its_costs(compared, recipe):
     assert rows["lora+prefix"].merge is None
 
 
+@pytest.mark.slow
 def test_the_gap_is_paired_by_seed(compared):
     document = json.loads((compared.path / "comparison.json").read_text())
     score = {
@@ -103,6 +106,7 @@ def test_the_gap_is_paired_by_seed(compared):
     assert row.interval == pytest.approx((row.gap - half, row.gap + half), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_folder_tells_everything(compared):
     report = (compared.path / "report.md").read_text()
     for text in ("gap to full", "± ", "validation rows", "lora+prefix", "score_and_parameters.png", "torch "):
@@ -110,7 +114,7 @@ def test_the_folder_tells_everything(compared):
     for name in ("score_and_parameters.png", "score_and_cost.png"):
         assert (compared.path / name).stat().st_size > 5_000
     document = json.loads((compared.path / "comparison.json").read_text())
-    assert document["rows"] == {"train": 128, "validation": 32, "test": 48}
+    assert document["rows"] == {"train": 64, "validation": 32, "test": 48}
     assert document["environment"]["torch"] == torch.__version__
     for label, found in document["searched"].items():
         good = {float(rate): score for rate, score in found.items()}
@@ -118,6 +122,7 @@ def test_the_folder_tells_everything(compared):
         assert good[min(good, key=lambda rate: abs(rate - document["learning_rates"][label]))] == max(good.values())
 
 
+@pytest.mark.slow
 def test_again_nothing_is_trained(compared, recipe, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (compared.path / "cells").iterdir()}
     monkeypatch.setattr(subprocess, "Popen", None)  # no worker may start
@@ -127,7 +132,7 @@ def test_again_nothing_is_trained(compared, recipe, monkeypatch):
     assert [row.score for row in again.rows] == [row.score for row in compared.rows]
 
 
-@pytest.mark.parametrize("change", [{"training.epochs": 5.0}, {"method.r": 3}, {"data.limit": 100}])
+@pytest.mark.parametrize("change", [{"training.epochs": 5.0}, {"method.r": 3}, {"data.limit": 50}])
 def test_what_a_cell_depends_on_is_in_its_key(recipe, change):
     def key(given: ak.Recipe) -> str:
         _, rows = rows_of(given, 32)
@@ -154,11 +159,12 @@ def test_a_cell_depends_on_rows_weights_and_defaults(recipe, tmp_path):
 
 def test_validation_rows_are_neither_trained_on_nor_tested_on(recipe):
     _, rows = rows_of(recipe, 0.25)
-    assert [len(rows[part]) for part in ("train", "validation", "test")] == [120, 40, 48]
+    assert [len(rows[part]) for part in ("train", "validation", "test")] == [72, 24, 48]
     _, again = rows_of(recipe, 0.25)
     assert again["validation"].to_list() == rows["validation"].to_list()
 
 
+@pytest.mark.slow
 def test_a_cell_is_reproducible_and_full_trains_everything(recipe):
     _, rows = rows_of(recipe, 32)
     depends = cells.depends_on(recipe, rows, None)
@@ -169,6 +175,7 @@ def test_a_cell_is_reproducible_and_full_trains_everything(recipe):
     assert one["adapter_bytes"] == 4 * one["total_params"]
 
 
+@pytest.mark.slow
 def test_labelled_variants_change_the_recipe(recipe, in_process, tmp_path):
     kinds = {"r=1": {"method": {"name": "lora", "r": 1}}, "r=4": {"method": {"name": "lora", "r": 4}}}
     rates = {"r=1": 1e-3, "r=4": 1e-3}
@@ -178,12 +185,14 @@ def test_labelled_variants_change_the_recipe(recipe, in_process, tmp_path):
     assert all(row.gap is None and row.spread is None and row.interval is None for row in found.rows)
 
 
+@pytest.mark.slow
 def test_a_variant_of_full_fine_tuning_keeps_its_own_rate(recipe, in_process, tmp_path):
     kinds = {"fast": {"method": "full", "training.learning_rate": 2e-3}, "full": {"method": "full"}}
     found = ak.compare(recipe, kinds, 1, out=tmp_path, grid=None, validation_size=32, quiet=True)
     assert found.document["learning_rates"] == {"fast": 2e-3, "full": FULL_RATE}
 
 
+@pytest.mark.slow
 def test_no_time_left_says_what_is_missing_and_goes_on(recipe, in_process, tmp_path):
     call = {"out": tmp_path, "rates": {"lora": 1e-3, "ia3": 1e-2}, "validation_size": 32, "quiet": True}
     with pytest.raises(TrainingError, match="max_minutes=0 left no time"):
@@ -195,6 +204,7 @@ def test_no_time_left_says_what_is_missing_and_goes_on(recipe, in_process, tmp_p
     assert "the same call goes on" in str(partly)
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_costs_its_own_row_only(recipe, in_process, tmp_path):
     kinds = {"lora": {}, "too long": {"training.max_length": 500}}
     found = ak.compare(recipe, kinds, 1, out=tmp_path, rates=dict.fromkeys(kinds, 1e-3), validation_size=32, quiet=True)
@@ -227,6 +237,7 @@ def test_mistakes_are_refused_before_anything_is_trained(name, recipe, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(recipe, tmp_path):
     """kill -9 of the comparison after its first cell; the second call keeps that cell."""
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -272,6 +283,7 @@ def test_the_interval_holds_the_mean(differences):
     assert low <= statistics.fmean(differences) + 1e-12 and statistics.fmean(differences) <= high + 1e-12
 
 
+@pytest.mark.slow
 def test_language_models_compare_perplexity(in_process, tmp_path):
     small.write_jsonl(tmp_path / "train.jsonl", [{"text": row["text"]} for row in small.sentiment(64)])
     given = ak.Recipe(

@@ -253,6 +253,7 @@ def test_the_kernels_own_word_that_the_disk_is_full(pair, monkeypatch):
     assert sorted(path.name for path in tmp.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_to(pair):
     """Without root's right to ignore permissions, which a child process gives up before it starts."""
     base, adapter, tmp = pair

@@ -123,6 +123,7 @@ for size in ("small", "large"):  # the first imports what is needed
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not reset the peak here")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """100 MB of weights, tensors of 1 MB, a small adapter: with a model's skeleton or without, never the model."""

@@ -162,6 +162,7 @@ def test_a_cache_is_of_a_prefix_and_for_its_model(base, tmp_path):
         ak.load_cache(tmp_path / "cache", other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["houlsby", "prefix", "compacter"])
 def test_what_cannot_merge_ships_and_loads_with_plain_peft(method, base, tmp_path):
     """Another process, plain peft and `import adapters_kit`: the same outputs."""

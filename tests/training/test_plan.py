@@ -87,6 +87,7 @@ def test_plan_says_what_is_trained_and_marks_the_answer(recipe):
     assert f"[{counted[0]}]" in text
 
 
+@pytest.mark.slow
 def test_what_fits_and_what_to_change(recipe):
     recipe = recipe.changed(**{"training.precision": "fp32"})  # a card's rules and a CPU's are the same then
     roomy = ak.plan(recipe, gpu="24GB")
@@ -109,6 +110,7 @@ def test_what_fits_and_what_to_change(recipe):
     assert ak.plan(larger).memory.activations > 4 * ak.plan(recipe).memory.activations
 
 
+@pytest.mark.slow
 def test_the_command(recipe, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert cli.main(["plan", str(tmp_path / "recipe.yaml"), "--gpu", "24GB", "--training.batch_size", "2"]) == 0
@@ -119,6 +121,7 @@ def test_the_command(recipe, tmp_path, capsys):
         assert part in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_variants_are_the_bytes_of_a_real_step(recipe, precision):
     """Each switch of the recipe by itself: what the plan says for it, and what a real model keeps when trained so."""
@@ -201,7 +204,7 @@ def test_within_a_tenth_of_a_real_model(real, asset):
     """Parameters, what a real step keeps for its backward pass, and its peak: on real text, in every variant."""
     task, dropout = ("causal-lm", 0.0) if asset == "smollm2" else ("text-classification", 0.1)
     data = {"train": str(real("reviews")), "limit": 64, "test_limit": 4}
-    training = {"batch_size": 4, "max_length": 64}
+    training = {"batch_size": 4, "max_length": 32}
     method = {"name": "lora", "lora_dropout": dropout}
     recipe = Recipe(model=str(real(asset)), task=task, data=data, method=method, training=training)
     plan = ak.plan(recipe)
