@@ -81,6 +81,24 @@ def truncated_ids(processor: Any, texts: Sequence[str], max_length: int) -> list
     return found
 
 
+def number_cut(processor: Any, texts: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], max_length: int) -> int:
+    """How many rows are longer than `max_length` tokens.
+
+    Args:
+        texts: one or two columns.
+        ids: the rows' ids, cut to `max_length`; only those that fill it are tokenized again, with one token more.
+    """
+    full = [row for row, own in enumerate(ids) if len(own) >= max_length]
+    if not full:
+        return 0
+    parts = [[column[row] for row in full] for column in texts]
+    if len(parts) == 1:
+        longer: Sequence[Sequence[int]] = truncated_ids(processor, parts[0], max_length + 1)
+    else:
+        longer = processor(*parts, truncation=True, max_length=max_length + 1)["input_ids"]
+    return sum(len(own) > max_length for own in longer)
+
+
 def _up_to_a_blank(text: str, far: int) -> str:
     blank = text.find(" ", far) if len(text) > 2 * far else -1
     return text if blank < 0 else text[:blank]

@@ -18,7 +18,7 @@ from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
 from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, separated
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts, truncated_ids
+from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut, truncated_ids
 
 _LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
     "single-label": "single_label_classification",
@@ -129,6 +129,7 @@ class TextClassification(Task):
         small = len(self.processor) < 2**16
         features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
         targets = self._targets(data) if answers else None
+        cut = 0
         for start, part in in_parts(data, names):
             texts = [
                 check_text(part[name], start, name, role, data.column_names)
@@ -138,6 +139,7 @@ class TextClassification(Task):
                 encoded = {"input_ids": truncated_ids(self.processor, texts[0], self.max_length)}
             else:
                 encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
+            cut += number_cut(self.processor, texts, encoded["input_ids"], self.max_length)
             for offset, ids in enumerate(encoded["input_ids"]):
                 feature = {"row": start + offset, "input_ids": compact(ids)}
                 if "token_type_ids" in encoded:
@@ -145,6 +147,14 @@ class TextClassification(Task):
                 if targets is not None:
                     feature["labels"] = targets[start + offset]
                 features.append(feature)
+        if cut:
+            more = " training.max_length can be raised." if self.longest > self.max_length else ""
+            side = "beginning" if getattr(self.processor, "truncation_side", "right") == "left" else "end"
+            self.notes.say(
+                f"{cut:,} of {len(data):,} texts are longer than max_length {self.max_length}: their {side} was "
+                f"cut.{more}",
+                texts_cut=cut,
+            )
         return features
 
     def _targets(self, data: Dataset) -> Sequence[Any]:

@@ -1,6 +1,8 @@
 """Rows in parts, features in few arrays, long texts: the same as all at once, in less memory."""
 
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -139,3 +141,36 @@ def test_a_decoder_answers_each_row_of_a_batch_as_it_does_alone(tmp_path, family
     assert [row["label"] for row in together] == [row["label"] for row in alone]
     scores = [torch.tensor([row["score"] for row in found]) for found in (together, alone)]
     torch.testing.assert_close(*scores, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_texts_that_are_cut_are_counted(tmp_path, side, pairs):
+    """Exactly those that are longer than max_length, in both parts of the data."""
+    folder = shutil.copytree(small.model("bert", model_class="BertForSequenceClassification"), tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "truncation_side": side}))
+    draw = random.Random(0)
+    made = [
+        {
+            "text": " ".join(draw.choices(small.WORDS, k=draw.choice([4, 8, 9, 10, 11, 12, 900]))),
+            **({"text_pair": "a film"} if pairs else {}),
+            "label": "ab"[i % 2],
+        }
+        for i in range(80)
+    ]
+    room = 12 - (5 if pairs else 2)
+    run = ak.train(
+        Recipe(
+            model=str(folder),
+            task="text-classification",
+            data=str(small.write_jsonl(tmp_path / "rows.jsonl", made)),
+            training={"max_steps": 1, "samples": 0, "max_length": 12},
+        ),
+        tmp_path / "run",
+        quiet=True,
+    )
+    expected = sum(len(row["text"].split()) > room for row in made)
+    assert run.metrics["counts"]["texts_cut"] == expected
+    cut = [note for note in run.metrics["notes"] if "longer than max_length 12" in note]
+    assert len(cut) == 2 and all(("end" if side == "right" else "beginning") in note for note in cut)
