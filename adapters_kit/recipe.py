@@ -37,7 +37,10 @@ Quantization = Literal["nf4", "fp4", "int8"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 # Files of rows, which are no recipes.
-DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".md")
+DATA_SUFFIXES = (
+    *(".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather"),
+    *(".txt", ".md", ".conll", ".conllu", ".iob", ".bio", ".ft"),
+)
 
 _STRICT = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False

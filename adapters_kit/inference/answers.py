@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def evaluate(
     subject = load_subject(recipe, task, adapter, trained=False)
     features = task.encode(rows)
     results = task.run(subject.model, features, batch_size or 2 * recipe.training.batch_size)
+    _tell(task)
     return {**task.score(results, features), "examples": len(rows)}
 
 
@@ -78,7 +80,15 @@ def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **re
     """
     recipe, adapter = describe(name, **recipe_keys)
     subject, rows = _prepared(recipe, adapter, data_source)
-    return subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
+    found = subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
+    _tell(subject.task)
+    return found
+
+
+def _tell(task: Task) -> None:
+    """Warns of what was done to the rows that nobody asked for."""
+    for note in task.notes.fresh():
+        warnings.warn(note, UserWarning, stacklevel=3)
 
 
 def stream(name: Name, prompts: str | Sequence[str], **recipe_keys: Any) -> Iterator[Iterator[str]]:

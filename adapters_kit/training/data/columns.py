@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from adapters_kit.errors import DataError, did_you_mean
 
+_LOOKED_AT = 1000  # rows
 # Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
@@ -68,10 +69,24 @@ def recognise(
             return found
     wanted = " or ".join(" and ".join(roles) for roles in alternatives)
     example = ", ".join(f"{role}: NAME" for role in alternatives[-1])
+    row = header_is_a_row(data)
     raise DataError(
         f"Cannot tell which column is what: the task needs {wanted}, the data has the columns {', '.join(names)}. "
-        f"Name them in the recipe: data.columns: {{{example}}}"
+        + (row or f"Name them in the recipe: data.columns: {{{example}}}")
     )
+
+
+def header_is_a_row(data: Dataset) -> str | None:
+    """A sentence if a column's name is also a value in it, as in a table without a line of names; else None."""
+    first = data.select(range(min(len(data), _LOOKED_AT)))
+    for name in data.column_names:
+        if getattr(data.features[name], "dtype", "") == "string" and name in first[name][:]:
+            return (
+                f"The first line is taken for the names of the columns, but {name!r} is also a value in the lines "
+                "below it. If that line is a row, put a line with names above it, such as "
+                f"{', '.join(('text', 'label', *(f'column{i}' for i in range(3, 99)))[: len(data.column_names)])}."
+            )
+    return None
 
 
 def unused(data: Dataset, used: Mapping[str, str], roles: Sequence[str]) -> str | None:

@@ -60,7 +60,7 @@ def read_delimited(path: Path, encoding: str | None, delimiter: str | None, note
     first, header = next(records, (1, []))
     columns = _columns(path, header, dialect, notes)
     parts: list[list[str]] = []
-    size = empty = 0
+    size = empty = again = 0
     spare = False
     for line, fields in records:
         if len(fields) > len(header) and not any(fields[len(header) :]):
@@ -70,6 +70,9 @@ def read_delimited(path: Path, encoding: str | None, delimiter: str | None, note
         if not any(fields):
             empty += 1
             continue
+        if fields == header and len(header) > 1:
+            again += 1
+            continue
         parts.append(fields)
         size += sum(map(len, fields))
         if size > _AT_ONCE:
@@ -77,6 +80,8 @@ def read_delimited(path: Path, encoding: str | None, delimiter: str | None, note
             parts, size = [], 0
     if empty:
         notes.say(f"{path.name}: {empty:,} lines without any text were left out.", rows_left_out=empty)
+    if again:
+        notes.say(f"{path.name}: {again:,} lines repeat the header and were left out.", headers_left_out=again)
     if spare:
         notes.say(f"{path.name}: separators behind the last column are left out; nothing stands behind them.")
     yield _table(path, parts, columns)

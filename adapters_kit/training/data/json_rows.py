@@ -19,6 +19,8 @@ SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", 
 # Keys under which documents keep their rows, beside keys that tell about them.
 _HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
+# Objects in these columns differ from row to row (a call's arguments); whoever reads them takes JSON's text too.
+_AS_TEXT = (*_CONVERSATIONS, "tools", "functions", "history")
 _AT_ONCE = 1 << 25  # characters of a table's part
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 
@@ -201,6 +203,12 @@ def _rows_of_list(items: Sequence[Any], path: Path, notes: Notes) -> Sequence[Ro
         if not isinstance(item, Mapping):
             raise DataError(f"{path} holds no list of objects: row {number} is {item!r:.80}.")
     if items and all(set(item) >= {"row_idx", "row"} for item in items):  # the hub's viewer
+        short = [number for number, item in enumerate(items, 1) if item.get("truncated_cells")]
+        if short:
+            raise DataError(
+                f"{path} was saved from the hub's viewer, which has cut long values (first: row {short[0]}, "
+                f"{', '.join(map(str, items[short[0] - 1]['truncated_cells']))}). Download the data set's own files."
+            )
         return [item["row"] for item in items]
     if items and all(isinstance(item.get("paragraphs"), list) for item in items):
         notes.say(f"{path.name} has SQuAD's form: one row a question.")
@@ -286,7 +294,7 @@ def _table(
     for key in keys:
         values = [row.get(key) for _, row in part]
         try:
-            made[key] = pa.array(values)
+            made[key] = pa.array(_texts(values) if pa.types.is_string(kinds.get(key, pa.null())) else values)
         except UnicodeEncodeError:
             at = [place for (place, row), value in zip(part, values, strict=True) if _whole(value) is not value]
             notes.say(
@@ -297,11 +305,20 @@ def _table(
             )
             made[key] = pa.array([_whole(value) for value in values])
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            if key.lower() in _AS_TEXT and all(value is None or isinstance(value, list | dict) for value in values):
+                made[key] = pa.array(_texts(_whole(values)), pa.string())
+                kinds.setdefault(key, pa.string())
+                continue
             raise DataError(_unlike(path, key, part, values, error)) from None
         before = kinds.get(key)
         if before is None or pa.types.is_null(before):
             kinds[key] = made[key].type
     return pa.table(made)
+
+
+def _texts(values: Sequence[Any]) -> list[Any]:
+    """Lists and objects as JSON's text."""
+    return [json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value for value in values]
 
 
 def _whole(value: Any) -> Any:
@@ -355,4 +372,7 @@ def _unlike(path: Path, key: str, part: Sequence[tuple[str, Row]], values: Seque
                 "column holds values of one kind."
             )
     reason = str(error).splitlines()[0]
-    return f"{path}, column {key!r}: the values from {part[0][0]} to {part[-1][0]} do not fit one column: {reason}"
+    return (
+        f"{path}, column {key!r}: the values from {part[0][0]} to {part[-1][0]} do not fit one column: {reason}. "
+        "Write them alike, as texts for example; a column that is not needed can be taken out of the file."
+    )

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset
 from adapters_kit.errors import DataError
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
-from adapters_kit.training.data.columns import recognise, unused
+from adapters_kit.training.data.columns import header_is_a_row, recognise, unused
 from adapters_kit.training.data.folders import located
 from adapters_kit.training.data.sources import Source
 
@@ -28,6 +28,9 @@ def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
     sentence = unused(source.train, task.columns, TASKS[task.name].roles)
     if sentence:
         task.notes.say(sentence)
+    row = header_is_a_row(source.train)
+    if row and task.recipe.data.columns:
+        task.notes.say(row)
     test: Dataset | None = None
     first_reason: DataError | None = None
     left = [*source.others]

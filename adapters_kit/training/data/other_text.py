@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.encoding import encoding_of
 
 _LABEL = "__label__"
+_DOCUMENT = "-DOCSTART-"  # before each document in CoNLL 2003
+_CONLLU = 10  # columns: number, form, lemma, part of speech …
+_NUMBERED = re.compile(r"\d+([-.]\d+)?")
 _AT_ONCE = 1 << 25  # characters of a table's part
 
 
@@ -20,10 +24,15 @@ def read_text(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Tab
     """One example a paragraph; without blank lines, one a line. Lines with fastText's labels are read as such."""
     codec = encoding_of(path, encoding, notes)
     with path.open(encoding=codec) as file:
-        if file.read(len(_LABEL)) == _LABEL:
-            notes.say(f"{path.name} has fastText's form: labels, then the text.")
-            yield from read_fasttext(path, encoding, notes)
-            return
+        begins = file.read(len(_DOCUMENT))
+    if begins.startswith(_LABEL):
+        notes.say(f"{path.name} has fastText's form: labels, then the text.")
+        yield from read_fasttext(path, encoding, notes)
+        return
+    if begins == _DOCUMENT:
+        notes.say(f"{path.name} has CoNLL's form: a word a line, its tag last.")
+        yield from read_conll(path, encoding, notes)
+        return
     paragraphs = _has_paragraphs(path, codec)
     parts: list[str] = []
     lines: list[str] = []
@@ -67,13 +76,16 @@ def _has_paragraphs(path: Path, codec: str) -> bool:
 def read_conll(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Table]:
     """CoNLL's columns: a word a line, its tag in the last column, an empty line behind each sentence.
 
+    Where words are numbered the word is the second; of CoNLL-U's ten columns the tag is the fourth, the part of speech.
+
     Raises:
         DataError: a line with another number of columns, by its number.
     """
     words: list[list[str]] = []
     tags: list[list[str]] = []
     sentence: list[tuple[str, str]] = []
-    width = 0
+    codec = encoding_of(path, encoding, notes)
+    numbered, width = _numbered(path, codec), 0
 
     def close() -> None:
         if sentence:
@@ -81,10 +93,10 @@ def read_conll(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Ta
             tags.append([tag for _, tag in sentence])
         sentence.clear()
 
-    with path.open(encoding=encoding_of(path, encoding, notes)) as file:
+    with path.open(encoding=codec) as file:
         for number, line in enumerate(file, 1):
-            fields = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-            if not line.strip() or fields[0] == "-DOCSTART-" or line.startswith("# "):
+            fields = _fields(line)
+            if not line.strip() or fields[0] == _DOCUMENT or line.startswith("# "):
                 close()
                 continue
             width = width or len(fields)
@@ -94,11 +106,39 @@ def read_conll(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Ta
                     f"{'the lines before' if width > 1 else 'a word and its tag'} "
                     f"need {max(width, 2)}: {line.strip()[:80]!r}"
                 )
-            sentence.append((fields[0], fields[-1]))
+            if numbered and not _NUMBERED.fullmatch(fields[0]):
+                raise DataError(f"{path}, line {number}: no number before the word, as the lines before have one.")
+            if numbered and not fields[0].isdigit():
+                continue  # "3-4 del", which is written again as words 3 and 4; "5.1", a word that is only thought
+            word, tag = (1, 3 if width == _CONLLU else -1) if numbered else (0, -1)
+            sentence.append((fields[word], fields[tag]))
     close()
-    if width > 2:
+    if numbered and width == _CONLLU:
+        notes.say(f"{path.name} has CoNLL-U's form: the words are the second column, the tags the fourth (UPOS).")
+    elif numbered:
+        notes.say(f"{path.name}: words are numbered; the second column is taken for them, the last for the tags.")
+    elif width > 2:
         notes.say(f"{path.name} has {width} columns; the first is taken for the words, the last for the tags.")
     yield pa.table({"tokens": words, "tags": tags})
+
+
+def _fields(line: str) -> list[str]:
+    return line.rstrip("\n").split("\t") if "\t" in line else line.split()
+
+
+def _numbered(path: Path, codec: str) -> bool:
+    """Whether the words of the first sentence have their numbers before them."""
+    found: list[str] = []
+    with path.open(encoding=codec) as file:
+        for line in file:
+            if line.strip() and not line.startswith("#") and not line.startswith(_DOCUMENT):
+                fields = _fields(line)
+                found.append(fields[0] if len(fields) > 2 else "")
+            elif found:
+                break
+    words = [field for field in found if field.isdigit()]
+    counted = words == [str(number) for number in range(int(words[0]), int(words[0]) + len(words))] if words else False
+    return counted and words[0] in ("0", "1") and all(map(_NUMBERED.fullmatch, found))
 
 
 def read_fasttext(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Table]:
