@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from adapters_kit import registry
+from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.artifacts.recorded import OURS
 from adapters_kit.errors import ModelError, UnknownNameError
@@ -119,7 +120,9 @@ def _adapter_folder(method: Any) -> Path | None:
         return None  # "compacter++" is a name
     if not folder.exists():
         raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
-    raise UnknownNameError(told(folder) or f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter.")
+    raise UnknownNameError(
+        told(folder) or foreign.told(folder, {}) or f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter."
+    )
 
 
 @contextmanager

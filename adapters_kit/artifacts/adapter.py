@@ -4,6 +4,7 @@ Nothing of the model is built here. What cannot be trusted is refused: unknown m
 files, values that are not finite.
 """
 
+import dataclasses
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.recorded import read_record
@@ -74,7 +76,8 @@ def read_config(folder: Path) -> Any:
     from adapters_kit.peft_plugin import peft_methods
 
     folder = adapter_folder(folder)
-    kind = _read_raw(folder).get("peft_type")
+    raw = _read_raw(folder)
+    kind = raw.get("peft_type")
     if str(kind).lower() not in peft_methods():
         _register_ours()
     if str(kind).lower() not in peft_methods():
@@ -83,6 +86,7 @@ def read_config(folder: Path) -> Any:
             f"{folder / CONFIG} is of type {kind!r}, which is not known here. {hint} "
             "If another package provides it, install that package."
         )
+    check_options(folder, raw)
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # peft raises whatever the fields provoke
@@ -96,11 +100,34 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def check_options(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse options that the installed peft would leave out with a warning.
+
+    Args:
+        raw: the config, of a method that is known here.
+
+    Raises:
+        ShippingError: naming them.
+    """
+    import peft
+
+    from adapters_kit.peft_plugin import peft_methods
+
+    known = {one.name for one in dataclasses.fields(peft_methods()[str(raw.get("peft_type")).lower()])}
+    strange = foreign.not_known(raw, known)
+    if strange:
+        raise ShippingError(foreign.upgrade(folder / CONFIG, raw, strange, peft.__version__))
+
+
 def _read_raw(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
-        raise ShippingError(f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
-    return read_json(folder / CONFIG)
+        told = foreign.told(folder, {})
+        raise ShippingError(told or f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
+    raw = read_json(folder / CONFIG)
+    if (told := foreign.told(folder, raw)) is not None:
+        raise ShippingError(told)
+    return raw
 
 
 def _register_ours() -> None:
@@ -123,8 +150,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             weights = {name: file.read(name) for name in file.tensors}
     elif (folder / PICKLE).is_file():
         weights = _read_pickle(folder / PICKLE)
+    elif (told := foreign.told(folder, {})) is not None:
+        raise ShippingError(told)
     else:
         raise ShippingError(f"Neither {WEIGHTS} nor {PICKLE} in {folder}: the adapter has no weights.")
+    weights = foreign.unnamed(weights)
     broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if broken:
         raise ShippingError(
@@ -217,11 +247,19 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
             refuse(key, "a finite number")
     for key in ("rank_pattern", "alpha_pattern"):
         value = raw.get(key)
+        if key == "rank_pattern" and _is_kept_ranks(value):
+            continue
         numbers = isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
         if value is not None and not (numbers and all(map(math.isfinite, value.values()))):
             refuse(key, "a table of numbers")
     if "r" in raw and isinstance(raw["r"], int) and raw["r"] < 1 and str(raw.get("peft_type")).lower() == "lora":
         refuse("r", "1 or more")
+
+
+def _is_kept_ranks(value: Any) -> bool:
+    """AdaLoRA's pattern is another: which of a layer's ranks are kept, yes or no for each."""
+    lists = isinstance(value, dict) and all(isinstance(one, list) for one in value.values())
+    return lists and all(type(kept) is bool for one in value.values() for kept in one)
 
 
 def check_ranks(folder: Path, raw: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ from peft import PeftConfig, PromptLearningConfig, TaskType
 from torch import nn
 
 from adapters_kit.anatomy import base_model, head, pooler
-from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
+from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.methods.catalogue import find_method
 from adapters_kit.methods.targets import check_targets
 from adapters_kit.task_table import OTHER_HEADS, TASKS
@@ -57,7 +57,10 @@ def build(model: nn.Module, method: str | PeftConfig, options: dict[str, Any], f
             options = declared.prepare(model, options)
     if for_task:
         options = _for_task(model, config_class, options)
-    config: PeftConfig = config_class(**options)
+    try:
+        config: PeftConfig = config_class(**options)
+    except (TypeError, ValueError) as error:  # what peft's configs raise for values that do not go together
+        raise AdapterError(f"{label(method)} cannot be set up so for {type(model).__name__}: {error}") from error
     return config
 
 

@@ -174,6 +174,7 @@ LOFTQ = Method(
     trains="LoRA started from the quantization error",
     paper="Li et al. 2023, arXiv:2310.08659",
     mergeable=True,
+    needs="a CUDA GPU",
     defaults={"r": 16, "init_lora_weights": "loftq"},
     prepare=_loftq,
 )

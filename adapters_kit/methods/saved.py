@@ -1,20 +1,30 @@
 """The folder of a saved adapter, read for one base model: config and tensors, from whichever library wrote it."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptLearningConfig,
+    PromptTuningConfig,
+    get_peft_model_state_dict,
+)
 from peft.utils import set_peft_model_state_dict
 from torch import nn
 
-from adapters_kit.artifacts.adapter import check_fields, check_ranks, read_weights
+from adapters_kit.artifacts import foreign
+from adapters_kit.artifacts.adapter import check_fields, check_options, check_ranks, read_weights
 from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.artifacts.reading import read_json
-from adapters_kit.errors import ModelError, did_you_mean
+from adapters_kit.errors import ModelError, ShippingError, did_you_mean
 from adapters_kit.methods.adapterhub import folder as adapterhub
-from adapters_kit.methods.configs import infer_task_type, task_heads
+from adapters_kit.methods.configs import config_to_options, infer_task_type, task_heads
 from adapters_kit.names import ADAPTER_CONFIG
 from adapters_kit.peft_plugin import peft_methods
 
@@ -51,6 +61,8 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         config.modules_to_save = task_heads(base) or None
         return Saved(folder, config, state, lends_head=True)
     raw = read_json(folder / ADAPTER_CONFIG)
+    if (told := foreign.told(folder, raw)) is not None:
+        raise ShippingError(told)
     check_fields(folder, raw)
     check_patterns(raw, [path for path, _ in base.named_modules()])
     state = read_weights(folder)
@@ -65,7 +77,8 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         ) from None
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} is not a usable peft config: {error}") from error
-    config.inference_mode = False
+    check_options(folder, raw)
+    config = as_trained(config)
     # Trained for another task, such as a language adapter under a classifier: the head is the model's own.
     lends_head = config.task_type not in (None, task) and not isinstance(config, PromptLearningConfig)
     if lends_head:
@@ -73,6 +86,18 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         if hasattr(config, "modules_to_save"):
             config.modules_to_save = task_heads(base) or None
     return Saved(folder, config, state, lends_head)
+
+
+def as_trained(config: PeftConfig) -> PeftConfig:
+    """The config under which the saved tensors are what is trained: p-tuning and a projected prefix save what their
+    encoder has written, not the encoder. With the config of training, peft would run that through a new encoder."""
+    config.inference_mode = False
+    if isinstance(config, PromptEncoderConfig):
+        shared = {field.name for field in dataclasses.fields(PromptTuningConfig)} - {"peft_type"}
+        return PromptTuningConfig(**{k: v for k, v in config_to_options(config).items() if k in shared})
+    if isinstance(config, PrefixTuningConfig):
+        config.prefix_projection = False
+    return config
 
 
 def fill(model: PeftModel, adapter_name: str, saved: Saved) -> None:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from adapters_kit import tasks
 from adapters_kit.errors import RecipeError
 from adapters_kit.methods import find_method
+from adapters_kit.names import is_adapter_folder
 from adapters_kit.recipe import DataSpec, Recipe
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
@@ -36,6 +37,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
         RecipeError: a precision in which this machine cannot train.
     """
     if trains:
+        _check_method(recipe)
         _check_precision(recipe)
     training = recipe.training
     rate = training.learning_rate if training.learning_rate is not None else learning_rate(recipe)
@@ -87,6 +89,16 @@ def _precision(recipe: Recipe) -> str:
         return recipe.training.precision
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if on_gpu or recipe.quantize else "fp32"
+
+
+def _check_method(recipe: Recipe) -> None:
+    """Refuses methods that ask for what a recipe cannot hold, before anything is loaded."""
+    named = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
+    for method in (find_method(name) for name in named if not is_adapter_folder(name)):
+        if not method.in_recipes:
+            raise RecipeError(
+                [f"method: {method.name} needs {method.needs}. wrap(model, {method.name!r}, ...) takes it there."]
+            )
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -21,12 +21,15 @@ def methods(options: argparse.Namespace) -> Shown:
             "config": one.config.partition(":")[2],
             "trains": one.trains,
             "merges": one.mergeable,
+            "needs": one.needs if one.in_recipes else f"{one.needs} (not in recipes)",
             "paper": one.paper,
         }
         for one in found
     ]
-    rows = [[one["name"], one["config"], one["trains"], merges[one["merges"]], one["paper"]] for one in data]
-    return Shown(data, lambda: print_table(["name", "config", "trains", "merges", "paper"], rows))
+    rows = [
+        [one["name"], one["config"], one["trains"], merges[one["merges"]], one["needs"], one["paper"]] for one in data
+    ]
+    return Shown(data, lambda: print_table(["name", "config", "trains", "merges", "needs", "paper"], rows))
 
 
 def inspect(options: argparse.Namespace) -> Shown:

@@ -86,6 +86,7 @@ BLOCKS = Method(
     trains="the minima or scales that a GGUF file's blocks store",
     paper="Xu et al. 2023, arXiv:2309.14717; Kim et al. 2023, arXiv:2305.14152",
     mergeable=True,
+    needs='a .gguf file, quantize="keep"',
     learning_rate=1e-3,
     prepare=_fill_in_targets,
 )
