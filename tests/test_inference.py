@@ -30,6 +30,7 @@ def test_pieces_join_to_the_answer(family):
     assert any(len(parts) > 2 for parts in streamed), "the text came in one piece"
 
 
+@pytest.mark.slow
 def test_a_chat_is_asked_through_its_template(tmp_path):
     folder = small.model("qwen3", chat=True)
     turns = [{"role": "user", "content": "say hello"}, {"role": "assistant", "content": "hello"}]

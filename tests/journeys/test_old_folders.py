@@ -47,6 +47,7 @@ def test_the_run_merges_and_the_merged_model_answers_as_then(old):
     assert scores.tolist() == pytest.approx([row["score"] for row in EXPECTED["answers"]], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_run_can_be_trained_further(old):
     recipe = ak.Run.open(old / "run").recipe.changed(method={"name": "run/adapter"}, **{"training.max_steps": 1})
     assert ak.train(recipe, old / "further", quiet=True).metrics["steps"] == 1

@@ -30,6 +30,7 @@ def rows(count, unanswerable=True, seed=0):
     return made
 
 
+@pytest.mark.slow
 def test_a_question_without_an_answer_is_learned_and_scored(tmp_path):
     train, test = (
         small.write_jsonl(tmp_path / "a.jsonl", rows(240)),
@@ -127,6 +128,7 @@ def canine(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_slow_tokenizer_answers_and_tags(tmp_path, canine):
     training = {"max_steps": 2, "batch_size": 8, "samples": 2}
     path = small.write_jsonl(tmp_path / "a.jsonl", rows(24))

@@ -15,6 +15,7 @@ from adapters_kit.task_table import TASKS, Row
 from tests.support import small
 
 
+@pytest.mark.slow
 def test_a_task_is_one_row_and_one_file(tmp_path, monkeypatch):
     """A toy task trains, is evaluated, predicts and ships; nothing but the table knows of it."""
     row = Row(

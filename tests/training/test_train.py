@@ -236,6 +236,7 @@ def test_continue_from_an_adapter(rows, tmp_path):
     assert more.metrics["accuracy"] >= first.metrics["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "checkpointing"), [("bf16", False), ("bf16", True), ("fp32", True)])
 def test_precision_and_checkpointing(rows, tmp_path, precision, checkpointing):
     plain = train(recipe(rows, training={"max_steps": 4}), tmp_path / "plain")
@@ -249,6 +250,7 @@ def test_precision_and_checkpointing(rows, tmp_path, precision, checkpointing):
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_metrics_and_they_stay(rows, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -261,6 +263,7 @@ def test_tensorboard_gets_the_metrics_and_they_stay(rows, tmp_path):
     assert [event.value for event in found.Scalars("eval/accuracy")] == pytest.approx(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])
 def test_a_tracker_is_told_or_missed_at_once(rows, tmp_path, monkeypatch, tracker):
     """Not installed: refused before anything is loaded. Installed: transformers' callback for it gets every log."""
@@ -304,6 +307,7 @@ def test_refused_before_anything_is_written(rows, tmp_path):
         train(recipe(rows), tmp_path / "photos", overwrite=True)
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_base_is_refused(rows, tmp_path):
     run = train(recipe(rows, training={"max_steps": 1}), tmp_path / "run")
     wider = small.model("bert", hidden_size=128)
@@ -321,6 +325,7 @@ def test_open_a_run(rows, tmp_path):
         ak.Run.open(tmp_path)
 
 
+@pytest.mark.slow
 def test_pictures_and_the_confusion_matrix(rows, tmp_path):
     run = train(recipe(rows), tmp_path / "run")
     for name in ("curves.png", "confusion.png"):
@@ -331,6 +336,7 @@ def test_pictures_and_the_confusion_matrix(rows, tmp_path):
     assert right / 64 == pytest.approx(run.metrics["accuracy"])
 
 
+@pytest.mark.slow
 def test_sweep_and_compare(rows, tmp_path, capsys):
     given = recipe(rows, training={"epochs": 4, "samples": 0})
     table = ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True)
