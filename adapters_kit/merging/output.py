@@ -29,6 +29,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes in the file."""
         return torch.Size(self.shape).numel() * STORED[self.dtype].itemsize
 
 
@@ -45,6 +46,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files."""
         return sum(len(self.headers[file]) + sum(t.nbytes for t in tensors) for file, tensors in self.files.items())
 
 

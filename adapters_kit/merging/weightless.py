@@ -101,6 +101,7 @@ def hollow(shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_hollow(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is one of those made here: a shape that holds one NaN."""
     return (
         not tensor.is_meta
         and tensor.numel() > 0

@@ -25,6 +25,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing stands in the way."""
         return not self.problems
 
     def __bool__(self) -> bool:

@@ -67,7 +67,7 @@ class _Seen:
     def __init__(self, model: nn.Module, branches: list[Branch], blocks: tuple[Block, ...]) -> None:
         self.values: dict[tuple[str, str, Any], torch.Tensor] = {}
         handles = []
-        places = {(block.path, "output", None) for block in blocks}
+        places: set[tuple[str, str, Any]] = {(block.path, "output", None) for block in blocks}
         for branch in branches:
             places |= {(tap.path, tap.side, tap.key) for tap in (branch.residual, branch.sum) if tap is not None}
             if branch.module is not None:

@@ -170,7 +170,7 @@ class BottleneckConfig(BesideConfig):
         `bottleneck_dim`, else hidden size // reduction factor, at least 1; with `phm_layer` rounded up to a multiple of
         `phm_dim`.
         """
-        site = self.sites[path]
+        site = (self.sites or {})[path]
         hidden = site["width"]
         chosen = self.bottleneck_dim
         size = chosen if chosen is not None else max(1, int(hidden // self._factor_at(path, site["layer"])))

@@ -5,7 +5,8 @@ paths inside an adapted attention or MLP stay what they were, other adapters can
 and code that looks at the module's class or attributes sees no difference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,6 +47,7 @@ class Bottleneck(nn.Module):
         self.gate = nn.Linear(width, 1) if config.gate else None
         self.stochastic_depth = config.stochastic_depth
         self.dropout = nn.Dropout(config.dropout)
+        self.scaling: nn.Parameter | float
         if isinstance(config.scaling, str):
             self.scaling = nn.Parameter(torch.ones(width if config.scaling == "channel" else 1))
         else:
@@ -59,7 +61,7 @@ class Bottleneck(nn.Module):
         if not config.phm_layer:
             return nn.Linear(width, size), nn.Linear(size, width)
         rank = config.phm_rank if config.factorized_phm_W else None
-        options = {"dim": config.phm_dim, "rank": rank, "bias": config.phm_bias}
+        options: dict[str, Any] = {"dim": config.phm_dim, "rank": rank, "bias": config.phm_bias}
         return (
             PHMLinear(width, size, rule or new_rule(config), **options),
             PHMLinear(size, width, rule or new_rule(config), **options),
@@ -85,6 +87,7 @@ class Bottleneck(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """In which it computes."""
         return next(self.parameters()).dtype
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -93,6 +96,7 @@ class Bottleneck(nn.Module):
         return update if self.norm_spans_residual else self.norm_after(update)
 
     def scaled(self, z: torch.Tensor) -> torch.Tensor:
+        """A(z) before the norm behind it: (batch, ..., width) -> the same, in the adapter's dtype."""
         update = self.up(self.activation(self.down(self.norm_before(z.to(self.dtype)))))
         if self.training and self.stochastic_depth:
             keep = 1 - self.stochastic_depth
@@ -110,6 +114,7 @@ class Bottleneck(nn.Module):
 
 
 def new_rule(config: BottleneckConfig) -> PHMRule:
+    """The Aᵢ of a config, freshly drawn."""
     return PHMRule(
         config.phm_dim,
         factorized=config.factorized_phm_rule,
@@ -179,7 +184,7 @@ class BottleneckLayer(BesideLayer):
         output: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> torch.Tensor:
-        nets = [self.bottleneck_net[name] for name in names if name in self.bottleneck_net]
+        nets: list[Any] = [self.bottleneck_net[name] for name in names if name in self.bottleneck_net]
         for net in nets:
             if net.in_norm:
                 args = (net.added_to(args[0], self._read(net, args[0], output, residual)), *args[1:])
@@ -223,6 +228,7 @@ class BottleneckLayer(BesideLayer):
         return mixed
 
     def add(self, adapter_name: str, net: Bottleneck) -> None:
+        """Put `net` here under the name of its adapter, on the device of the module that it stands beside."""
         self.bottleneck_net[adapter_name] = net
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -244,7 +250,8 @@ def attach(module: nn.Module, index: int | None, *around: nn.Module) -> Bottlene
     if CHILD not in module._modules:
         module.add_module(CHILD, BottleneckLayer(*_place(module, *around), index))
         _hook_after(module)
-    return module._modules[CHILD]
+    layer: Any = module._modules[CHILD]
+    return layer
 
 
 def tap_residual(layer: BottleneckLayer, source: nn.Module, side: str, key: int | str | None) -> None:
@@ -254,7 +261,8 @@ def tap_residual(layer: BottleneckLayer, source: nn.Module, side: str, key: int 
     layer.tap = Tap(side, key)
     if TAPS not in source._modules:
         source.add_module(TAPS, Taps())
-    source._modules[TAPS].append(layer.tap)
+    taps: Any = source._modules[TAPS]
+    taps.append(layer.tap)
     if side == "output":
         _hook_after(source)
     elif _before not in source._forward_pre_hooks.values():
@@ -288,18 +296,23 @@ def _hook_after(module: nn.Module) -> None:
 # of the model then use their own. One hook does both, so that taps see the adapted output whatever came first.
 
 
-def _after(module: nn.Module, args: tuple, output):
-    layer = module._modules.get(CHILD)
+def _taps(module: nn.Module) -> Iterable[Any]:
+    taps: Any = module._modules.get(TAPS, ())
+    return taps
+
+
+def _after(module: nn.Module, args: tuple, output: Any) -> Any:
+    layer: Any = module._modules.get(CHILD)
     if layer is not None:
         adapted = layer(module, args, output if layer.index is None else output[layer.index])
         output = adapted if layer.index is None else (*output[: layer.index], adapted, *output[layer.index + 1 :])
-    for tap in module._modules.get(TAPS, ()):
+    for tap in _taps(module):
         if tap.side == "output":
             tap.value = output if tap.key is None else output[tap.key]
     return output
 
 
 def _before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    for tap in module._modules.get(TAPS, ()):
+    for tap in _taps(module):
         if tap.side == "input":
             tap.value = args[tap.key] if isinstance(tap.key, int) else kwargs[tap.key]

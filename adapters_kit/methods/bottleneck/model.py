@@ -53,6 +53,7 @@ class BottleneckModel(BesideModel):
         # Mixed models call this with themselves as `self`: everything needed comes from arguments and `self.model`.
         model = self.model
         path = _site_path(config, current_key)
+        assert path is not None and config.sites is not None  # as `_check_target_module_exists` found
         site = config.sites[path]
         layer = attach(target, site["index"], parent, model)
         rule = None
@@ -72,7 +73,7 @@ class BottleneckModel(BesideModel):
 def _site_path(config: BottleneckConfig, key: str) -> str | None:
     """The site that `key` stands for; in mixed models keys start with the path of the wrapper."""
     path = key.removeprefix("base_model.model.")
-    return path if path in config.sites else None
+    return path if path in (config.sites or {}) else None
 
 
 def _rule_of(model: nn.Module, adapter_name: str) -> PHMRule | None:
@@ -101,13 +102,13 @@ def _preset(name: str, trains: str, paper: str, learning_rate: float = 1e-3, **d
     )
 
 
-_PFEIFFER = {
+_PFEIFFER: dict[str, Any] = {
     "mh_adapter": False,
     "original_ln_before": True,
     "non_linearity": "relu",
     "reduction_factor": 16,
 }
-_COMPACTER = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
+_COMPACTER: dict[str, Any] = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
 
 HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 3e-3)
 PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)

@@ -83,4 +83,5 @@ class PHMLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
+        """Its sizes, in the model's printed form."""
         return f"in_features={self.in_features}, out_features={self.out_features}, dim={self.dim}, rank={self.rank}"

@@ -30,6 +30,7 @@ from adapters_kit.errors import ModelError
 NAME = "adapters_kit_prefix"
 CHILD = "kv_prefix"  # the name of the prefix layer inside its attention module; must not contain "prefix_"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
+_IMPLEMENTATION = "_attn_implementation"
 
 
 class Prefix(NamedTuple):
@@ -81,9 +82,9 @@ def _route_in(function: Any) -> Route | None:
 
 
 @cache
-def _view_class(config_class: type) -> type:
+def _view_class(config_class: Any) -> Any:
     """A subclass of a config class that answers `_attn_implementation` with `_view_name`, if that is set."""
-    truth = config_class._attn_implementation
+    truth: Any = getattr(config_class, _IMPLEMENTATION)
 
     def implementation(self: Any) -> str | None:
         layer = self._view_layer
@@ -94,7 +95,7 @@ def _view_class(config_class: type) -> type:
 
     body = {
         "__slots__": ("_view_layer", "_view_name", "_view_original"),
-        "_attn_implementation": property(implementation, truth.fset),
+        _IMPLEMENTATION: property(implementation, truth.fset),
         # Copies and pickles are made from the original, so that they go on sharing its values.
         "__reduce_ex__": rebuild,
         "__module__": config_class.__module__,
@@ -112,7 +113,8 @@ def view_config(config: Any, layer: Any, name: str = NAME) -> Any:
         layer: the prefix layer; while it is idle the model's own function is named. None: never idle.
         name: a name registered with `AttentionInterface`.
     """
-    view = object.__new__(_view_class(type(config)))
+    kind: Any = type(config)
+    view: Any = object.__new__(_view_class(kind))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_view_layer", layer)
     object.__setattr__(view, "_view_name", name)
@@ -164,6 +166,7 @@ def prefix_attention(
     if kwargs.get("position_bias") is not None:  # T5: distances between real tokens stay what they were
         kwargs["position_bias"] = F.pad(kwargs["position_bias"][..., :keys], (size, 0))
     found = _ROUTES[type(module)] if type(module) in _ROUTES else route(type(module))
+    assert found is not None  # the module came here by its route
     function = found.table.get_interface(implementation, found.eager)
     caller = _Plain(module) if flash else module
     output, weights = function(caller, query, key, value, attention_mask, **kwargs)
@@ -229,7 +232,7 @@ def _extend(
     return torch.cat([left.expand(*outer, size), mask.expand(*outer, keys)], dim=-1)
 
 
-def _shift_blocks(mask: BlockMask | None, prefix: Prefix, query: torch.Tensor, keys: int) -> BlockMask:
+def _shift_blocks(mask: Any, prefix: Prefix, query: torch.Tensor, keys: int) -> BlockMask:
     size, visible = prefix.key.shape[2], prefix.visible
     # All layers of one kind get the same mask object in a forward: the extended one is kept on it.
     made = getattr(mask, "_with_prefix", None) if visible is None else None

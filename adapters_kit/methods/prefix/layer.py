@@ -95,8 +95,10 @@ class PrefixLayer(BesideLayer):
         else:
             if start is None:
                 spread = config.init_std or SMALL_STD
-                start = [torch.randn(tokens, heads, size) * spread for size in (key_width, value_width)]
-            self.prefix_key[adapter_name], self.prefix_value[adapter_name] = map(nn.Parameter, start)
+                key, value = (torch.randn(tokens, heads, size) * spread for size in (key_width, value_width))
+            else:
+                key, value = start
+            self.prefix_key[adapter_name], self.prefix_value[adapter_name] = nn.Parameter(key), nn.Parameter(value)
         if config.gate:
             self.prefix_gate[adapter_name] = gate = nn.Linear(self.hidden_size, 1)
             nn.init.zeros_(gate.weight)
@@ -172,6 +174,7 @@ class PrefixLayer(BesideLayer):
             score = torch.zeros(shape, device=query.device)
             if name in self.prefix_gate:
                 gate = self.prefix_gate[name]
+                assert self._hidden is not None  # remembered when the attention was entered
                 hidden = self._hidden.to(gate.weight.dtype)
                 # The log of the gate, added to scores, multiplies the weight that softmax gives to the prefix.
                 score = nn.functional.logsigmoid(gate(hidden)).squeeze(-1).view(shape)
@@ -195,6 +198,7 @@ class PrefixLayer(BesideLayer):
                 part[adapter_name] = part[adapter_name].to(device)
 
     def extra_repr(self) -> str:
+        """Its shape, in the model's printed form."""
         heads, key_width, value_width = self.shape
         return f"heads={heads}, key_width={key_width}, value_width={value_width}"
 

@@ -50,7 +50,7 @@ class PrefixModel(BesideModel):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PrefixConfig, key: str) -> bool:
-        return _path(key) in peft_config.shapes
+        return _path(key) in (peft_config.shapes or {})
 
     def _create_and_replace(
         self,
@@ -66,7 +66,7 @@ class PrefixModel(BesideModel):
         path = _path(current_key)
         layer = getattr(target, CHILD, None)
         if layer is None:
-            layer = PrefixLayer(target, peft_config.shapes[path])
+            layer = PrefixLayer(target, (peft_config.shapes or {})[path])
             layer.attach()
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, self._start.pop(path, None))
@@ -148,10 +148,9 @@ def _random_start(config: PrefixConfig, seen: prefix_probe.Seen) -> tuple[torch.
         return None
     heads, key_width, value_width, _ = seen.shape
     size = seen.value.float().square().mean().sqrt().item()
-    return tuple(
-        torch.randn(config.num_virtual_tokens, heads, width) * spread
-        for width, spread in ((key_width, SMALL_STD), (value_width, max(SMALL_STD, size / 2)))
-    )
+    key = torch.randn(config.num_virtual_tokens, heads, key_width) * SMALL_STD
+    value = torch.randn(config.num_virtual_tokens, heads, value_width) * max(SMALL_STD, size / 2)
+    return key, value
 
 
 def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[str]:
@@ -161,7 +160,7 @@ def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[st
         if kind not in kinds:
             raise UnknownNameError(f"attentions: this model has no {kind!r} attention. It has: {sorted(kinds)}.")
     numbers = {int(number) for path in seen for number in re.findall(r"\.(\d+)\.", path)[:1]}
-    for layer in config.layers_to_transform or ():
+    for layer in _layers(config) or ():
         if layer not in numbers:
             there = f"{min(numbers)} to {max(numbers)}" if numbers else "none with a number"
             raise UnknownNameError(f"layers_to_transform: there is no layer {layer}. There are: {there}.")
@@ -172,11 +171,17 @@ def _choose(config: PrefixConfig, seen: dict[str, prefix_probe.Seen]) -> list[st
     return chosen
 
 
+def _layers(config: PrefixConfig) -> list[int] | None:
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers
+
+
 def _selected(config: PrefixConfig, path: str, kind: str) -> bool:
     if config.attentions and kind not in config.attentions:
         return False
     number = re.findall(r"\.(\d+)\.", path)[:1]
-    if config.layers_to_transform is not None and (not number or int(number[0]) not in config.layers_to_transform):
+    layers = _layers(config)
+    if layers is not None and (not number or int(number[0]) not in layers):
         return False
     if config.target_modules is None and config.exclude_modules is None:
         return True
@@ -197,7 +202,7 @@ def _check_shapes(config: PrefixConfig, model: nn.Module) -> None:
     """A saved prefix must find its attention modules; peft itself would only warn, or load half of it."""
     prefix_probe.check_model(model)
     there = prefix_probe.attention_modules(model)
-    missing = [path for path in config.shapes if path not in there]
+    missing = [path for path in config.shapes or () if path not in there]
     if missing:
         raise AdapterError(
             f"The prefix belongs to attention modules that this {type(base_model(model)).__name__} lacks: "

@@ -48,12 +48,13 @@ def from_peft_prefix(model: nn.Module, folder: str | Path, adapter_name: str = "
     modules = _decoder_attentions(model)
     turn = _Rotation(model, modules, -tokens)
     flat = load_peft_weights(str(folder), device="cpu")["prompt_embeddings"].float()
+    shapes = {path: seen.shape for path, seen in turn.seen.items()}
     ours = PrefixConfig(
         num_virtual_tokens=tokens,
-        shapes={path: seen.shape for path, seen in turn.seen.items()},
+        shapes=shapes,
         task_type=config.task_type,
     )
-    expected = sum(heads * (key + value) for heads, key, value, _ in ours.shapes.values())
+    expected = sum(heads * (key + value) for heads, key, value, _ in shapes.values())
     if flat.shape != (tokens, expected):
         raise AdapterError(
             f"{folder} holds {tuple(flat.shape)} numbers; {tokens} tokens for this {type(base_model(model)).__name__} "
@@ -87,7 +88,7 @@ def to_peft_prefix(model: PeftModel, folder: str | Path, adapter_name: str | Non
     if not isinstance(config, PrefixConfig):
         raise AdapterError(f"{name!r} is a {config.peft_type.value} adapter, not a prefix.")
     modules = _decoder_attentions(model)
-    if config.gate or set(config.shapes) != set(modules):
+    if config.gate or set(config.shapes or ()) != set(modules):
         raise ModelError("peft's prefix is in every layer and has no gate; this one differs, so it cannot be written.")
     shapes = {tuple(layer.shape) for layer in prefix_layers(model)}
     if len(shapes) > 1 or any(key != value for _, key, value in shapes):

@@ -109,7 +109,9 @@ class _Listener:
         self.cross, self.hidden_size = False, 0
 
 
-def _note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
+def _note(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> Any:
     listener = module.config._view_layer
     kind = listener.kind(listener.cross, _is_causal(module, kwargs))
     listener.notes.setdefault(
@@ -117,6 +119,7 @@ def _note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torc
     )
     config = original_config(module.config)
     found = route(type(module))
+    assert found is not None  # the module came here by its route
     function = found.table.get_interface(config._attn_implementation, found.eager)
     return function(module, query, key, value, mask, **kwargs)
 

@@ -94,7 +94,8 @@ class CombinedModel(BaseTuner):
         configs = model.__dict__.pop("peft_config", None)
         try:
             if kind not in self.tuners:
-                self.tuners[kind] = tuner_class(kind)(
+                kind_of_tuner: Any = tuner_class(kind)
+                self.tuners[kind] = kind_of_tuner(
                     model, {adapter_name: part}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
                 )
                 return
@@ -129,11 +130,17 @@ class CombinedModel(BaseTuner):
             )
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, in every part."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for tuner in self.tuners.values():
             tuner.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Take the adapter's parts out of the model.
+
+        Raises:
+            UnknownNameError: there is no such adapter.
+        """
         if adapter_name not in self.peft_config:
             raise UnknownNameError(
                 f"There is no adapter {adapter_name!r}. {did_you_mean(adapter_name, self.peft_config)}"
@@ -157,7 +164,8 @@ class CombinedModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         for kind, prefix in parameter_prefixes().items():
             if f".{prefix}" in key:
-                return tuner_class(kind)._remove_adapter_name_from_key(key, adapter_name)
+                tuner: Any = tuner_class(kind)
+                return tuner._remove_adapter_name_from_key(key, adapter_name)
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @contextmanager
@@ -234,6 +242,7 @@ class GatedLora(LoraVariant):
     def forward(
         module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
+        """`result`, (batch, tokens, out), with the gated update of `x`, (batch, tokens, in), added."""
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         x = module._cast_input_dtype(x, down.weight.dtype)
         update = up(down(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
@@ -241,10 +250,12 @@ class GatedLora(LoraVariant):
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        """Refused."""
         raise AdapterError("A gated LoRA depends on its input, so no weight can take it in.")
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        """Refused."""
         raise AdapterError("A gated LoRA depends on its input, so no weight can take it in.")
 
 
