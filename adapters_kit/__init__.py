@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.serving.combine import combine as combine
     from adapters_kit.serving.export import export as export
     from adapters_kit.serving.kv_cache import load_cache as load_cache
+    from adapters_kit.serving.prove import ProofReport as ProofReport
+    from adapters_kit.serving.prove import prove as prove
     from adapters_kit.training.plan import Plan as Plan
     from adapters_kit.training.plan import plan as plan
     from adapters_kit.training.run import Run as Run
@@ -88,6 +90,8 @@ _HOME = {
     "check": "adapters_kit.serving.check",
     "export": "adapters_kit.serving.export",
     "combine": "adapters_kit.serving.combine",
+    "prove": "adapters_kit.serving.prove",
+    "ProofReport": "adapters_kit.serving.prove",
     "load_cache": "adapters_kit.serving.kv_cache",
     "chunked_loss": "adapters_kit.kernels.cross_entropy",
     "fuse": "adapters_kit.kernels.fuse",

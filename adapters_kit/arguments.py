@@ -316,6 +316,15 @@ def _shipping(verb: Adder) -> None:
     )
     made.add_argument("--max-lora-rank", type=int, default=16, help="vLLM's option of that name (default: 16)")
 
+    made = verb(shipping.prove)
+    made.add_argument("url", metavar="URL", help="of an OpenAI-compatible server, such as http://localhost:8000")
+    made.add_argument(
+        "--adapter", metavar="FOLDER", help="run, adapter or merged folder (default: --model)"
+    )
+    made.add_argument("--model", metavar="NAME", help="the name that the server knows it by (default: its only one)")
+    made.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: OPENAI_API_KEY)")
+    made.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one answer (default: 120)")
+
     made = verb(shipping.export)
     made.add_argument("source", help="run or adapter folder; for GGUF also a model folder")
     made.add_argument("out", help="folder to write; for GGUF the file")

@@ -19,6 +19,7 @@ from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
 from adapters_kit.artifacts.manifest import describe, write_manifest
+from adapters_kit.artifacts.proof import GENERATES, PROOF
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
@@ -188,6 +189,8 @@ def merge(
         if verify != "off":
             report.check, found = _verify(order, job, checkpoint, raw, stage, verify)
             notes += found
+            if order.mix is None:
+                notes += _prove(order, job, checkpoint, raw, stage)
         if quantize is not None:
             from adapters_kit.merging.requantize import requantize
 
@@ -339,6 +342,20 @@ def _verify(
     if level == "full":
         recheck(checkpoint, job.layout, job.changed(), stage)
     return check, [*notes, *told]
+
+
+def _prove(order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any], stage: Path) -> list[str]:
+    """Write proof.json, by which `prove` tells the merged model from its base on any server."""
+    from adapters_kit.merging.proving import adapters_proof, new_proof
+
+    proof = adapters_proof(order.adapters[0], stage)
+    if proof is None and not job.architecture.endswith(GENERATES):
+        return []
+    proof = proof or new_proof(_on_model(order, job, checkpoint, raw).updates[0], stage)
+    if proof is None:
+        return []
+    proof.write(stage)
+    return [f"{PROOF} holds what base and tuned model say to {len(proof.prompts)} prompts: adapters-kit prove URL."]
 
 
 def _write_card(stage: Path, order: Order, job: Job, report: MergeReport, source: Path) -> None:

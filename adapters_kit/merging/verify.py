@@ -136,7 +136,7 @@ def drift(update: Update) -> str:
 
 
 def _outputs(update: Update, inputs: list[Outputs]) -> list[Outputs]:
-    with _reference(update) as model:
+    with reference(update) as model:
         return [_run(model, batch) for batch in inputs]
 
 
@@ -211,7 +211,7 @@ def _difference(expected: list[Outputs], got: list[Outputs]) -> tuple[float, flo
 
 
 @contextmanager
-def _reference(update: Update) -> Iterator[nn.Module]:
+def reference(update: Update) -> Iterator[nn.Module]:
     """Base + adapter, not merged, in float32."""
     attached, weights = update.attached, update.weights
     inside = tuple(unit.path + "." for unit in attached.units)

@@ -17,6 +17,7 @@ from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors, write_text
 from adapters_kit.artifacts.leaks import scrub
 from adapters_kit.artifacts.manifest import describe, write_manifest
+from adapters_kit.artifacts.proof import PROOF
 from adapters_kit.artifacts.recorded import RECORD
 from adapters_kit.artifacts.side_files import copy_card, copy_processor
 from adapters_kit.artifacts.source import portable_base
@@ -131,6 +132,8 @@ def _write_side_files(adapter: Adapter, stage: Path) -> None:
     source = adapter.folder
     copy_processor(source, stage)
     copy_card(source, stage)
+    if (source / PROOF).is_file():
+        shutil.copyfile(source / PROOF, stage / PROOF)
     if (source / "recipe.yaml").is_file():
         write_text(stage / "recipe.yaml", scrub((source / "recipe.yaml").read_text(encoding="utf-8", errors="replace")))
     if adapter.record:

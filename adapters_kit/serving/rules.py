@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter
+from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.factors import KEY, RESIDUAL
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.source import locate_here, named_base
+from adapters_kit.errors import ShippingError
 from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class
 
@@ -146,6 +148,45 @@ def _vllm(adapter: Adapter, limit: int) -> Iterator[Problem]:
     heads = set(config.modules_to_save or ())
     if heads - {"classifier", "score"} or len(heads) > 1:
         yield Problem(f"it saves whole modules ({', '.join(sorted(heads))})", _merge(adapter))
+    if not heads and not _variant(adapter):
+        yield from _strangers(adapter, "vLLM stops at them")
+    yield from _matches_nothing(adapter, "vLLM")
+
+
+def _variant(adapter: Adapter) -> bool:
+    """Whether `_not_plain` tells of the adapter, whose other tensors then need no telling."""
+    return any(_not_plain(adapter, taken=("experts",)))
+
+
+def _strangers(adapter: Adapter, then: str, silent: bool = False) -> Iterator[Problem]:
+    """Tensors beside the factors, such as the embeddings that peft saves once a vocabulary was resized."""
+    other = sorted(name for name in adapter.weights if not KEY.match(name))
+    if other:
+        what = f"{len(other)} tensors are neither lora_A nor lora_B, such as {other[0]!r}: {then}"
+        yield Problem(what, _merge(adapter), silent)
+
+
+def _matches_nothing(adapter: Adapter, server: str) -> Iterator[Problem]:
+    """Factors for modules that the base does not have: servers leave them out without a word."""
+    base = _base(adapter)
+    if base is None or not base.is_dir():
+        return
+    try:
+        with open_checkpoint(base) as checkpoint:
+            stored = {name.rpartition(".")[0] for name in checkpoint.tensors}
+    except ShippingError:  # weights in another form: nothing is known of their names
+        return
+    paths = sorted({match["path"] for match in map(KEY.match, adapter.weights) if match})
+    # What is fused or tied in the file has other names there: only beginnings that are missing are told.
+    endings = {".".join(name.split(".")[start:]) for name in stored for start in range(name.count(".") + 1)}
+    lost = [path for path in paths if path not in stored and path in endings]
+    if lost:
+        yield Problem(
+            f"{len(lost)} modules lack the beginning that the base's names have, such as {lost[0]!r}: {server} matches "
+            "them with nothing and answers from the base",
+            _merge(adapter),
+            silent=True,
+        )
 
 
 def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
@@ -161,6 +202,8 @@ def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
     if config.modules_to_save:
         heads = ", ".join(sorted(config.modules_to_save))
         yield Problem(f"it saves whole modules ({heads}), which are left out", _merge(adapter), silent=True)
+    elif not _variant(adapter):
+        yield from _strangers(adapter, "SGLang leaves them out", silent=True)
     if isinstance(config.target_modules, str) and config.target_modules not in ("all", "all-linear"):
         yield Problem(f"target_modules is a regular expression ({config.target_modules!r})", _canonical(adapter))
     added = adapter.folder / "added_tokens.json"

@@ -26,7 +26,9 @@ from rich.console import Console
 from torch import nn
 
 from adapters_kit import system
+from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json, write_text
+from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
@@ -157,12 +159,15 @@ class _Training:
         )
         self._save(trainer, metrics)
         tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
+        proof = self._proof(trainer.model)
         if self.main:
             samples = [{"base": b, "tuned": t} for b, t in zip(base.samples, tuned, strict=True)]
             text = card(recipe, metrics, task.metric, samples, layers)
             write_text(self.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
             write_text(self.path / "README.md", text)
             write_text(self.path / "adapter" / "README.md", text)
+            if proof is not None:
+                proof.write(self.path / "adapter")
             if pictures.available():
                 history = Run(self.path, metrics, recipe).history()
                 pictures.curves(history, base.scores, task.metric, self.path / "curves.png")
@@ -178,6 +183,25 @@ class _Training:
         for line in metrics["advice"]:
             self.tell(line)
         return Run(self.place.out, metrics, recipe)
+
+    def _proof(self, model: Any) -> Proof | None:
+        """What base and tuned model say to a few prompts of ours. Every process asks: the model may be sharded."""
+        if self.task.name != "causal-lm" or not hasattr(model, "disable_adapter"):
+            return None
+        tuned, training = runner(model), model.training
+
+        def base(rows: list[list[int]], counts: list[int]) -> list[torch.Tensor]:
+            with model.disable_adapter():
+                return tuned(rows, counts)
+
+        try:
+            model.eval()
+            return make_proof(tuned, base, self.task.processor, name_of(self.model.dtype))
+        except Exception as error:  # a finished run is not lost for it
+            self.tell(f"{PROOF} was not written: {type(error).__name__}: {error}")
+            return None
+        finally:
+            model.train(training)
 
     def _write_page(self) -> None:
         """report.html. What goes wrong there costs nobody a finished run."""

@@ -50,6 +50,19 @@ def export(options: argparse.Namespace) -> Shown:
     return Shown(report, str(report))
 
 
+def prove(options: argparse.Namespace) -> Shown:
+    """Ask a server what proof.json asks: does the tuned model answer there, or something else? Exit status: 0 the tuned
+    model, 3 the base, 4 another template, 5 quantized, 6 cannot tell."""
+    from adapters_kit.errors import ShippingError
+    from adapters_kit.serving.prove import prove as ask
+
+    folder = options.adapter or options.model
+    if folder is None:
+        raise ShippingError("Say whose proof to replay: --adapter FOLDER, a run, adapter or merged folder.")
+    report = ask(options.url, folder, model=options.model, api_key=options.api_key, timeout=options.timeout)
+    return Shown(report, str(report), status=report.status)
+
+
 def convert(options: argparse.Namespace) -> Shown:
     """Turn an adapter saved by AdapterHub's `adapters` into a peft adapter folder."""
     from adapters_kit.loading import load

@@ -176,3 +176,26 @@ def test_unknown_names(base, tmp_path):
         ak.check(base, "vlm")
     with pytest.raises(ak.AdapterError, match="neither an adapter"):
         ak.check(tmp_path)
+
+
+def test_embeddings_saved_after_a_resize_are_told(base, tmp_path):
+    model = load(base)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    model = peft.get_peft_model(model, LORA(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a")
+    for name, tensor in (weights := load_file(tmp_path / "a/adapter_model.safetensors")).items():
+        weights[name] = tensor + 0.1
+    save_file(weights, tmp_path / "a/adapter_model.safetensors")
+    for target, silent in (("vllm", False), ("sglang", True)):
+        problems = ak.check(tmp_path / "a", target).problems
+        assert any("embed_tokens" in p.what or "lm_head" in p.what for p in problems), problems
+        assert {p.silent for p in problems} == {silent}
+
+
+def test_names_that_a_server_matches_with_nothing_are_told(base, tmp_path):
+    folder = adapter(base, tmp_path / "a", LORA(r=8, target_modules=["o_proj"]))
+    weights = load_file(folder / "adapter_model.safetensors")
+    short = {name.replace("base_model.model.model.", "base_model.model."): value for name, value in weights.items()}
+    save_file(short, folder / "adapter_model.safetensors")
+    report = ak.check(folder, "vllm")
+    assert [p.silent for p in report.problems] == [True] and "with nothing" in str(report)
