@@ -318,9 +318,7 @@ def _shipping(verb: Adder) -> None:
 
     made = verb(shipping.prove)
     made.add_argument("url", metavar="URL", help="of an OpenAI-compatible server, such as http://localhost:8000")
-    made.add_argument(
-        "--adapter", metavar="FOLDER", help="run, adapter or merged folder (default: --model)"
-    )
+    made.add_argument("--adapter", metavar="FOLDER", help="run, adapter or merged folder (default: --model)")
     made.add_argument("--model", metavar="NAME", help="the name that the server knows it by (default: its only one)")
     made.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: OPENAI_API_KEY)")
     made.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one answer (default: 120)")
