@@ -329,7 +329,7 @@ def _shipping(verb: Adder) -> None:
     made.add_argument("--format", choices=["peft", "gguf", "kv-cache"], default="peft", help="default: peft")
     made.add_argument("--canonical", action="store_true", help="fold all scales into B, alpha = r, one rank")
     made.add_argument("--rank", type=int, help="best approximation of that rank; implies --canonical")
-    made.add_argument("--dtype", help="of the written tensors; for GGUF also q8_0")
+    made.add_argument("--dtype", help="of the written tensors; for GGUF also q8_0, q4_k_m and more")
     made.add_argument("--base", help="base model of a GGUF adapter or a KV cache (default: the one that it names)")
     made.add_argument("--overwrite", action="store_true", help="replace what is there")
 

@@ -246,3 +246,9 @@ def test_an_adapterhub_adapter_is_converted_checked_and_exported(capsys, tmp_pat
     assert status == 0 and "alpha = r" in out and (canonical / "adapter_model.safetensors").is_file()
     status, out, _ = run(capsys, "check", str(canonical), "--target", "vllm", "--max-lora-rank", "1", "--json")
     assert status == 1 and "max_lora_rank" in json.loads(out)["problems"][0]["what"]
+
+
+def test_a_plan_for_a_length_needs_no_data(capsys):
+    words = ["--model", str(small.model("llama")), "--task", "causal-lm", "--length", "16", "--gpu", "8GB"]
+    status, out, err = run(capsys, "plan", *words)
+    assert status == 0 and "fits" in out, err

@@ -73,7 +73,8 @@ def export(
             servers ignore or refuse. The adapter computes the same.
         rank: LoRA only, implies canonical: the best approximation of that rank (singular value decomposition).
         dtype: of the written tensors. For "peft" None keeps float32; for "gguf" one of "float16" (default),
-            "bfloat16", "float32", "q8_0".
+            "bfloat16", "float32", "q8_0", and for a model "q4_k_m" and the other types of llama.cpp's quantizer, where
+            that is installed.
         base: for GGUF adapters and caches, the base's folder; None takes the one that the adapter names.
         overwrite: replace what `out` holds.
 

@@ -25,6 +25,7 @@ from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.errors import MissingPackageError, ShippingError
+from adapters_kit.serving.quantizer import TYPES, quantizer, requantize
 
 ARCHIVE = "llama-cpp-python==0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -44,16 +45,21 @@ def write_gguf(
         source: a model folder with its tokenizer, or an adapter folder (it is brought into canonical form first, since
             llama.cpp ignores rank-stabilised scaling and patterns).
         out: the file.
-        dtype: "float16", "bfloat16", "float32" or "q8_0".
+        dtype: "float16", "bfloat16", "float32" or "q8_0"; for a model also the types of llama.cpp's quantizer, where
+            that is installed ("q4_k_m" and more).
         base: for an adapter, its base: a folder or the .gguf file; None takes the one that it names.
 
     Raises:
         ShippingError: the converter refuses the model (its own words are repeated).
         MissingPackageError: the converters are not here and cannot be fetched.
     """
-    kind = GGUF.get(name_of(dtype))
+    kind, packed = GGUF.get(name_of(dtype)), None
+    if name_of(dtype) in TYPES and not (source / CONFIG).is_file():
+        kind, packed = "auto", name_of(dtype)  # from 16 bit of the model's own kind
     if kind is None:
-        raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(GGUF)}.")
+        more = "" if (source / CONFIG).is_file() else f"; by llama.cpp's quantizer {', '.join(TYPES)}"
+        raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(GGUF)}{more}.")
+    command_of_quantizer = quantizer() if packed else []
     out = Path(os.path.abspath(out))
     if out.is_dir():
         raise ShippingError(f"{out} is a folder; name the file to write.")
@@ -87,6 +93,9 @@ def write_gguf(
             else:
                 command = [folder / "convert_hf_to_gguf.py", clean_folder(source, work / source.resolve().name)]
             _run([sys.executable, *map(str, command), "--outfile", str(made), "--outtype", kind], source, work)
+            if packed:
+                plain, made = made, work / "packed.gguf"
+                requantize(command_of_quantizer, plain, made, packed)
             system.flush(made)
             if out.exists() and not overwrite:  # somebody may have put something there meanwhile
                 raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")

@@ -12,6 +12,7 @@ import torch
 import adapters_kit as ak
 from adapters_kit.merging.base import convert_gguf
 from adapters_kit.serving import llama_cpp as gguf
+from adapters_kit.serving.quantizer import quantizer, requantize
 from tests.support.shipping import load, save_base, train_on
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -24,8 +25,8 @@ LIMITS = {"float16": 1e-5, "bfloat16": 7e-4, "q8_0": 1.5e-2}
 
 
 def test_a_wrong_type_or_a_taken_file_is_refused_first(tmp_path):
-    with pytest.raises(ak.AdapterError, match="q8_0"):
-        ak.export(tmp_path, tmp_path / "x.gguf", format="gguf", dtype="q4_0")
+    with pytest.raises(ak.AdapterError, match=r"q8_0.*q4_k_m"):
+        ak.export(tmp_path, tmp_path / "x.gguf", format="gguf", dtype="q9_0")
     (tmp_path / "x.gguf").write_bytes(b"mine")
     with pytest.raises(ak.AdapterError, match="overwrite"):
         ak.export(tmp_path, tmp_path / "x.gguf", format="gguf")
@@ -104,6 +105,33 @@ def test_an_adapter_computes_the_same_in_llama_cpp(llama_cpp, smollm2):
         ids = tokenizer(text)["input_ids"]
         theirs = log_probs(llama_cpp, folder / "base.gguf", ids, folder / "adapter.gguf")
         assert divergence(merged, theirs, ids) < 1e-5
+
+
+@pytest.mark.slow
+def test_types_of_the_quantizer(llama_cpp, smollm2):
+    """Smaller than q8_0, still the model, and better with more bits."""
+    folder, tokenizer = smollm2
+    merged, ids = load(folder / "merged"), tokenizer(TEXTS[0])["input_ids"]
+    lost, sizes = [], []
+    for dtype in ("q4_k_m", "q6_k"):
+        file = folder / f"{dtype}.gguf"
+        ak.export(folder / "merged", file, format="gguf", dtype=dtype)
+        lost.append(divergence(merged, log_probs(llama_cpp, file, ids), ids))
+        sizes.append(file.stat().st_size)
+    assert lost[1] < lost[0] < 0.5 and sizes[0] < sizes[1] < 140e6, (lost, sizes)
+
+
+def test_a_quantizer_on_path_goes_first_and_its_words_are_repeated(tmp_path, monkeypatch):
+    program = tmp_path / "llama-quantize"
+    program.write_text('#!/bin/sh\necho "no $3 today" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ak.AdapterError, match="refuses q4_k_m: no q4_k_m today"):
+        requantize(quantizer(), tmp_path / "a.gguf", tmp_path / "b.gguf", "q4_k_m")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("adapters_kit.serving.quantizer.find_spec", lambda _: None)
+    with pytest.raises(ak.AdapterError, match="put llama-quantize on PATH"):
+        quantizer()
 
 
 def test_a_model_that_the_converter_refuses(llama_cpp, tmp_path):
