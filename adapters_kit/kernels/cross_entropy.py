@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from adapters_kit.anatomy import base_model
-from adapters_kit.kernels.bases import is_plain
-from adapters_kit.kernels.pending import Pending
+from adapters_kit.kernels.base_layers import is_plain
+from adapters_kit.kernels.stand_in import StandIn
 
 # Logits held at a time, in elements: a few megabytes keep a CPU's caches warm, a GPU wants larger products.
 _CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
@@ -153,7 +153,7 @@ def linear_cross_entropy(
     return total
 
 
-class LazyLogits(Pending):
+class LazyLogits(StandIn):
     """The logits of a head that was not run: its input, and what was done to its output since.
 
     Scaling, tanh and casts are noted down. Anything else makes the logits, as the head would have, and goes on.

@@ -93,9 +93,3 @@ def _dropped_op(x: torch.Tensor, seeds: torch.Tensor, which: int, p: float) -> t
 @_dropped_op.register_fake
 def _(x: torch.Tensor, seeds: torch.Tensor, which: int, p: float) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def keep_mask(shape: tuple[int, ...], seed: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The dropout mask that a seed stands for: float32 of `shape`, 1 where kept and 0 where dropped."""
-    ones = torch.ones(shape, device=device)
-    return zero_dropped(ones, draw_pattern(ones, seed, p))

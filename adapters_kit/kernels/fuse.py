@@ -19,7 +19,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from adapters_kit.kernels import bases
+from adapters_kit.kernels import base_layers
 from adapters_kit.kernels.dora import with_gain
 from adapters_kit.kernels.lora import lora_linear
 from adapters_kit.kernels.projection import Projection
@@ -148,7 +148,7 @@ def fuse(model: nn.Module, *, shared_dropout: bool = False, inputs: Mapping[str,
             continue
         layer.__dict__.pop(_GROUP, None)
         layer.__dict__[_SHARED_MASK] = shared_dropout
-        bases.settle(layer.base_layer)
+        base_layers.settle(layer.base_layer)
         layers[path] = layer
         reason = why_plain(layer)
         if reason is None:
@@ -197,7 +197,7 @@ def unfuse(model: nn.Module) -> int:
             layer.__class__ = _PLAIN_CLASSES[type(layer)]
             layer.__dict__.pop(_GROUP, None)
             layer.__dict__.pop(_SHARED_MASK, None)
-            bases.unsettle(layer.base_layer)
+            base_layers.unsettle(layer.base_layer)
             count += 1
     return count
 
@@ -260,7 +260,7 @@ def _inspect(layer: Any) -> _Parts | str:
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "a hook is set on every module"
     base, dropout = parts["base_layer"], parts["lora_dropout"]._modules[name]
-    reason = bases.why_plain(base)
+    reason = base_layers.why_plain(base)
     if reason is not None:
         return reason
     down, up = downs[name], parts["lora_B"]._modules[name]
@@ -290,7 +290,7 @@ def _inspect(layer: Any) -> _Parts | str:
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     tensors = (weight, bias, down._parameters["weight"], up._parameters["weight"], up._parameters["bias"])
     for tensor in tensors if magnitude is None else (*tensors, magnitude._parameters["weight"]):
-        if tensor is not None and not bases.is_plain(tensor):
+        if tensor is not None and not base_layers.is_plain(tensor):
             return f"it holds a {type(tensor).__name__}, which is not a plain tensor"
     return name, base, down, up, dropout, magnitude
 
@@ -304,23 +304,23 @@ def _plan(layer: Any, x: Any) -> "Call | str":
     # Evaluation needs no gradient. In training a pass without gradients may be one of checkpointing's two, which agree.
     if base._parameters["weight"].requires_grad and (layer.training or torch.is_grad_enabled()):
         return _TRAINED
-    if not isinstance(x, Tensor) or not bases.is_plain(x) or x.dim() < 1 or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not base_layers.is_plain(x) or x.dim() < 1 or not x.is_floating_point():
         return "its input is not a plain floating tensor"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "a function transform or forward-mode differentiation is running"
-    settled = bases.compute_dtypes(base, x)
+    settled = base_layers.compute_dtypes(base, x)
     if isinstance(settled, str):
         return settled
     a, b, device = down._parameters["weight"], up._parameters["weight"], x.device
     if not base._parameters["weight"].device == a.device == b.device == device:
         return "its weights and its input are on different devices"
-    weight, bias = bases.weight_and_bias(base)
+    weight, bias = base_layers.weight_and_bias(base)
     magnitude, p = None, dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     if scaler is not None:
         magnitude, p = scaler._parameters["weight"], 0.0
         if magnitude.device != device:
             return "its weights and its input are on different devices"
-    projection = Projection(weight, bias, a, b, up._parameters["bias"], None, bases.quantized(base))
+    projection = Projection(weight, bias, a, b, up._parameters["bias"], None, base_layers.quantized(base))
     return Call(projection, magnitude, layer.scaling[name], p, *settled)
 
 

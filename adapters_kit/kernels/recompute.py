@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2CLS
 
 from adapters_kit.anatomy.structure import is_linear, linear_shape, unwrap
-from adapters_kit.kernels.pending import Pending
+from adapters_kit.kernels.stand_in import StandIn
 
 _ACTIVATIONS = (
     *(kind for kind in (item[0] if isinstance(item, tuple) else item for item in ACT2CLS.values())),
@@ -70,7 +70,7 @@ class GatedProduct(torch.autograd.Function):
         return d_gate, d_up, None
 
 
-class PendingActivation(Pending):
+class PendingActivation(StandIn):
     """The value of an activation that is expected to be multiplied."""
 
     def __init__(self, gate: Tensor, act: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adapters_kit.kernels.dropout import draw_seeds, keep_mask
+from adapters_kit.kernels.dropout import draw_pattern, draw_seeds, zero_dropped
 
 
 class SeededDropout(nn.Module):
@@ -19,7 +19,8 @@ class SeededDropout(nn.Module):
     def forward(self, x):
         if not self.training:
             return x
-        mask = keep_mask((x.numel(),), int(draw_seeds(1)[0]), self.p, x.device).view(x.shape)
+        ones = torch.ones(x.numel(), device=x.device)
+        mask = zero_dropped(ones, draw_pattern(ones, int(draw_seeds(1)[0]), self.p)).view(x.shape)
         self.factor = mask.to(x.dtype) / (1 - self.p)
         return x * self.factor
 

@@ -11,7 +11,7 @@ _OPERATORS = (
 )
 
 
-class Pending:
+class StandIn:
     """Becomes the tensor that `make` returns, unless the subclass answers an operation itself."""
 
     def make(self) -> Tensor:
@@ -30,7 +30,7 @@ class Pending:
 
 
 def _made(item: Any) -> Any:
-    if isinstance(item, Pending):
+    if isinstance(item, StandIn):
         return item.make()
     return type(item)([_made(one) for one in item]) if type(item) in (list, tuple) else item
 
@@ -41,4 +41,4 @@ def _of_the_value(name: str) -> Callable:
 
 # Python looks operators up on the class, past __getattr__.
 for _name in _OPERATORS:
-    setattr(Pending, f"__{_name}__", _of_the_value(f"__{_name}__"))
+    setattr(StandIn, f"__{_name}__", _of_the_value(f"__{_name}__"))
