@@ -91,6 +91,7 @@ def method_cards() -> str:
             f"- trains: {method.trains}",
             f"- config: `{method.config.partition(':')[2]}`",
             f"- merges into the base: {merges[method.mergeable]}",
+            *([f"- needs: {method.needs}"] if method.needs else []),
             f"- default learning rate: {rate}",
             *([f"- defaults of its own: `{dict(method.defaults)}`"] if method.defaults else []),
             *([f"- measured: {measured[name]}"] if name in measured else []),
