@@ -14,10 +14,19 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, pad, pad_inputs
-from adapters_kit.tasks.conversation import Conversation, conversation, past_turns, refuse_preferences, with_input
+from adapters_kit.tasks.conversation import (
+    Conversation,
+    as_text,
+    conversation,
+    past_turns,
+    refuse_preferences,
+    system_beside,
+    with_input,
+)
 from adapters_kit.tasks.generation import Limits, positions, set_stops, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
+from adapters_kit.tasks.turns import shortened
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
@@ -138,10 +147,14 @@ class CausalLM(Task):
             return
         for index, row in enumerate(data):
             if self.template is None:
-                found = fitted(self._plain(row), self.max_length, cuts)
+                if not self._said(row, "completion", index).strip():
+                    cuts["empty_answers"] += 1
+                    continue
+                found = fitted(self._plain(row, index), self.max_length, cuts)
                 made = [(found.ids, [False] * len(found.context) + [True] * len(found.answer))]
             else:
                 talk = conversation(row, self.columns, index, answer=True)
+                cuts["systems_not_used"] += system_beside(row, self.columns, talk)
                 made = (
                     samples(self.template, talk, self.max_length, index, cuts)
                     if self.recipe.answer_only
@@ -150,17 +163,34 @@ class CausalLM(Task):
             for ids, learned in made:
                 yield index, (ids, learned if self.recipe.answer_only else [True] * len(ids))
 
-    def _plain(self, row: Mapping[str, Any]) -> Answer:
+    def _plain(self, row: Mapping[str, Any], index: int) -> Answer:
         """Prompt and completion as text, for a tokenizer without a chat template."""
-        completion = self.processor(row[self.columns["completion"]], add_special_tokens=False)["input_ids"]
-        return Answer(self._plain_prompt(row), self._ended(list(completion)))
+        prompt_ids = self._plain_prompt(row, index)
+        completion = self.processor(self._said(row, "completion", index), add_special_tokens=False)["input_ids"]
+        return Answer(prompt_ids, self._ended(list(completion)))
 
-    def _plain_prompt(self, row: Mapping[str, Any]) -> list[int]:
-        role = "prompt" if "prompt" in self.columns else "text"
-        text = with_input(row[self.columns[role]], row.get(self.columns.get("input", "")))
-        before = [turn["content"] for turn in past_turns(row.get(self.columns.get("history", "")), "The history")]
-        system = row.get(self.columns.get("system", ""))
-        if isinstance(system, str) and system.strip():
+    def _said(self, row: Mapping[str, Any], role: str, index: int) -> str:
+        text = row[self.columns[role]]
+        if not isinstance(text, str):
+            raise DataError(
+                f"Row {index + 1}, column {self.columns[role]!r}: {shortened(text)} is no text, and the tokenizer of "
+                f"{self.recipe.model} has no chat template to write turns with. Give text, or take an instruct model."
+            )
+        return text
+
+    def _plain_prompt(self, row: Mapping[str, Any], index: int) -> list[int]:
+        where = f"Row {index + 1}"
+        if row.get(self.columns.get("tools", "")):
+            raise DataError(
+                f"{where} has tools, and the tokenizer of {self.recipe.model} has no chat template to write them with. "
+                f"Take an instruct model, or leave out the column {self.columns['tools']!r}."
+            )
+        text = self._said(row, "prompt" if "prompt" in self.columns else "text", index)
+        text = with_input(text, as_text(row.get(self.columns.get("input", "")), where))
+        past = past_turns(row.get(self.columns.get("history", "")), f"{where}, the history")
+        before = [turn["content"] or "" for turn in past]
+        system = as_text(row.get(self.columns.get("system", "")), where)
+        if system.strip():
             before.insert(0, system)
         ids = list(self.processor("\n\n".join([*before, text]))["input_ids"])
         ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
@@ -182,7 +212,7 @@ class CausalLM(Task):
                 talk = self._asked(row, index)
                 ids = prompt(self.template, talk, self.limits.prompt, index, cuts)
             else:
-                ids = self._plain_prompt(row)
+                ids = self._plain_prompt(row, index)
                 cuts["prompts_cut"] += len(ids) > self.limits.prompt
                 ids = ids[-self.limits.prompt :]
             features.append({"row": index, "input_ids": compact(ids), "labels": compact([IGNORED] * len(ids))})

@@ -72,6 +72,12 @@ class Seq2Seq(Task):
         features: list[dict[str, Any]] = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(sources)]
         if answers:
             texts = self.text(data, "target")
+            empty = sum(not text.strip() for text in texts)
+            if empty:
+                self.notes.say(
+                    f"{empty:,} of {len(texts):,} targets are empty: from them the model learns to write nothing.",
+                    empty_targets=empty,
+                )
             for feature, ids, text in zip(features, self._cut(texts, "targets", "text_target"), texts, strict=True):
                 feature["labels"], feature["target"] = compact(ids), text
         return features

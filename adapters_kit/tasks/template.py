@@ -10,9 +10,7 @@ A template is known by a few probes: small conversations of words that occur now
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -20,10 +18,25 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from adapters_kit.errors import DataError
-from adapters_kit.tasks.conversation import Conversation, Turn
+from adapters_kit.tasks.conversation import Conversation
+from adapters_kit.tasks.probes import (
+    AGAIN,
+    ASKED,
+    CALL,
+    KEY,
+    NAME,
+    RESULT,
+    TOLD,
+    TOOLS,
+    Ending,
+    advice,
+    alike,
+    shown,
+    user,
+    with_text_arguments,
+)
+from adapters_kit.tasks.turns import BEGUN, Turn, shortened
 
-# Words of the probes.
-_ASKED, _TOLD, _AGAIN, _NAME, _KEY, _RESULT = "qaxzu", "tovyk", "wejru", "fimzo", "keluq", "rezop"
 _THINKING = re.compile(r"\A\s*(?:<(\w+)>)?(.*?)</(\w+)>", re.DOTALL)
 _OPEN = re.compile(r"<(\w+)>\s*\Z")
 
@@ -38,20 +51,6 @@ class Answer(NamedTuple):
     def ids(self) -> list[int]:
         """Both, one after the other."""
         return self.context + self.answer
-
-
-class Ending(NamedTuple):
-    """How a template ends an assistant turn.
-
-    Attributes:
-        tail: what it writes after the last word of a turn that nothing follows.
-        end: the part of it that the model is to write: up to the mark at which generation stops.
-        stop: id of that mark; None where the template has none.
-    """
-
-    tail: str
-    end: str
-    stop: int | None
 
 
 class ChatTemplate:
@@ -81,10 +80,15 @@ class ChatTemplate:
             roles = ", ".join(turn["role"] for turn in talk.turns)
             reason = str(error).strip() or type(error).__name__
             raise DataError(
-                f"The chat template of {self.model} refuses {where} (roles: {roles}): {reason} {_advice(reason)}"
+                f"The chat template of {self.model} refuses {where} (roles: {roles}): {reason} {advice(reason)}"
             ) from error
 
     def _rendered(self, talk: Conversation, prompt: bool) -> str:
+        if prompt and talk.turns and BEGUN in talk.turns[-1]:
+            context, text, start = self._texts(talk, len(talk.turns) - 1, None)
+            begun = talk.turns[-1]["content"]
+            spaces = begun[len(begun.rstrip()) :]  # which some templates take off
+            return context + text[:start] + ("" if text[:start].endswith(begun.lstrip()) else spaces)
         turns = [self._fitted(turn) for turn in talk.turns]
         return str(
             self.tokenizer.apply_chat_template(turns, tools=talk.tools, tokenize=False, add_generation_prompt=prompt)
@@ -92,19 +96,21 @@ class ChatTemplate:
 
     def _fitted(self, turn: Turn) -> Turn:
         """The turn in the spelling that the template reads: text or parts, arguments as objects or as text."""
-        turn = dict(turn)
+        turn = {key: value for key, value in turn.items() if key != BEGUN}
         if turn["role"] == "developer" and not self._knows_developers:
             turn["role"] = "system"
         thought = _THINKING.match(turn["content"] or "")
-        if turn["role"] == "assistant" and thought and thought[1] in ("think", None) and self._takes_thinking_apart:
+        if turn["role"] == "assistant" and thought and thought[1] in ("think", None) and self._thinking_field:
             turn |= {
                 "reasoning_content": thought[2].strip("\n"),
                 "content": turn["content"][thought.end() :].lstrip("\n"),
             }
+        if self._thinking_field and "reasoning_content" in turn:
+            turn[self._thinking_field] = turn.pop("reasoning_content")
         if "tool_calls" in turn:
             as_text, empty = self._call_spelling or (False, "")
             if as_text:
-                turn["tool_calls"] = [_with_text_arguments(call) for call in turn["tool_calls"]]
+                turn["tool_calls"] = [with_text_arguments(call) for call in turn["tool_calls"]]
             turn["content"] = turn["content"] or empty
         if self._wants_parts:
             text = turn["content"]
@@ -116,7 +122,7 @@ class ChatTemplate:
         """Whether content has to be a list of parts: templates of models that see and hear."""
 
         def shows(content: Any) -> bool:
-            said = {"user": _ASKED, "assistant": _TOLD}
+            said = {"user": ASKED, "assistant": TOLD}
             text = self._try([{"role": role, "content": content(word)} for role, word in said.items()]) or ""
             return all(word in text for word in said.values()) and not re.search(r"""['"]text['"]""", text)
 
@@ -124,25 +130,33 @@ class ChatTemplate:
 
     @cached_property
     def _knows_developers(self) -> bool:
-        text = self._try([{"role": "developer", "content": _TOLD}, _user(_ASKED)])
-        return text is not None and _TOLD in text
+        text = self._try([{"role": "developer", "content": TOLD}, user(ASKED)])
+        return text is not None and TOLD in text
 
     @cached_property
-    def _takes_thinking_apart(self) -> bool:
-        """Whether the template writes the thinking of a turn from a field of its own."""
-        content = [{"type": "text", "text": _TOLD}] if self._wants_parts else _TOLD
-        text = self._try([_user(_ASKED), {"role": "assistant", "content": content, "reasoning_content": _NAME}])
-        return text is not None and _NAME in text
+    def _thinking_field(self) -> str | None:
+        """The field of a turn from which the template writes its thinking; None if there is none."""
+        content = [{"type": "text", "text": TOLD}] if self._wants_parts else TOLD
+        for field in ("reasoning_content", "thinking", "reasoning"):
+            text = self._try([user(ASKED), {"role": "assistant", "content": content, field: NAME}])
+            if text is not None and NAME in text:
+                return field
+        return None
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the template writes thinking that stands in a field of its own, or has a place for it."""
+        return self._thinking_field is not None or "</think>" in self._source
 
     @cached_property
     def _call_spelling(self) -> tuple[bool, str | None] | None:
         """Whether arguments are text, and what an empty content is, so that the template shows a tool call; None if it
         shows none."""
         for as_text, empty in product((False, True), ("", None)):
-            call = _CALL if not as_text else _with_text_arguments(_CALL)
+            call = CALL if not as_text else with_text_arguments(CALL)
             content: Any = [] if self._wants_parts else empty
-            text = self._try([_user(_ASKED), {"role": "assistant", "content": content, "tool_calls": [call]}], _TOOLS)
-            if text is not None and _NAME in text.partition(_ASKED)[2] and _TOLD in text and '\\"' + _KEY not in text:
+            text = self._try([user(ASKED), {"role": "assistant", "content": content, "tool_calls": [call]}], TOOLS)
+            if text is not None and NAME in text.partition(ASKED)[2] and TOLD in text and '\\"' + KEY not in text:
                 return as_text, empty
         return None
 
@@ -163,9 +177,14 @@ class ChatTemplate:
                     f"{kind}. Take a model whose template does, or leave out "
                     f"{'these rows' if kind == 'tool calls' else 'the column of tools'}."
                 )
-        unseen_turns = [
-            turn for turn in talk.turns if turn["role"] != "assistant" and not _shown(turn["content"], text)
-        ]
+        as_text = self._call_spelling is not None and self._call_spelling[0]
+        for call in (call for turn in talk.turns for call in turn.get("tool_calls", ())):
+            if isinstance(call["function"]["arguments"], str) and not as_text:
+                raise DataError(
+                    f"Row {row + 1}: the arguments of the call of {call['function']['name']} are no JSON: "
+                    f"{shortened(call['function']['arguments'])}. Mend them, or leave the row out."
+                )
+        unseen_turns = [turn for turn in talk.turns if turn["role"] != "assistant" and not shown(turn["content"], text)]
         if any(turn["role"] == "tool" for turn in unseen_turns):
             raise DataError(
                 f"Row {row + 1} has a turn of the role tool, and the chat template of {self.model} does not write it. "
@@ -189,15 +208,15 @@ class ChatTemplate:
 
     @cached_property
     def _plain_ending(self) -> Ending:
-        asked, told = _user(_ASKED), {"role": "assistant", "content": _TOLD}
-        return self._ending(self._probe([asked, told]), self._probe([asked, told, _user(_AGAIN)]), _TOLD)
+        asked, told = user(ASKED), {"role": "assistant", "content": TOLD}
+        return self._ending(self._probe([asked, told]), self._probe([asked, told, user(AGAIN)]), TOLD)
 
     @cached_property
     def _call_ending(self) -> Ending:
-        asked, told = _user(_ASKED), {"role": "assistant", "content": None, "tool_calls": [_CALL]}
-        result = {"role": "tool", "name": _NAME, "content": _RESULT, "tool_call_id": _CALL["id"]}
-        last = self._probe([asked, told], _TOOLS)
-        found = self._ending(last, self._probe([asked, told, result], _TOOLS), _TOLD)
+        asked, told = user(ASKED), {"role": "assistant", "content": None, "tool_calls": [CALL]}
+        result = {"role": "tool", "name": NAME, "content": RESULT, "tool_call_id": CALL["id"]}
+        last = self._probe([asked, told], TOOLS)
+        found = self._ending(last, self._probe([asked, told, result], TOOLS), TOLD)
         return found if found.stop is not None else self._plain_ending._replace(tail=found.tail, end=found.end)
 
     def _ending(self, last: str | None, followed: str | None, word: str) -> Ending:
@@ -209,8 +228,8 @@ class ChatTemplate:
         if last is None or word not in last:
             return Ending("", "", None)
         tail = last.rpartition(word)[2]
-        after = followed.partition(_ASKED)[2].partition(word)[2] if followed is not None else tail
-        shared = tail[: _alike(tail, after)]
+        after = followed.partition(ASKED)[2].partition(word)[2] if followed is not None else tail
+        shared = tail[: alike(tail, after)]
         marks = self._marks(shared)
         if marks:
             start, token, index = marks[-1]
@@ -256,13 +275,8 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        before = Conversation(talk.turns[:at], talk.tools)
         turn = talk.turns[at]
-        full = self.render(Conversation(talk.turns[: at + 1], talk.tools), row=row)
-        context = self._context(before, full, turn, row)
-        text = full[len(context) :] if full.startswith(context) else self._behind(context, full, turn)
-        text = self._with_thinking(text, context, turn)
-        start = self._first_generated(talk, at, full, len(context)) if full.startswith(context) else 0
+        context, text, start = self._texts(talk, at, row)
         ending = self._call_ending if "tool_calls" in turn else self._plain_ending
         if text.endswith(ending.tail):
             text = text[: len(text) - len(ending.tail)] + ending.end
@@ -271,6 +285,21 @@ class ChatTemplate:
         if ending.stop is None and eos is not None and found.answer[-1:] != [eos]:
             return found._replace(answer=[*found.answer, eos])  # else the model would never learn to stop
         return found
+
+    def _texts(self, talk: Conversation, at: int, row: int | None) -> tuple[str, str, int]:
+        """What stands before the assistant's turn number `at`, the turn, and how much of the turn is not learned."""
+        before = Conversation(talk.turns[:at], talk.tools)
+        turn = talk.turns[at]
+        full = self.render(Conversation(talk.turns[: at + 1], talk.tools), row=row)
+        context = self._context(before, full, turn, row)
+        text = full[len(context) :] if full.startswith(context) else self._behind(context, full, turn)
+        text = self._with_thinking(text, context, turn)
+        start = self._first_generated(talk, at, full, len(context)) if full.startswith(context) else 0
+        if BEGUN in turn:
+            begun = turn["content"][: turn[BEGUN]].lstrip()
+            begun = begun if begun in text else begun.rstrip()
+            start = max(text.find(begun) + len(begun), start) if begun in text else start
+        return context, text, start
 
     def _context(self, before: Conversation, full: str, turn: Turn, row: int | None) -> str:
         """What the model sees before its answer."""
@@ -288,20 +317,20 @@ class ChatTemplate:
         opened = self._opened
         if opened and context.endswith(opened) and full.startswith(context[: -len(opened)]):
             return full[len(context) - len(opened) :]
-        shared = _alike(context, full)
+        shared = alike(context, full)
         found = full.rfind(turn["content"]) if turn["content"] else -1
         return full[min(shared, found) if found >= 0 else shared :]
 
     @cached_property
     def _opened(self) -> str:
         """What the template writes to begin an answer and leaves out when it writes the answer itself."""
-        turns = [_user(_ASKED)]
+        turns = [user(ASKED)]
         prompt, bare = self._probe(turns, prompt=True), self._probe(turns)
-        full = self._probe([*turns, {"role": "assistant", "content": _TOLD}])
+        full = self._probe([*turns, {"role": "assistant", "content": TOLD}])
         if prompt is None or bare is None or full is None or not (prompt.startswith(bare) and full.startswith(bare)):
             return ""
-        head = full[len(bare) :].partition(_TOLD)[0]
-        return prompt[len(bare) + _alike(prompt[len(bare) :], head) :]
+        head = full[len(bare) :].partition(TOLD)[0]
+        return prompt[len(bare) + alike(prompt[len(bare) :], head) :]
 
     def _with_thinking(self, text: str, context: str, turn: Turn) -> str:
         """The answer with the thinking that belongs to it.
@@ -311,7 +340,7 @@ class ChatTemplate:
         """
         content = turn["content"] or ""
         thought = _THINKING.match(content)
-        apart = turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking")
+        apart = turn.get("reasoning_content")
         if thought and thought[2].strip() and thought[2].strip() not in text:
             said = content[thought.end() :].strip()
         elif isinstance(apart, str) and apart.strip() and apart.strip() not in text and "</think>" in self._source:
@@ -358,56 +387,9 @@ class ChatTemplate:
         after = self.ids(answer)
         if self.tokenizer.decode(before + after) == self.tokenizer.decode(whole):
             return Answer(before, after)
-        shared = _alike(before, whole)  # a token that reaches over the border
+        shared = alike(before, whole)  # a token that reaches over the border
         return Answer(whole[:shared], whole[shared:])
 
     def ids(self, text: str) -> list[int]:
         """Token ids of text that the template wrote: it has put the special tokens in already."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _user(text: str) -> Turn:
-    return {"role": "user", "content": text}
-
-
-_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": _NAME,
-            "description": _NAME,
-            "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
-        },
-    }
-]
-_CALL: dict[str, Any] = {"id": "abcdef123", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _TOLD}}}
-
-
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    inner = call["function"]
-    arguments = inner["arguments"]
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**inner, "arguments": arguments}}
-
-
-def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many characters or tokens two sequences begin with in common."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _shown(content: str | None, text: str) -> bool:
-    """Whether the beginning of a turn's text stands in a rendering, as it is or written as JSON."""
-    begin = (content or "").strip()[:40].strip()
-    return begin in text or json.dumps(begin, ensure_ascii=False)[1:-1] in text
-
-
-def _advice(reason: str) -> str:
-    """What to do about the usual refusals."""
-    reason = reason.lower()
-    if "system" in reason and "alternate" not in reason:
-        return "Put the text of the system turn before that of the first user turn."
-    if "alternate" in reason or "after" in reason:
-        return "Join turns of one speaker that follow each other, and begin with the user's."
-    return "Change the row, or leave it out."

@@ -15,6 +15,7 @@ from typing import ClassVar
 from adapters_kit.tasks.conversation import Conversation
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
+from adapters_kit.tasks.turns import BEGUN, Turn
 
 Sample = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is learned."""
@@ -32,6 +33,14 @@ class Cuts(Counter[str]):
         "their oldest turns were cut.",
         "prompts_cut": "{n} prompts are longer than max_length {limit} leaves room for: their beginning was cut.",
         "turns_not_shown": "{n} turns (system, user) are left out by the model's chat template.",
+        "empty_answers": "{n} assistant turns are empty: nothing is learned from them.",
+        "thinking_not_shown": "{n} answers have thinking in a field of its own (reasoning_content), which the model's "
+        "chat template does not write: they are learned without it. Written into the content, as <think>…</think> "
+        "before the answer, it is learned.",
+        "systems_not_used": "{n} conversations have a system turn of their own: the column of the system beside it is "
+        "not used.",
+        "turns_after_last_answer": "{n} conversations do not end with an assistant turn: what follows their last "
+        "answer is not learned.",
         "answers_cut": "{n} answers are longer than max_length {limit}: their end was cut.",
     }
 
@@ -50,11 +59,16 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
     A turn with `weight: 0` (OpenAI's way of saying so) is seen and not learned.
     """
     cuts["turns_not_shown"] += template.check(talk, row)
+    cuts["turns_after_last_answer"] += talk.turns[-1]["role"] != "assistant"
     answers = []
     start = talk.leading
     for at, turn in enumerate(talk.turns):
         if turn["role"] != "assistant" or turn.get("weight") == 0:
             continue
+        if not says_something(turn):
+            cuts["empty_answers"] += 1
+            continue
+        cuts["thinking_not_shown"] += "reasoning_content" in turn and not template.knows_thinking
         seen = _from(talk, start, at + 1)
         found = _answer(template, seen, row)
         if len(found.ids) > limit:
@@ -69,6 +83,12 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
             cuts["prompts_cut"] += 1
         answers.append(fitted(found, limit, cuts))
     return joined(answers, limit)
+
+
+def says_something(turn: Turn) -> bool:
+    """Whether an assistant's turn has words, thinking or calls that the model is to write."""
+    rest = (turn["content"] or "")[turn.get(BEGUN, 0) :]
+    return bool(rest.strip() or turn.get("reasoning_content") or turn.get("tool_calls"))
 
 
 def prompt(template: ChatTemplate, talk: Conversation, limit: int, row: int, cuts: Cuts) -> list[int]:

@@ -12,7 +12,7 @@ _LOOKED_AT = 1000  # rows
 # Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
-    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2", "question"),
     "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score"),
     "prompt": ("prompt", "instruction", "question", "query", "input"),
     "completion": ("completion", "response", "answer", "output", "chosen"),
@@ -66,7 +66,15 @@ def recognise(
             if column is not None:
                 found[role] = column
         if all(role in found for role in roles):
+            if found.get("text_pair", "").lower().strip() == "question" and not {"text", "text_pair"} & set(given):
+                found["text"], found["text_pair"] = found["text_pair"], found["text"]  # as GLUE has it
             return found
+    talks = [name for name in names if holds_conversations(data, name)]
+    if talks and any("messages" in roles for roles in alternatives):
+        raise DataError(
+            f"The column {talks[0]!r} holds conversations, under a name that is not known for them. Name it in the "
+            f"recipe: data.columns: {{messages: {talks[0]}}}"
+        )
     wanted = " or ".join(" and ".join(roles) for roles in alternatives)
     example = ", ".join(f"{role}: NAME" for role in alternatives[-1])
     row = header_is_a_row(data)
@@ -89,6 +97,16 @@ def header_is_a_row(data: Dataset) -> str | None:
     return None
 
 
+def holds_conversations(data: Dataset, column: str) -> bool:
+    """Whether the first cell of a column is a list of turns, each with who speaks."""
+    first = data[0][column] if len(data) else None
+    return (
+        isinstance(first, list)
+        and bool(first)
+        and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in first)
+    )
+
+
 def unused(data: Dataset, used: Mapping[str, str], roles: Sequence[str]) -> str | None:
     """A sentence that lists the columns without a role, each with the mapping that would use it; None if all have one.
 
@@ -102,6 +120,8 @@ def unused(data: Dataset, used: Mapping[str, str], roles: Sequence[str]) -> str 
     free = [role for role in roles if role not in used] or list(roles)
 
     def mapping(column: str) -> str:
+        if "messages" in roles and holds_conversations(data, column):
+            return f"data.columns: {{messages: {column}}}"
         by_alias = (role for role in [*free, *roles] if column.lower().strip() in ALIASES.get(role, (role,)))
         return f"data.columns: {{{next(by_alias, free[0])}: {column}}}"
 

@@ -1,0 +1,249 @@
+"""One turn of a conversation, in the spellings that people and services use, as chat templates take it.
+
+{"role": "user", "content": …}                        text, or parts of text; OpenAI, TRL
+{"from": "human", "value": …}                         ShareGPT, with `observation` and `function_call`
+{"role": "model", "parts": [{"text": …}]}             Google
+{"role": "assistant", "content": [{"type": "tool_use", …}, {"type": "thinking", …}]}      Anthropic
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapters_kit.errors import DataError, did_you_mean
+
+Turn = dict[str, Any]
+"""One turn: "role", "content" (text, or None beside "tool_calls"), "reasoning_content" where there was thinking, and
+whatever else the template may read."""
+
+# Who speaks, in the words of the public data sets, and the role that chat templates know it by.
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("tool_result", "tool_results", "function_result", "tool_output"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+}
+LEADING = ("system", "developer")
+_CONTENT = ("content", "value", "text", "parts")
+_THINKING = ("reasoning_content", "reasoning", "thinking")
+BEGUN = "begun"
+"""Key of an assistant turn of which that many characters were there before the model writes on."""
+
+
+def as_turns(value: Any, where: str) -> list[Turn]:
+    """A list of turns in any of the known spellings, or the JSON text of one.
+
+    Raises:
+        DataError: anything else.
+    """
+    value = written_out(value)
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), Sequence):
+        value = value["messages"]
+    if isinstance(value, Mapping) and value and all(isinstance(part, Sequence) for part in value.values()):
+        # `datasets` gives some lists of structs as a struct of lists.
+        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"{where}: a conversation is a list of {{role, content}}, not {shortened(value)}.")
+    return [made for number, turn in enumerate(value, 1) for made in _turns(turn, f"{where}, turn {number}")]
+
+
+def _turns(value: Any, where: str) -> list[Turn]:
+    """One turn; several, where results of tools stand among the parts of a user's."""
+    value = _parsed(value)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where}: a turn is {{role, content}}, not {shortened(value)}.")
+    given = {key: item for key, item in value.items() if item is not None}
+    speaker = given.get("role", given.get("from"))
+    role = ROLES.get(speaker.lower().strip()) if isinstance(speaker, str) else None
+    if role is None:
+        told = f" {did_you_mean(speaker, ROLES)}" if isinstance(speaker, str) else ""
+        what = f"unknown role {speaker!r}" if speaker is not None else "no role"
+        raise DataError(
+            f"{where}: {what} in {shortened(given)}.{told} A turn is {{role, content}}, of the role system, user, "
+            "assistant or tool: rename it in the data."
+        )
+    content = _plain(next((given[key] for key in _CONTENT if key in given), None))
+    if role == "call":
+        return [_call(content, where)]
+    read = _Content(role, content, where)
+    turn: Turn = {"role": role, "content": read.text}
+    known = ("role", "from", "function_call", "tool_calls", BEGUN, *_CONTENT, *_THINKING)
+    turn |= {key: _plain(item) for key, item in given.items() if key not in known and _is_plain(item)}
+    thinking = next((given[key] for key in _THINKING if isinstance(given.get(key), str)), "") or read.thinking
+    if thinking.strip():
+        turn["reasoning_content"] = thinking
+    if turn.get("weight", 1) not in (0, 1):
+        raise DataError(f"{where}: weight {turn['weight']!r}. A turn is learned (1) or only seen (0).")
+    calls = _parsed(given.get("tool_calls")) or ([given["function_call"]] if given.get("function_call") else read.calls)
+    if calls:
+        turn["tool_calls"] = [_one_call(call, where) for call in calls]
+    elif turn["content"] is None and role == "assistant":
+        turn["content"] = ""  # said nothing, which nobody is to learn
+    elif turn["content"] is None and not read.results:
+        raise DataError(
+            f"{where}: neither content nor tool_calls in {shortened(given)}. Give it a text or leave it out."
+        )
+    return read.results + [turn] * (turn["content"] is not None or bool(calls))
+
+
+class _Content:
+    """What the content of a turn holds, whichever way it is written.
+
+    Attributes:
+        text: None for none.
+        thinking: "" for none.
+        calls: of tools.
+        results: turns of tools.
+    """
+
+    def __init__(self, role: str, content: Any, where: str) -> None:
+        self.text: str | None = None
+        self.thinking = ""
+        self.calls: list[Any] = []
+        self.results: list[Turn] = []
+        if isinstance(content, Mapping) and isinstance(content.get("parts"), list):
+            content = content["parts"]
+        elif isinstance(content, Mapping) and isinstance(content.get("text"), str):
+            content = [content]
+        structured = isinstance(content, Mapping) or (
+            role == "tool" and content is not None and not isinstance(content, str) and not _are_parts(content)
+        )
+        if content is None or isinstance(content, str):
+            self.text = content
+        elif structured:
+            self.text = json.dumps(content, ensure_ascii=False)
+        elif isinstance(content, Sequence):
+            for part in content:
+                self._take(part, where)
+        else:
+            raise DataError(f"{where}: content is text or a list of parts, not {shortened(content)}. Write it as text.")
+
+    def _take(self, part: Any, where: str) -> None:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+            self.text = (self.text or "") + part["text"]
+        elif kind == "thinking" and isinstance(part.get("thinking"), str):
+            self.thinking += part["thinking"]
+        elif kind == "tool_use":
+            self.calls.append({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input", {})})
+        elif kind == "tool_result":
+            result = _Content("tool", part.get("content", ""), where).text or ""
+            self.results.append({"role": "tool", "content": result, "tool_call_id": part.get("tool_use_id", "")})
+        elif isinstance(part, Mapping) and kind == "text":
+            raise DataError(f"{where}: a part without a text: {shortened(part)}.")
+        else:
+            raise DataError(
+                f"{where}: a part of kind {kind!r}. This task reads text alone: leave out the rows with images, audio "
+                "or video, or the parts."
+            )
+
+
+def _are_parts(content: Any) -> bool:
+    """Whether a tool's result is a list of parts of text, not a list of values."""
+    return (
+        isinstance(content, list | tuple)
+        and bool(content)
+        and all(
+            isinstance(part, Mapping)
+            and isinstance(part.get("text"), str)
+            and part.get("type", "text").endswith("text")
+            for part in content
+        )
+    )
+
+
+def _call(content: Any, where: str) -> Turn:
+    """ShareGPT's function_call: the JSON of one call or of several; text that is no call stays text."""
+    calls = _parsed(content)
+    calls = calls if isinstance(calls, list) else [calls]
+    if calls and all(isinstance(call, Mapping) and "name" in call.get("function", call) for call in calls):
+        return {"role": "assistant", "content": None, "tool_calls": [_one_call(call, where) for call in calls]}
+    return {"role": "assistant", "content": _Content("assistant", content, where).text or ""}
+
+
+def _one_call(value: Any, where: str) -> dict[str, Any]:
+    call = _plain(_parsed(value))
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        raise DataError(f"{where}: a tool call is {{function: {{name, arguments}}}}, not {shortened(value)}.")
+    # Templates write arguments out as JSON themselves; a text of JSON would be quoted twice.
+    arguments = _parsed(inner.get("arguments", inner.get("parameters", {})))
+    arguments = {} if isinstance(arguments, str) and not arguments.strip() else arguments
+    extra = {key: item for key, item in call.items() if key == "id"}
+    return {"type": "function", **extra, "function": {"name": inner["name"], "arguments": arguments}}
+
+
+def as_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """The functions that a model may call, as JSON schemas; also the JSON text of the list, and bare functions.
+
+    Raises:
+        DataError: something that names no function.
+    """
+    value = _parsed(value)
+    if not value:
+        return None
+    tools = []
+    for item in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        tool = _plain(_parsed(item))
+        if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+            tool = {key: part for key, part in tool.items() if key != "type"}
+            if "input_schema" in tool:  # Anthropic's word
+                tool = {"parameters" if key == "input_schema" else key: part for key, part in tool.items()}
+            tool = {"type": "function", "function": tool}
+        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+            raise DataError(f"{where}: a tool is {{type: function, function: {{name, …}}}}, not {shortened(item)}.")
+        tools.append(tool)
+    return tools
+
+
+def _parsed(value: Any) -> Any:
+    """What a text of JSON says, if it is an object or a list; everything else as it is."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def written_out(value: Any) -> Any:
+    """A conversation that stands in a cell as text: JSON, JSON in JSON, or Python's way, as pandas writes lists."""
+    value = _parsed(value)
+    if isinstance(value, str) and value.strip()[:2] in ('"[', '"{'):
+        try:
+            return _parsed(json.loads(value))
+        except ValueError:
+            return value
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Without what no template sees (dates, bytes), and the empty fields that Arrow gives every row for all others."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if _is_plain(item)}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value if item is None or _is_plain(item)]
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a template may see it: text, numbers, truth, and lists and objects; no dates and no bytes."""
+    return isinstance(value, str | int | float | bool | Mapping | list | tuple)
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, in 200 characters at most: for messages."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
