@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -124,7 +126,7 @@ class Task:
 
     def stream(self, model: nn.Module, row: Mapping[str, Any]) -> Iterator[str]:
         """The model's answer to one row while it is being written; joined, what `predict` gives as `answer`."""
-        (feature,) = self.encode(Dataset.from_list([dict(row)]), answers=False)
+        (feature,) = self.encode(_one_row(row), answers=False)
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self.collate([feature]).items() if name != "row"}
 
@@ -186,6 +188,14 @@ class Task:
     def text(self, data: Dataset, role: str) -> list[str]:
         """The strings of a role's column, checked to be strings."""
         return strings(data, self.columns[role], role)
+
+
+def _one_row(row: Mapping[str, Any]) -> Dataset:
+    try:
+        return Dataset.from_list([dict(row)])
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # turns of which some hold text and some a list
+        written = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+        return Dataset.from_list([written])
 
 
 def strings(data: Dataset, column: str, role: str) -> list[str]:

@@ -217,6 +217,13 @@ class ChatTemplate:
         result = {"role": "tool", "name": NAME, "content": RESULT, "tool_call_id": CALL["id"]}
         last = self._probe([asked, told], TOOLS)
         found = self._ending(last, self._probe([asked, told, result], TOOLS), TOLD)
+        for arguments in ({}, {KEY: 7}):  # what closes a text is no part of how a call ends
+            call = {**CALL, "function": {"name": NAME, "arguments": arguments}}
+            other = self._probe([asked, {**told, "tool_calls": [call]}], TOOLS)
+            shared = alike((last or "")[::-1], (other or last or "")[::-1])
+            cut = max(len(found.tail) - shared, 0)
+            if cut <= len(found.end):
+                found = found._replace(tail=found.tail[cut:], end=found.end[cut:])
         return found if found.stop is not None else self._plain_ending._replace(tail=found.tail, end=found.end)
 
     def _ending(self, last: str | None, followed: str | None, word: str) -> Ending:

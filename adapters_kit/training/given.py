@@ -18,6 +18,8 @@ from datasets import Dataset, DatasetDict
 
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.tasks.notes import Notes
+from adapters_kit.training.data.json_rows import tables
 
 Given = Recipe | Mapping[str, Any] | str | Path
 
@@ -135,7 +137,11 @@ def _from_list(rows: list[Any]) -> Dataset:
         if not isinstance(row, Mapping):
             raise DataError(f"Each row is a dict of columns; row {number} is {_short(row)}.")
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+    try:
+        return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # turns of which some hold text and some a list; or a real mistake
+        places = ((f"row {number}", row, 0) for number, row in enumerate(rows, 1))
+        return Dataset(pa.concat_tables(tables(places, Path("the rows"), Notes())))
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from adapters_kit.tasks.causal_lm import CausalLM
 from adapters_kit.tasks.conversation import conversation
 from adapters_kit.tasks.template import ChatTemplate
 from adapters_kit.training import data as reading
+from adapters_kit.training.given import rows_from
 from tests.support import small
 from tests.tasks.test_templates import causal, learned_runs, tokenizer
 
@@ -435,3 +436,27 @@ def test_where_an_answer_ends(template, stop):
     talk = [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, "abcd", strict=True)]
     runs = learned_runs(causal(tokens).encode(Dataset.from_list([{"messages": talk}])))
     assert [tokens.decode(learned) for _, learned in runs] == [f"{word}{stop or '</s>'}" for word in "bd"]
+
+
+MIXED = [
+    [{"role": "user", "content": [{"type": "text", "text": ASKED}]}, PAIR[1]],
+    [PAIR[0], {"role": "assistant", "tool_calls": [call({"n": 1})]}, {"role": "tool", "content": [7, "x"]}, PAIR[1]],
+]
+
+
+def test_turns_that_no_column_of_arrow_s_can_hold_are_read(tmp_path):
+    """Text in one turn and a list in another, from a file as from Python."""
+    rows = [{"messages": talk} for talk in MIXED]
+    for data in (reading.read_table(small.write_jsonl(tmp_path / "talk.jsonl", rows)), rows_from(rows)):
+        tokens = tokenizer(CHATML)
+        learned = [tokens.decode(ids) for _, ids in learned_runs(causal(tokens).encode(data))]
+        asks = '<|call|>{"name": "count", "arguments": {"n": 1}}<|im_end|>'
+        assert learned == [f"{TOLD}<|im_end|>", asks, f"{TOLD}<|im_end|>"]
+    with pytest.raises(DataError, match="row 2"):
+        rows_from([{"text": "a"}, {"text": ["b"]}])
+
+
+def test_a_question_goes_before_the_sentence_that_may_answer_it():
+    rows = Dataset.from_list([{"question": "q", "sentence": "s", "label": "yes"}])
+    found = reading.recognise(rows, {}, [("text", "label")], ["text_pair"])
+    assert found == {"text": "question", "text_pair": "sentence", "label": "label"}

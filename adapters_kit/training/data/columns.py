@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
@@ -98,8 +99,13 @@ def header_is_a_row(data: Dataset) -> str | None:
 
 
 def holds_conversations(data: Dataset, column: str) -> bool:
-    """Whether the first cell of a column is a list of turns, each with who speaks."""
+    """Whether the first cell of a column is a list of turns, each with who speaks, or the JSON of one."""
     first = data[0][column] if len(data) else None
+    if isinstance(first, str) and first.lstrip().startswith("["):
+        try:
+            first = json.loads(first)
+        except ValueError:
+            return False
     return (
         isinstance(first, list)
         and bool(first)
