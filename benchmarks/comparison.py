@@ -170,6 +170,9 @@ def run_curves(options: argparse.Namespace) -> None:
         print(found)
 
 
+HELD_OUT = 1000  # rows of each set that every score is over
+
+
 def over_sets(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a method, best first: mean accuracy over the sets, and the gap to full with its interval over the seeds.
 
@@ -191,7 +194,7 @@ def over_sets(results: dict[str, Any]) -> list[dict[str, Any]]:
     rates = found[0]["learning_rates"]
     return [
         asdict(row) | {"each": [line["score"] for line in rows[row.label]], "rate": rates[row.label]}
-        for row in summarize(finals, "accuracy", True, "full")
+        for row in summarize(finals, "accuracy", True, "full", len(found) * HELD_OUT)
     ]
 
 
