@@ -68,8 +68,8 @@ def parse_yaml(text: str) -> tuple[dict[str, Any], dict[Path, Place], list[tuple
             return {}, places, [(Place("", 0), "The file is empty.")]
         if not isinstance(node, yaml.MappingNode):
             return {}, places, [(_line(node), "A recipe is a mapping of keys to values, like `model: path`.")]
-        if told := _excess(node):
-            return {}, places, [(Place("", 0), told)]
+        if excess := _excess(node):
+            return {}, places, [(Place("", 0), excess)]
         _collect(node, (), places, problems)
         return loader.construct_document(node), places, problems
     except (ValueError, OverflowError) as error:  # a number of thousands of digits, a date that is none
