@@ -24,11 +24,9 @@ test: .venv/.installed
 quick: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m quick
 
-# Style, then types and docstrings of the package.
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(MAKE) types docstrings
 
 types: .venv/.installed
 	$(BIN)/mypy
