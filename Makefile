@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/methods/test_bottleneck.py
 
-.PHONY: demo test quick lint types docstrings numerics docs package lowest newest fuzz clean
+.PHONY: demo test quick lint types docstrings numerics docs package lowest newest fuzz kills clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -56,6 +56,10 @@ lowest newest:
 # Ten thousand inputs over everything that reads what others wrote. (make test tries 500.)
 fuzz: .venv/.installed
 	FUZZ_INPUTS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fuzz
+
+# Training with every method, merges, exports, sweeps and comparisons, killed or with a full disk at each write, and gone on with.
+kills: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --minutes 60
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -134,7 +134,7 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     model, processor = load_base(seeded.changed(**precise), task)
     seeded = filled_in(seeded, task)
     scored = task.encode(rows[cell.part])
-    batch = seeded.training.eval_batch_size
+    batch = seeded.training.eval_batch_size or 2 * seeded.training.batch_size
     if cell.kind == BASE:
         return {"scores": task.score(task.run(model, scored, batch), scored)}
     train_features = task.training_features(task.encode(rows["train"]))
@@ -176,8 +176,8 @@ def _merged(model: nn.Module, recipe: Recipe, out: Path) -> dict[str, float] | N
         return None
     model.save_pretrained(out / "adapter")
     record_base(out / "adapter", recipe.model, model)
-    check = merge(out / "adapter", out / "merged", base=recipe.model).check
-    return {"largest": check.largest, "floor": check.floor_largest}
+    check = getattr(merge(out / "adapter", out / "merged", base=recipe.model), "check", None)
+    return None if check is None else {"largest": check.largest, "floor": check.floor_largest}
 
 
 def _total(model: nn.Module) -> int:

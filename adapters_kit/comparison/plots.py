@@ -18,7 +18,7 @@ def draw(document: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]
     scale = 1 if document["metric"] in LESS_IS_BETTER else 100
     label = document["metric"] if scale == 1 else f"{document['metric']} (points)"
     rows = document["methods"]
-    kinds = {
+    kinds: dict[str, list[tuple[str, float, str, bool]]] = {
         "score_and_parameters.png": [("trainable_params", 1, "trained parameters", True)],
         "score_and_cost.png": [
             ("seconds", 1, "seconds of training", False),

@@ -204,7 +204,7 @@ def _compare(
             searched[variant.label] = {f"{rate:.3g}": score for rate, score in sorted(found.items())}
             good = {rate: score for rate, score in found.items() if score is not None}
             pick = max if higher else min
-            chosen[variant.label] = pick(good, key=good.get) if good else variant.rate
+            chosen[variant.label] = pick(good, key=good.__getitem__) if good else variant.rate
         finals: dict[str, dict[int, dict]] = {v.label: {} for v in variants}
         # A search that was cut short has chosen nothing yet.
         for seed in seeds if not left_out else ():  # seed by seed: stopped early, every method has equally many
@@ -262,6 +262,7 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
     changed = recipe.changed(**changes)
     # Written out: a default that moves is another cell.
     resolved = resolve(changed).training
+    assert resolved.learning_rate is not None  # that is what resolving is for
     changed = changed.changed(**{"training.base_dropout": resolved.base_dropout})
     config = build_config(shapes(changed.model, changed.task), changed.method.name, **changed.method.options)
     return Variant(label, changed, "adapter", resolved.learning_rate, config)
@@ -289,6 +290,6 @@ def _search(variant: Variant, grid: Sequence[float] | None, higher: bool, metric
         good = {rate: score for rate, score in found.items() if score is not None and math.isfinite(score)}
         if not good or len(found) >= MOST_RATES:
             break
-        best = (max if higher else min)(good, key=good.get)
+        best = (max if higher else min)(good, key=good.__getitem__)
         waiting = [best * step] if best == max(found) else [best / step] if best == min(found) else []
     return found

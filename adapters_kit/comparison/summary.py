@@ -61,7 +61,8 @@ def summarize(
         full: the label of full fine-tuning, if it is there.
         held_out: rows that each score was made on.
     """
-    reference = {seed: result["scores"][metric] for seed, result in finals.get(full, {}).items()}
+    of_full = finals.get(full, {}) if full is not None else {}
+    reference = {seed: result["scores"][metric] for seed, result in of_full.items()}
     rows = []
     for label, results in finals.items():
         if not results:

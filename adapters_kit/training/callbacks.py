@@ -46,9 +46,11 @@ class Steering(TrainerCallback):
             model.disable_input_require_grads()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The order becomes that of the epoch."""
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Asks for a checkpoint where one is due."""
         last = self.saves_last and state.global_step >= state.max_steps
         if last or (self.save_every and state.global_step % self.save_every == 0):
             control.should_save = True
@@ -57,6 +59,7 @@ class Steering(TrainerCallback):
             control.should_log = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stops where `patience` evaluations in a row were no better."""
         if self.patience is None:
             return
         key = f"eval_{args.metric_for_best_model}"
@@ -98,6 +101,7 @@ class Interruption(TrainerCallback):
         self.name = signal.Signals(number).name
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stops after this step, and saves it, if a signal has come."""
         if self.name is not None:
             control.should_save = control.should_training_stop = True
 
@@ -109,6 +113,7 @@ class Record(TrainerCallback):
         self.path, self.meter = path, meter
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begins the file, or drops the lines that follow the checkpoint."""
         if not state.is_world_process_zero:
             return
         kept = []
@@ -120,6 +125,7 @@ class Record(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
+        """Adds a line."""
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **logs}
@@ -228,16 +234,19 @@ class Meter(TrainerCallback):
         self._since = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The clock runs."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Counts the step; the clock stands while something else follows it."""
         self.steps += 1
         if control.should_evaluate or control.should_save or control.should_log:
             self._pause()
             self._add_up()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The clock stands."""
         self._pause()
 
 
@@ -247,9 +256,10 @@ class RankAllocation(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        tuner = getattr(extract_model_from_parallel(model), "base_model", None)
-        if hasattr(tuner, "update_and_allocate"):
-            tuner.update_and_allocate(state.global_step)
+        """Lets AdaLoRA prune."""
+        allocate = getattr(getattr(extract_model_from_parallel(model), "base_model", None), "update_and_allocate", None)
+        if allocate is not None:
+            allocate(state.global_step)
 
 
 class TensorBoard(TrainerCallback):
@@ -261,6 +271,7 @@ class TensorBoard(TrainerCallback):
         self.writer: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Opens the file."""
         if state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -270,12 +281,14 @@ class TensorBoard(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
+        """Adds the numbers of a log, evaluations apart from training."""
         for name, value in (logs or {}).items() if self.writer is not None else ():
             if isinstance(value, int | float):
                 part, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
                 self.writer.add_scalar(f"{part}/{name}", value, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Closes the file, and takes the name of the machine out of its name."""
         if self.writer is None:
             return
         self.writer.close()
@@ -297,6 +310,7 @@ class Screen(TrainerCallback):
         self.last: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Draws the bar, on a terminal."""
         if not state.is_world_process_zero:
             return
         self.begun, self.first = time.perf_counter(), state.global_step
@@ -307,12 +321,14 @@ class Screen(TrainerCallback):
             self.job = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Moves the bar."""
         if self.bar is not None:
             self.bar.update(self.job, completed=state.global_step, note=self._note(state))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
     ) -> None:
+        """Prints scores; losses where there is no bar."""
         if not state.is_world_process_zero or not logs or not self.begun:
             return
         self.last.update(logs)
@@ -327,6 +343,7 @@ class Screen(TrainerCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Gives the terminal back."""
         self.close()
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def damage(folder: Path) -> str | None:
 
 def newest(out: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run folder, and a sentence for every newer one that is damaged."""
-    told = []
+    told: list[str] = []
     for folder in sorted((out / CHECKPOINTS).glob("checkpoint-*"), key=_step, reverse=True):
         wrong = damage(folder)
         if wrong is None:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from adapters_kit.artifacts.files import write_json
@@ -31,6 +31,11 @@ from adapters_kit.training.sampling import OrderedByEpoch
 
 class AdapterTrainer(Trainer):
     """Trainer with the task's own evaluation, an order of examples that resumes exactly, and a check of every loss."""
+
+    # Trainer's own, which it does not declare.
+    model_accepts_loss_kwargs: bool
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -104,8 +109,10 @@ class AdapterTrainer(Trainer):
         return self.order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, made once."""
         if self.optimizer is None:
             training = self.recipe.training
+            assert training.learning_rate is not None  # the recipe is resolved
             self.optimizer = build_optimizer(
                 model if model is not None else self.model,
                 training.optimizer,
@@ -123,6 +130,11 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
+        """The loss of one batch, on this process.
+
+        Raises:
+            TrainingError: it is not finite; names the step and the rows.
+        """
         inputs = dict(inputs)
         rows = inputs.pop("row")
         self.meter.count(inputs)

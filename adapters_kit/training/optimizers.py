@@ -98,7 +98,7 @@ def build_optimizer(
 
 def _rates(model: nn.Module, learning_rate: float, head_rate: float) -> dict[int, float]:
     """id(parameter) -> its rate, of those that have another one than the adapter's."""
-    found = {}
+    found: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             found |= {id(parameter): head_rate for parameter in module.parameters()}

@@ -42,7 +42,8 @@ def sweep(
     out = Path(out)
     recipe = recipe_from(recipe, out / "data")
     recipes = {}
-    for rate, rank in product(learning_rates, ranks or [None]):
+    chosen: list[int | None] = [*ranks] or [None]
+    for rate, rank in product(learning_rates, chosen):
         name = f"lr{rate:g}" + ("" if rank is None else f"-r{rank}")
         changes = {"training.learning_rate": rate} | ({} if rank is None else {"method.r": rank})
         recipes[out / name] = recipe.changed(**changes)

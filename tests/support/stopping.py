@@ -58,11 +58,15 @@ class Writes:
     @contextmanager
     def watched(self) -> Iterator[Writes]:
         """Inside, every write counts."""
-        renamed, opened, made = os.replace, open, os.open
+        renamed, moved, opened, made = os.replace, os.rename, open, os.open
 
         def replace(source: Any, target: Any, **options: Any) -> None:
             self._one(target)
             renamed(source, target, **options)
+
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            self._one(target)
+            moved(source, target, **options)
 
         def open_file(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             if set(mode) & set("wxa"):
@@ -76,6 +80,7 @@ class Writes:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", replace)
+            patch.setattr(os, "rename", rename)
             patch.setattr(os, "open", open_descriptor)
             patch.setattr("builtins.open", open_file)
             yield self
