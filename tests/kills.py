@@ -18,10 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from tests.support import small, stopping
 OK, REFUSED, CRASHED, LATE = 0, 3, 4, 5
 """How a child ends, beside -SIGKILL: an error in the package's own words, any other error, more than LIMIT seconds."""
 LIMIT = 180
+DONE = object()
 
 
 @dataclass
@@ -260,10 +260,11 @@ def main() -> int:
         starts = tuple(options.only.split(","))
         chosen = [kind for kind in kinds(Path(folder)) if kind.name.startswith(starts)]
         trials = [Trials(kind, Path(folder), options.most, Counter(), faults, notes) for kind in chosen]
-        for turn in zip_longest(*trials, fillvalue=None):
-            del turn
-            if time.monotonic() > until:
-                break
+        waiting = deque(iter(one) for one in trials)
+        while waiting and time.monotonic() < until:
+            turn = waiting.popleft()
+            if next(turn, DONE) is not DONE:
+                waiting.append(turn)
     total: Counter[str] = Counter()
     for name in dict.fromkeys(kind.name for kind in chosen):
         counts = sum((one.counts for one in trials if one.kind.name == name), Counter())
