@@ -154,7 +154,7 @@ def kinds(work: Path) -> list[Kind]:
         def call(out: Path) -> Any:
             return ak.train(recipe(method, task), out, quiet=True, resume=True)
 
-        return Kind(f"train {method}", call, call, _run)
+        return Kind(f"train {method} {task}", call, call, _run)
 
     adapter = work / "adapter-run"
     if child(lambda: ak.train(recipe("lora"), adapter, quiet=True), work, work / "said") != OK:
