@@ -3,8 +3,9 @@
     W[o, i] = d[o, block] · u[o, i] + m[o, block] · v[o, i]
 
 The codes give u and v, whole numbers that do not change. d, and m where a format has it, are fp16 and stand at fixed
-bytes of a block. Reading them all is transformers' work (`integrations/gguf/dequant.py`), with the three formats that
-it lacks added here; u and v come from the same reading, with d and m set to 1 and 0 or to 0 and 1.
+bytes of a block. K-quants and IQ formats are read by transformers (`integrations/gguf/dequant.py`: what its installed
+version knows), the plain formats of 32 weights here, since no version knows all of them; u and v come from the same
+reading, with d and m set to 1 and 0 or to 0 and 1.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.gguf import dequant as of_transformers
 
-Q5_0, Q5_1, MXFP4 = 6, 7, 39  # ggml's own numbers
+Q4_0, Q4_1, Q5_0, Q5_1, MXFP4 = 2, 3, 6, 7, 39  # ggml's own numbers
 
 
 class Format(NamedTuple):
@@ -53,6 +54,8 @@ _FIELDS = {
 }
 _SIZES = {
     **{number: (of_transformers.GGML_NAME[number], *size) for number, size in of_transformers.GGML_BLOCK.items()},
+    Q4_0: ("Q4_0", 32, 18),
+    Q4_1: ("Q4_1", 32, 20),
     Q5_0: ("Q5_0", 32, 22),
     Q5_1: ("Q5_1", 32, 24),
     MXFP4: ("MXFP4", 32, 17),
@@ -78,8 +81,8 @@ def dequantize(raw: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
     """
     given = FORMATS[kind]
     blocks = raw.reshape(-1, given.nbytes)
-    if kind in (Q5_0, Q5_1):
-        values = _five_bits(blocks, given)
+    if kind in (Q4_0, Q4_1, Q5_0, Q5_1):
+        values = _plain(blocks, given, five=kind in (Q5_0, Q5_1))
     elif kind == MXFP4:
         values = _mxfp4(blocks)
     else:
@@ -87,16 +90,17 @@ def dequantize(raw: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
     return values.reshape(*raw.shape[:-1], -1).to(dtype)
 
 
-def _five_bits(blocks: Tensor, given: Format) -> Tensor:
-    """Q5_0 and Q5_1: low four bits in half-bytes, the fifth ones together in four bytes."""
+def _plain(blocks: Tensor, given: Format, *, five: bool) -> Tensor:
+    """Half-bytes, after d and m; for five bits the fifth ones stand together in four bytes before them."""
     start = 2 if given.minimum is None else 4
-    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    high = (blocks[:, start : start + 4, None] >> shifts & 1).reshape(-1, 32)
-    packed = blocks[:, start + 4 :]
-    q = torch.cat([packed & 15, packed >> 4], dim=1) | high << 4  # (blocks, 32)
+    packed = blocks[:, start + 4 * five :]
+    q = torch.cat([packed & 15, packed >> 4], dim=1)  # (blocks, 32)
+    if five:
+        shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+        q = q | (blocks[:, start : start + 4, None] >> shifts & 1).reshape(-1, 32) << 4
     d = blocks[:, :2].view(torch.float16).float()
     if given.minimum is None:
-        return d * (q.float() - 16)
+        return d * (q.float() - (16 if five else 8))
     return d * q + blocks[:, 2:4].view(torch.float16).float()
 
 

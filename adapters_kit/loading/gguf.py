@@ -4,6 +4,7 @@ transformers unpacks the whole file before the first weight is used: for a model
 16-bit model beside the 4-bit result.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.integrations.gguf import read_gguf_metadata
@@ -28,6 +30,8 @@ from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.ggml import FORMATS
+
+_log = logging.getLogger(__name__)
 
 AT_ONCE = 1 << 20  # weights unpacked at a time; the package's own unpacking needs twice the result
 
@@ -195,6 +199,24 @@ def _keepable(skeleton: nn.Module, parts: dict[str, list[Stored]], convert: Any)
     return {key: kept for key, kept in found.items() if kept is not None}
 
 
+def _tell_of_unpacked(file: str, parts: dict[str, list[Stored]]) -> None:
+    """Whoever reads "keep" expects the file's size: say which packed tensors get larger all the same."""
+    packed = {key: each for key, each in parts.items() if any(part.dtype == np.uint8 for part in each)}
+    if packed:
+        stored = sum(int(np.prod(part.shape)) for each in packed.values() for part in each)
+        kinds = sorted({part.kind.name for each in packed.values() for part in each})
+        _log.warning(
+            'quantize="keep": %d tensors of %s are unpacked, such as %s (%s; %.1f MB in the file, several times that '
+            "in memory): fused, turned round, or in a format that transformers %s does not read.",
+            len(packed),
+            os.path.basename(file),
+            next(iter(packed)),
+            ", ".join(kinds),
+            stored / 1e6,
+            transformers.__version__,
+        )
+
+
 def _not_one_by_one(file: str | os.PathLike) -> ModelError:
     return ModelError(
         f"{os.fspath(file)}: transformers maps this architecture's tensors to the model as a whole, not one by one, so "
@@ -226,7 +248,9 @@ def read_gguf_lazily(
         key: GgufTensor(key, each, file, convert, trimmer) for key, each in parts.items()
     }
     if keep:
-        table |= {key: KeptTensor(kept, file) for key, kept in _keepable(skeleton, parts, convert).items()}
+        kept = _keepable(skeleton, parts, convert)
+        _tell_of_unpacked(file, {key: each for key, each in parts.items() if key not in kept})
+        table |= {key: KeptTensor(each, file) for key, each in kept.items()}
     yield table
     trimmer.now()
 

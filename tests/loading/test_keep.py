@@ -38,9 +38,10 @@ def test_the_model_is_the_unpacked_one_bit_by_bit(name, kind, options, tmp_path)
         torch.testing.assert_close(kept(**batch).logits, plain(**batch).logits)
 
 
-def test_transposed_and_fused_weights_are_unpacked(tmp_path):
+def test_transposed_and_fused_weights_are_unpacked_and_said(tmp_path, caplog):
     """GPT-2 stores its linears the other way round, experts in three dimensions: these become plain tensors."""
     kept, plain = pair(tmp_path, "gpt2", "Q8_0", {})
+    assert "8 tensors of model.gguf are unpacked, such as transformer.h.0.attn.c_attn.weight (Q8_0" in caplog.text
     assert packed(kept) == ["transformer.wte.weight", "transformer.wpe.weight"]
     with torch.no_grad():
         batch = tiny.inputs(kept)
