@@ -27,7 +27,7 @@ from adapters_kit.anatomy import block_linears
 from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
-from adapters_kit.recipe import QUANTIZATIONS
+from adapters_kit.recipe_sections import QUANTIZATIONS
 
 _log = logging.getLogger(__name__)
 

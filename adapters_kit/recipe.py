@@ -9,218 +9,31 @@ flag that it stands on and the nearest name that exists. No torch here: the answ
 
 from __future__ import annotations
 
-import codecs
-import encodings.aliases
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    WithJsonSchema,
-    model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from adapters_kit import names, registry
 from adapters_kit.errors import RecipeError, did_you_mean, nearest
+from adapters_kit.recipe_sections import (
+    DATA_SUFFIXES,
+    STRICT,
+    CardSpec,
+    DataSpec,
+    MethodSpec,
+    Quantization,
+    TaskName,
+    TrainingSpec,
+)
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 from adapters_kit.task_table import TASKS, tasks_with
-
-Quantization = Literal["nf4", "fp4", "int8"]
-"""The kinds of rounding that a base can be loaded with; `quantization.bnb_config` says what each is."""
-QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-
-# Files of rows, which are no recipes.
-DATA_SUFFIXES = (
-    *(".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather"),
-    *(".txt", ".md", ".conll", ".conllu", ".iob", ".bio", ".ft"),
-)
-
-_STRICT = ConfigDict(
-    extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-)
-
-
-def _known_task(name: str) -> str:
-    if name not in TASKS:
-        raise PydanticCustomError("unknown_task", "is no task")
-    return name
-
-
-TaskName = Annotated[str, AfterValidator(_known_task), WithJsonSchema({"type": "string", "enum": list(TASKS)})]
-
-
-def _one_character(text: str) -> str:
-    text = {"tab": "\t", "\\t": "\t"}.get(text, text)
-    if len(text) != 1 or text in '"\r\n\\':
-        raise PydanticCustomError("delimiter", "a delimiter is one character, or tab")
-    return text
-
-
-def _known_encoding(name: str) -> str:
-    try:
-        codecs.lookup(name)
-    except (LookupError, ValueError):
-        near = did_you_mean(name, encodings.aliases.aliases) if nearest(name, encodings.aliases.aliases) else ""
-        raise PydanticCustomError("encoding", "python knows no such encoding. {near}", {"near": near}) from None
-    return name
-
-
-Delimiter = Annotated[str, AfterValidator(_one_character)]
-Encoding = Annotated[str, AfterValidator(_known_encoding)]
-
-
-class MethodSpec(BaseModel):
-    """The fine-tuning method: a name, then any option of that method's peft config (`r`, `lora_alpha` …)."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-
-    name: str | list[str] = "lora"
-    """Short name of a method (`adapters-kit methods` lists them), a list of names to train as one adapter, or the
-    folder of a saved adapter to continue from."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str | list | tuple) else value
-
-    @property
-    def label(self) -> str:
-        """The name in a few letters, such as "lora+prefix"."""
-        return self.name if isinstance(self.name, str) else "+".join(self.name)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Everything but the name, as given."""
-        return dict(self.model_extra or {})
-
-
-class DataSpec(BaseModel):
-    """Where the examples come from and which column is what."""
-
-    model_config = _STRICT
-
-    train: str
-    """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
-    and test (shards are joined), one saved by `datasets`, or with one sub-folder of images a class; or a hub id."""
-    test: str | None = None
-    """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Role to column name, such as {text: review, label: stars}; recognised by name where left out."""
-    subset: str | None = None
-    """The configuration of a hub data set that has several."""
-    delimiter: Delimiter | None = None
-    """What separates the fields of CSV and TSV files: one character, or tab; found by looking if left out."""
-    encoding: Encoding | None = None
-    """How text files are encoded, such as utf-16 or cp1252; if left out, UTF-8, or what the bytes look like."""
-    test_size: float = Field(0.1, gt=0)
-    """Held-out part when no test set is given: a fraction below 1, or a number of rows."""
-    limit: int | None = Field(None, ge=1)
-    """Use at most so many training rows (drawn with the seed)."""
-    test_limit: int | None = Field(None, ge=1)
-    """Use at most so many held-out rows (drawn with the seed)."""
-
-    source_lang: str | None = None
-    """Translation: the language of the sources, as the model's tokenizer writes it (eng_Latn, en_XX, en); by default
-    the one that the tokenizer was saved with."""
-    target_lang: str | None = None
-    """Translation: the language of the targets; answers begin with its code."""
-    source_prefix: str | None = None
-    """Text put before every source, such as T5's "summarize: "."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"train": str(value)} if isinstance(value, str | Path) else value
-
-
-class TrainingSpec(BaseModel):
-    """How to train."""
-
-    model_config = _STRICT
-
-    epochs: float = Field(3.0, gt=0)
-    """Passes over the training data."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimizer steps, whatever `epochs` says."""
-    learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate; by default the one that suits the method."""
-    head_learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate of a task head, and of whatever else is trained as a full copy beside the adapter; by default
-    the method's, at most 6e-4."""
-    batch_size: int = Field(16, ge=1)
-    """Examples in one forward pass on one device."""
-    eval_batch_size: int | None = Field(None, ge=1)
-    """Examples in one forward pass of an evaluation; by default twice `batch_size`."""
-    gradient_accumulation: int = Field(1, ge=1)
-    """Forward passes to one optimizer step; the effective batch is this times `batch_size` times the devices."""
-    max_length: int | None = Field(None, ge=2)
-    """Longest input in tokens, longer ones are cut; by default what the model can take, at most 512."""
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa"] = "adamw"
-    """The optimizer; the 8-bit and paged ones need bitsandbytes."""
-    lora_plus_ratio: float | None = Field(None, gt=0)
-    """LoRA+: the learning rate of the B matrices over that of the A matrices (16 is usual)."""
-    scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after warm-up."""
-    warmup: float = Field(0.1, ge=0, lt=1)
-    """Part of the steps over which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
-    base_dropout: float | None = Field(None, ge=0, lt=1)
-    """Probability of the base model's own dropout layers while training; by default the model's, and 0 for a prefix,
-    which learns slowly enough without that noise."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are scaled down to at most this norm; 0 leaves them alone."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seeds the split, the new parameters, the order of the examples and dropout."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Dtype of the frozen weights and of the arithmetic; auto is bf16 on a GPU that has it, else fp32. Adapter
-    parameters stay fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    recompute: Literal["cheap"] | None = None
-    """cheap: compute activation × gate and norms again in the backward pass; saves less than `gradient_checkpointing`,
-    and costs a few per cent of a step."""
-    fuse: bool = True
-    """Use the fused LoRA layers, where the model's layers allow."""
-    chunked_loss: bool = True
-    """Causal LM: compute the loss in pieces, so that the logits of a whole batch never exist at once."""
-    packing: bool = False
-    """Causal LM: several examples to a row of `max_length` tokens, each seeing only itself."""
-    group_by_length: bool = True
-    """Put examples of similar length in a batch, so that little of it is padding."""
-    evals_per_epoch: int = Field(1, ge=0)
-    """Evaluations during an epoch; 0 leaves the one at the end only."""
-    early_stopping: int | None = Field(None, ge=1)
-    """Stop after so many evaluations without a better score."""
-    keep_best: bool = True
-    """Keep the adapter of the best evaluation, not of the last step."""
-    save_every: int | None = Field(None, ge=1)
-    """Write a checkpoint to resume from every so many steps; by default at every evaluation."""
-    auto_batch: bool = False
-    """Out of memory: halve `batch_size`, double `gradient_accumulation`, and start again."""
-    log_every: int = Field(10, ge=1)
-    """Optimizer steps between two lines of `metrics.jsonl`."""
-    log_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(default_factory=list)
-    """Trackers that receive the metrics too."""
-    samples: int = Field(8, ge=0)
-    """Held-out examples whose predictions, base beside tuned, are written to `samples.jsonl`."""
-
-
-class CardSpec(BaseModel):
-    """What the model card says, beside what was trained, on what and how well."""
-
-    model_config = _STRICT
-
-    samples: bool = False
-    """Put the first samples onto the card, which travels with the adapter: they are rows of your data, and answers.
-    The run folder has them in `samples.jsonl` in any case."""
 
 
 class Recipe(BaseModel):
@@ -230,7 +43,7 @@ class Recipe(BaseModel):
         RecipeError: listing every problem found.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     version: Literal[1] = 1
     """Version of this format."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from adapters_kit import arguments
-from adapters_kit.recipe import QUANTIZATIONS
+from adapters_kit.recipe_sections import QUANTIZATIONS
 from adapters_kit.serving import rules
 from adapters_kit.training.memory import QUANTIZED_BYTES
 from tests.test_floors import FLOORS

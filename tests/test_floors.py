@@ -18,6 +18,7 @@ FLOORS = {
     "errors": 0,
     "registry": 0,
     "recipe": 0,
+    "recipe_sections": 0,
     "recipe_text": 0,
     "recipe_changes": 0,
     "names": 0,

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from adapters_kit import recipe as recipe_module
 from adapters_kit import registry
 from adapters_kit.errors import RecipeError
-from adapters_kit.recipe import TASKS, Recipe, TrainingSpec, known_flags, schema
+from adapters_kit.recipe import Recipe, known_flags, schema
+from adapters_kit.recipe_sections import TrainingSpec
+from adapters_kit.task_table import TASKS
 
 BASE = {"model": "m", "task": "text-classification", "data": "reviews.csv"}
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.artifacts.adapter import read_config
+from adapters_kit.artifacts.adapter import Adapter, read_config
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint, stamp
 from adapters_kit.artifacts.recorded import RECORD, read_record
 from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, locate, locate_here
@@ -121,3 +121,20 @@ def wrong_base(folder: Path, record: Mapping[str, Any], base: Path, found: list[
         f"{base} is not the base that {folder} was trained on ({record.get('base')}): {'; '.join(found)}. Take "
         "the right model or revision, or go on regardless with force=True."
     )
+
+
+def check_bases(adapters: Sequence[Adapter], source: Path, hashes: Mapping[str, str], force: bool) -> list[str]:
+    """Compare the base with the records of the training; what to tell the user."""
+    notes = []
+    for adapter in adapters:
+        expected = adapter.record.get("tensors")
+        if not expected:
+            notes.append(
+                f"{adapter.folder} has no hashes of its base on record: nobody checked that it is the right one."
+            )
+            continue
+        found = compare_hashes(expected, hashes)
+        if found and not force:
+            raise wrong_base(adapter.folder, adapter.record, source, found)
+        notes += [f"Forced onto another base than the recorded one: {line}." for line in found]
+    return notes

@@ -14,7 +14,8 @@ from adapters_kit import tasks
 from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.inference.subject import NO_DATA, Subject, describe, load_subject, make_task
 from adapters_kit.loading import load_processor
-from adapters_kit.recipe import DATA_SUFFIXES, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DATA_SUFFIXES
 from adapters_kit.tasks.base import Task
 from adapters_kit.training.data import labelled
 from adapters_kit.training.resolve import prepare, rows_of

@@ -19,7 +19,8 @@ from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.names import looks_like_path
-from adapters_kit.recipe import DATA_SUFFIXES, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DATA_SUFFIXES
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, adapter_folder, open_adapter, read_adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.artifacts.factors import PREFIX, canonicalise, missed, pairs, strip
+from adapters_kit.artifacts.factors import canonicalise, pairs, strip
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.identity import base_hashes
 from adapters_kit.artifacts.manifest import describe, write_manifest
@@ -33,6 +33,8 @@ from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError, UnknownNameError
 from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.deltas import merge_unit
+from adapters_kit.merging.made_lora import Made, factors
+from adapters_kit.merging.made_lora import config as lora_config
 from adapters_kit.merging.roundtrip import Rounding
 from adapters_kit.merging.update import match
 from adapters_kit.merging.weightless import base_config, empty_model, model_class, trace
@@ -141,14 +143,14 @@ def extract(
                     else:
                         left[name] = update.norm().item()
 
-        made = _factors(updates(), r, energy)
+        made = factors(updates(), r, energy)
         left |= dict.fromkeys(after.keys() - before.keys(), math.inf)
         if not made.ranks:
             reason = f"only {', '.join(sorted(left)[:3])} differ" if left else "every tensor is the same"
             raise ShippingError(f"{second} is {first} as far as a LoRA goes: {reason}.")
         record = {"format": FORMAT, "base": describe(base), "tensors": base_hashes(first), "quantize": None}
         name = str(base) if not Path(base).exists() else os.path.abspath(base)
-        peft_config = _config(made, portable_base(name, target), _task(bare))
+        peft_config = lora_config(made, portable_base(name, target), _task(bare))
         with staged(target, overwrite=overwrite, keep=[first, second]) as stage:
             _write(stage, peft_config, made, record)
             copy_processor(places[1], stage)
@@ -224,12 +226,12 @@ def convert(
                             f"{adapter.folder} changes {name}, which a LoRA of linears cannot hold. Merge it instead."
                         )
 
-        made = _factors(updates(), rank, energy)
+        made = factors(updates(), rank, energy)
         if not made.ranks:
             raise ShippingError(f"{adapter.folder} changes no linear's weight.")
         paths = tuple(f"{unit.path}." for unit in heads)
         extra = {name: tensor for name, tensor in adapter.weights.items() if paths and strip(name).startswith(paths)}
-        config = _config(made, portable_base(adapter.base, target), adapter.raw.get("task_type"))
+        config = lora_config(made, portable_base(adapter.base, target), adapter.raw.get("task_type"))
         config["modules_to_save"] = adapter.raw.get("modules_to_save") if heads else None
         config["auto_mapping"] = adapter.raw.get("auto_mapping")
         with staged(target, overwrite=overwrite, keep=[adapter.folder, source]) as stage:
@@ -275,14 +277,14 @@ def compress(
         raise ShippingError(f"{adapter.folder} adapts an embedding ({odd[0]}), which is not compressed.")
     highest = r if r is not None else raw["r"]
     _check(highest, energy)
-    made = _Made()
+    made = Made()
     for path, pair in found.items():
         qb, rb = torch.linalg.qr(pair.b.double())  # (out, r), (r, r)
         qa, ra = torch.linalg.qr(pair.a.double().T)  # (in, r), (r, r)
         u, s, vh = torch.linalg.svd(rb @ ra.T)
         made.add(path, qb @ u, s, vh @ qa.T, s.norm().item(), highest, energy)
     with staged(target, overwrite=overwrite, keep=[adapter.folder]) as stage:
-        small = _config(made, portable_base(adapter.base, target), raw.get("task_type"))
+        small = lora_config(made, portable_base(adapter.base, target), raw.get("task_type"))
         _write(stage, {**raw, **small}, made, adapter.record, rest)
         copy_processor(adapter.folder, stage)
         copy_card(adapter.folder, stage)
@@ -290,97 +292,10 @@ def compress(
     return ExtractReport(target, made.ranks, made.errors, made.error)
 
 
-@dataclass
-class _Made:
-    """Factors as they are made, and what they lose."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    lost: float = 0.0  # sums of squares
-    whole: float = 0.0
-
-    @property
-    def size(self) -> float:
-        """The norm of all updates together."""
-        return math.sqrt(self.whole)
-
-    @property
-    def error(self) -> float:
-        """The share of it that the factors miss."""
-        return math.sqrt(self.lost / self.whole) if self.whole else 0.0
-
-    def add(
-        self, path: str, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, size: float, r: int, energy: float | None
-    ) -> None:
-        """One module's update from its decomposition, which may end before the update's rank.
-
-        Args:
-            u, s, vh: (out, k), (k,), (k, in).
-            size: the update's Frobenius norm.
-        """
-        rank = min(r, len(s))
-        if energy is not None:
-            kept = s.double().square().cumsum(0) / max(size**2, torch.finfo(torch.float64).tiny)
-            rank = min(rank, int((kept < energy).sum()) + 1)
-        root = s[:rank].sqrt()
-        self.tensors[f"{PREFIX}{path}.lora_A.weight"] = (root[:, None] * vh[:rank]).float()  # (r, in)
-        self.tensors[f"{PREFIX}{path}.lora_B.weight"] = (u[:, :rank] * root).float()  # (out, r)
-        lost = max(size**2 - s[:rank].double().square().sum().item(), 0.0)
-        if len(s) == min(u.shape[0], vh.shape[1]):
-            lost = (missed(s, rank) * size) ** 2
-        self.ranks[path], self.errors[path] = rank, math.sqrt(lost) / size if size else 0.0
-        self.lost, self.whole = self.lost + lost, self.whole + size**2
-
-
-_EXACT = 1536  # the shorter side up to which the whole decomposition is made; it takes a second at most
-
-
-def _factors(updates: Iterable[tuple[str, torch.Tensor]], r: int, energy: float | None) -> _Made:
-    made = _Made()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for path, update in updates:
-            if not torch.isfinite(update).all():
-                raise ShippingError(f"The update of {path} is not finite: a checkpoint is broken.")
-            size = update.double().norm().item()
-            if not size:
-                continue
-            if min(update.shape) <= _EXACT or r * 4 > min(update.shape):
-                u, s, vh = torch.linalg.svd(update, full_matrices=False)
-            else:  # Halko, Martinsson and Tropp 2011, arXiv:0909.4061: the first r, to rounding
-                u, s, v = torch.svd_lowrank(update, q=r + 16, niter=6)
-                vh = v.T
-            made.add(path, u, s, vh, size, r, energy)
-    return made
-
-
-def _config(made: _Made, base: str | None, task: str | None) -> dict[str, Any]:
-    """peft's config of the LoRA: alpha = r everywhere, so that the scale is 1."""
-    highest = max(made.ranks.values(), default=1)
-    other = {path: rank for path, rank in made.ranks.items() if rank != highest}
-    return {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base,
-        "r": highest,
-        "lora_alpha": highest,
-        "rank_pattern": other,
-        "alpha_pattern": dict(other),
-        "target_modules": sorted(made.ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
 def _write(
     stage: Path,
     config: dict[str, Any],
-    made: _Made,
+    made: Made,
     record: dict[str, Any],
     extra: dict[str, torch.Tensor] | None = None,
 ) -> None:

@@ -17,7 +17,7 @@ from adapters_kit.artifacts.adapter import Adapter, open_adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.files import write_text
-from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
+from adapters_kit.artifacts.identity import base_hashes, check_bases
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.proof import GENERATES, PROOF
 from adapters_kit.artifacts.reading import read_json
@@ -29,7 +29,7 @@ from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.card import model_card
 from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.writing import write
-from adapters_kit.recipe import QUANTIZATIONS
+from adapters_kit.recipe_sections import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from adapters_kit.merging.into_gguf import GgufReport
@@ -181,9 +181,9 @@ def merge(
         _check_known(order, source, base, checkpoint, raw)
         job = plan(order, checkpoint, raw)
         if job.updates:  # the plain road hashes while it writes
-            _check_bases(order.adapters, source, hashing.result(), force)
+            check_bases(order.adapters, source, hashing.result(), force)
         hashes = write(job.layout, checkpoint, job.changed(), stage)
-        notes = [*job.notes, *_check_bases(order.adapters, source, hashing.result(), force)]
+        notes = [*job.notes, *check_bases(order.adapters, source, hashing.result(), force)]
         notes += write_side_files(folder, first.folder, job.config, stage)
         report = _counted(Path(out), job, time.perf_counter() - begin)
         if verify != "off":
@@ -386,20 +386,3 @@ def _about(order: Order, source: Path, hashes: Mapping[str, str], report: MergeR
     names = [describe(one.folder) for one in order.adapters]
     combined = asdict(order.mix) if order.mix.method != "sum" else {"method": "sum"}
     return {"adapters": names, "weights": list(order.factors), **about, "combined": combined}
-
-
-def _check_bases(adapters: Sequence[Adapter], source: Path, hashes: Mapping[str, str], force: bool) -> list[str]:
-    """Compare the base with the records of the training; what to tell the user."""
-    notes = []
-    for adapter in adapters:
-        expected = adapter.record.get("tensors")
-        if not expected:
-            notes.append(
-                f"{adapter.folder} has no hashes of its base on record: nobody checked that it is the right one."
-            )
-            continue
-        found = compare_hashes(expected, hashes)
-        if found and not force:
-            raise wrong_base(adapter.folder, adapter.record, source, found)
-        notes += [f"Forced onto another base than the recorded one: {line}." for line in found]
-    return notes

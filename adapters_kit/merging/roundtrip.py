@@ -12,7 +12,7 @@ import torch
 
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.errors import MissingPackageError, ShippingError
-from adapters_kit.recipe import QUANTIZATIONS
+from adapters_kit.recipe_sections import QUANTIZATIONS
 
 
 @dataclass(frozen=True)

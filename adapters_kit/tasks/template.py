@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from itertools import product
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -29,6 +28,7 @@ from adapters_kit.tasks.probes import (
     TOLD,
     TOOLS,
     Ending,
+    Probed,
     advice,
     alike,
     shown,
@@ -53,17 +53,13 @@ class Answer(NamedTuple):
         return self.context + self.answer
 
 
-class ChatTemplate:
+class ChatTemplate(Probed):
     """The chat template of a tokenizer.
 
     Args:
         tokenizer: with a `chat_template`.
         model: its name, for messages.
     """
-
-    def __init__(self, tokenizer: Any, model: str) -> None:
-        self.tokenizer = tokenizer
-        self.model = model
 
     # Rendering
 
@@ -108,7 +104,7 @@ class ChatTemplate:
         if self._thinking_field and "reasoning_content" in turn:
             turn[self._thinking_field] = turn.pop("reasoning_content")
         if "tool_calls" in turn:
-            as_text, empty = self._call_spelling or (False, "")
+            as_text, empty, _ = self._call_spelling or (False, "", False)
             if as_text:
                 turn["tool_calls"] = [with_text_arguments(call) for call in turn["tool_calls"]]
             turn["content"] = turn["content"] or empty
@@ -116,49 +112,6 @@ class ChatTemplate:
             text = turn["content"]
             turn["content"] = [{"type": "text", "text": text}] if text else []
         return turn
-
-    @cached_property
-    def _wants_parts(self) -> bool:
-        """Whether content has to be a list of parts: templates of models that see and hear."""
-
-        def shows(content: Any) -> bool:
-            said = {"user": ASKED, "assistant": TOLD}
-            text = self._try([{"role": role, "content": content(word)} for role, word in said.items()]) or ""
-            return all(word in text for word in said.values()) and not re.search(r"""['"]text['"]""", text)
-
-        return not shows(str) and shows(lambda word: [{"type": "text", "text": word}])
-
-    @cached_property
-    def _knows_developers(self) -> bool:
-        text = self._try([{"role": "developer", "content": TOLD}, user(ASKED)])
-        return text is not None and TOLD in text
-
-    @cached_property
-    def _thinking_field(self) -> str | None:
-        """The field of a turn from which the template writes its thinking; None if there is none."""
-        content = [{"type": "text", "text": TOLD}] if self._wants_parts else TOLD
-        for field in ("reasoning_content", "thinking", "reasoning"):
-            text = self._try([user(ASKED), {"role": "assistant", "content": content, field: NAME}])
-            if text is not None and NAME in text:
-                return field
-        return None
-
-    @property
-    def knows_thinking(self) -> bool:
-        """Whether the template writes thinking that stands in a field of its own, or has a place for it."""
-        return self._thinking_field is not None or "</think>" in self._source
-
-    @cached_property
-    def _call_spelling(self) -> tuple[bool, str | None] | None:
-        """Whether arguments are text, and what an empty content is, so that the template shows a tool call; None if it
-        shows none."""
-        for as_text, empty in product((False, True), ("", None)):
-            call = CALL if not as_text else with_text_arguments(CALL)
-            content: Any = [] if self._wants_parts else empty
-            text = self._try([user(ASKED), {"role": "assistant", "content": content, "tool_calls": [call]}], TOOLS)
-            if text is not None and NAME in text.partition(ASKED)[2] and TOLD in text and '\\"' + KEY not in text:
-                return as_text, empty
-        return None
 
     def check(self, talk: Conversation, row: int) -> int:
         """How many turns of a conversation the template leaves out.
@@ -177,12 +130,18 @@ class ChatTemplate:
                     f"{kind}. Take a model whose template does, or leave out "
                     f"{'these rows' if kind == 'tool calls' else 'the column of tools'}."
                 )
-        as_text = self._call_spelling is not None and self._call_spelling[0]
-        for call in (call for turn in talk.turns for call in turn.get("tool_calls", ())):
-            if isinstance(call["function"]["arguments"], str) and not as_text:
+        as_text, _, written = self._call_spelling or (False, "", False)
+        for call in (call["function"] for turn in talk.turns for call in turn.get("tool_calls", ())):
+            given, fault = call["arguments"], None
+            if isinstance(given, str) and not as_text:
+                fault = f"are no JSON: {shortened(given)}. Mend them"
+            elif given and not written:
+                fault = (
+                    f"{shortened(str(given))} are not written by the chat template of {self.model}. Take another model"
+                )
+            if fault:
                 raise DataError(
-                    f"Row {row + 1}: the arguments of the call of {call['function']['name']} are no JSON: "
-                    f"{shortened(call['function']['arguments'])}. Mend them, or leave the row out."
+                    f"Row {row + 1}: the arguments of the call of {call['name']} {fault}, or leave the row out."
                 )
         unseen_turns = [turn for turn in talk.turns if turn["role"] != "assistant" and not shown(turn["content"], text)]
         if any(turn["role"] == "tool" for turn in unseen_turns):
@@ -191,15 +150,6 @@ class ChatTemplate:
                 "Take a model whose template does, or leave these rows out."
             )
         return len(unseen_turns)
-
-    def _try(self, turns: list[Turn], tools: Any = None, prompt: bool = False) -> str | None:
-        """A probe as the template writes it, or None if it raises."""
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=prompt)
-            )
-        except Exception:  # whatever the template's code raises
-            return None
 
     def _probe(self, turns: list[Turn], tools: Any = None, prompt: bool = False) -> str | None:
         return self._try([self._fitted(turn) for turn in turns], tools, prompt)
@@ -366,10 +316,6 @@ class ChatTemplate:
             content = content.lstrip()[len(opened[1]) + 2 :]
             content = content.lstrip("\n") if context.endswith("\n") else content
         return content.rstrip() + text[place + len(said) :]
-
-    @cached_property
-    def _source(self) -> str:
-        return str(self.tokenizer.chat_template)
 
     def _first_generated(self, talk: Conversation, at: int, full: str, context: int) -> int:
         """Characters of the answer that the template's own `{% generation %}` leaves out, at its beginning."""

@@ -17,7 +17,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from adapters_kit.errors import DataError
-from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.json_rows import tables
 

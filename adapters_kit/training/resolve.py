@@ -19,7 +19,8 @@ from adapters_kit import tasks
 from adapters_kit.errors import RecipeError
 from adapters_kit.methods import find_method
 from adapters_kit.names import is_adapter_folder
-from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError, RecipeError, did_you_mean
-from adapters_kit.recipe import DATA_SUFFIXES, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DATA_SUFFIXES
 from adapters_kit.verbs.shown import Shown, metrics_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters_kit.errors import DataError
-from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.training import data
 from adapters_kit.training.resolve import prepare
 from adapters_kit.training.sampling import OrderedByEpoch

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from adapters_kit.errors import DataError, RecipeError
-from adapters_kit.recipe import DataSpec
+from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
 from adapters_kit.training.data.files import Format

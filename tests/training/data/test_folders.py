@@ -10,7 +10,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from adapters_kit.errors import DataError
-from adapters_kit.recipe import DataSpec, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
 from adapters_kit.training.resolve import prepare

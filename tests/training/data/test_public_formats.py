@@ -9,7 +9,8 @@ import pytest
 
 import adapters_kit as ak
 from adapters_kit.errors import DataError
-from adapters_kit.recipe import DATA_SUFFIXES, DataSpec, Recipe
+from adapters_kit.recipe import Recipe
+from adapters_kit.recipe_sections import DATA_SUFFIXES, DataSpec
 from adapters_kit.tasks.conversation import as_turns
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data import read, read_table
