@@ -27,6 +27,7 @@ quick: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) types docstrings
 
 types: .venv/.installed
 	$(BIN)/mypy
