@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
-_NAMED = re.compile(r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.([^.]+)(?=\.weight$|$)")
+_NAMED = re.compile(
+    r"\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!(?:weight|bias)$)([^.]+)(?=\.(?:weight|bias)$|$)"
+)
 # Written by ms-swift beside peft's own options; about its training only.
 _OF_TRAINING = frozenset({"lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "runtime_config"})
 _OFF: tuple[Any, ...] = (None, False, "", [], {}, 0)

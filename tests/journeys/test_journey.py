@@ -73,7 +73,9 @@ def test_predictions_and_their_file(run, tmp_path, capsys):
     rows.write_text("text\n" + "\n".join(f'"{sentence}"' for sentence in SENTENCES) + "\n")
     out = tmp_path / "answers.jsonl"
     assert cli.main(["predict", str(run), "--data", str(rows), "--out", str(out)]) == 0
-    assert [json.loads(line)["label"] for line in out.read_text().splitlines()] == [row["label"] for row in printed]
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["predicted_label"] for row in told] == [row["label"] for row in printed]
+    assert [row["text"] for row in told] == SENTENCES
     capsys.readouterr()
     assert cli.main(["predict", str(run), "again", "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -197,8 +197,8 @@ def test_the_command_line_takes_several_adapters(trio, tmp_path, capsys):
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {5}
     for verb, arguments, message in (
         ("merge", [*words, str(tmp_path / "x"), "--weights", "1"], "1 weights for 2 adapters"),
-        ("merge", [words[0], str(tmp_path / "x"), "--method", "ties"], "method='ties' is for several adapters"),
-        ("merge", [*words, str(tmp_path / "x"), "--density", "0"], "density=0.0"),
+        ("merge", [words[0], str(tmp_path / "x"), "--method", "ties"], "--method ties is for several adapters"),
+        ("merge", [*words, str(tmp_path / "x"), "--density", "0"], "--density 0.0"),
         ("combine", [words[0], str(tmp_path / "x")], "two adapters or more"),
     ):
         assert cli.main([verb, *arguments]) == 2

@@ -7,7 +7,7 @@ import adapters_kit as ak
 from adapters_kit.errors import AdapterError, MissingPackageError, UnknownNameError
 from adapters_kit.training.memory import OPTIMIZERS, fixed_bytes, state_bytes
 from adapters_kit.training.optimizers import build_optimizer
-from adapters_kit.training.resolve import learning_rate
+from adapters_kit.training.resolve import resolve
 from tests.support import small, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -171,5 +171,5 @@ def test_refusals(monkeypatch):
 )
 def test_a_method_brings_the_rate_that_suits_the_task(task, method, rate):
     recipe = ak.Recipe(model="m", task=task, data="d.csv", method=method)
-    assert learning_rate(recipe) == rate
-    assert learning_rate(recipe.changed(**{"training.learning_rate": 1e-5})) == 1e-5
+    assert resolve(recipe).training.learning_rate == rate
+    assert resolve(recipe.changed(**{"training.learning_rate": 1e-5})).training.learning_rate == 1e-5
