@@ -21,7 +21,7 @@ from adapters_kit.errors import DataError
 
 _AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not
 _CHARACTERS = 1 << 20  # of a part, where rows are long
-_FAR = 32  # characters a token, behind which a text is looked at only if its tokens do not fill the row
+_FAR = 12  # characters a token, behind which a text is looked at only if its tokens do not fill the row
 
 
 def in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
@@ -71,7 +71,7 @@ def truncated_ids(processor: Any, texts: Sequence[str], max_length: int) -> list
     options = {"truncation": True, "max_length": max_length}
     if getattr(processor, "truncation_side", "right") != "right":
         return list(processor(list(texts), **options)["input_ids"])
-    far = max(_FAR * max_length, 1000)
+    far = max(_FAR * max_length, 200)
     short = [_up_to_a_blank(text, far) for text in texts]
     found = list(processor(short, **options)["input_ids"])
     again = [i for i, ids in enumerate(found) if len(short[i]) < len(texts[i]) and len(ids) < max_length]
