@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adapters_kit.errors import did_you_mean
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import QUANTIZATIONS
 from adapters_kit.verbs import doctor, models, shipping, training, using
 
 # The recipe's keys as the help of a verb groups them; a key that is in no group stands in the last.

@@ -1,12 +1,10 @@
 """4- and 8-bit linears through bitsandbytes, kept correct: what is quantized, and what bitsandbytes gets wrong.
 
-    nf4, fp4   4 bits a weight and a scale for every 64 of them (Dettmers et al. 2023, arXiv:2305.14314)
-    int8       8 bits a weight and a scale for every row (Dettmers et al. 2022, arXiv:2208.07339)
-
-Faults of bitsandbytes (seen in 0.50.2) that are dealt with here. On CPU, a forward pass without gradients repacks 4-bit
-weights into a layout that backward, merging and `dequantize_4bit` misread: `keep_layout`. There too, rows whose length
-is a multiple of 16 but not of 64 are unpacked with the wrong scales: `check_sizes` tries each size before it is used.
-8-bit layers fail on inputs of four dimensions (DeepSeek's attention): `keep_layout` again.
+What the kinds are is in `quantization_table`. Faults of bitsandbytes (seen in 0.50.2) that are dealt with here. On CPU,
+a forward pass without gradients repacks 4-bit weights into a layout that backward, merging and `dequantize_4bit`
+misread: `keep_layout`. There too, rows whose length is a multiple of 16 but not of 64 are unpacked with the wrong
+scales: `check_sizes` tries each size before it is used. 8-bit layers fail on inputs of four dimensions (DeepSeek's
+attention): `keep_layout` again.
 """
 
 import importlib.metadata
@@ -27,14 +25,12 @@ from adapters_kit.anatomy import block_linears
 from adapters_kit.anatomy.bypassed import bypassed
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import BLOCK, KINDS
 
 _log = logging.getLogger(__name__)
 
-KINDS = QUANTIZATIONS
 KEEP = "keep"  # a .gguf file's own blocks (kernels/ggml.py)
 OLDEST = "0.49.0"
-BLOCK = 64  # weights that share a scale in 4-bit formats
 
 
 def check_kind(quantize: str) -> None:
@@ -106,16 +102,8 @@ def bnb_config(
         quant_storage: dtype that packed 4-bit weights pretend to have. FSDP wants that of the other weights.
         skip: modules to leave alone, as `modules_to_leave` gives them.
     """
-    if quantize == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantize,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_quant_storage=quant_storage,
-        llm_int8_skip_modules=list(skip),
-    )
+    options = KINDS[quantize].options(compute_dtype, double_quant, quant_storage)
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=list(skip))
 
 
 def quantizable(model: nn.Module, skip: Sequence[str] = ()) -> list[str]:
@@ -175,7 +163,7 @@ def check_sizes(model: nn.Module, paths: Sequence[str], quantize: str, device: s
     Raises:
         ModelError: naming them, with the two ways out.
     """
-    if quantize == "int8":
+    if KINDS[quantize].block == 1:
         return
     bad: dict[int, list[str]] = {}
     for path in paths:
@@ -208,13 +196,6 @@ def unpacks_right(width: int, quantize: str, device: str = "cpu") -> bool:
     scales = state.absmax.repeat_interleave(BLOCK)[: weight.numel()]
     expected = (state.code[nibbles.long()] * scales).view_as(weight)
     return torch.allclose(functional.dequantize_4bit(packed, state), expected, atol=1e-5)
-
-
-def four_bit_codes(quantize: str) -> torch.Tensor:
-    """The 16 values in [-1, 1] that a 4-bit weight can have, before its block's scale; fp32."""
-    from bitsandbytes.functional import get_4bit_type
-
-    return get_4bit_type(quantize, device="cpu")
 
 
 def keep_layout(model: nn.Module) -> int:
@@ -293,37 +274,15 @@ def quantize_in_place(model: nn.Module, paths: Sequence[str], config: BitsAndByt
     For weights that transformers cannot quantize while reading them (GGUF files). The model then counts as quantized
     and saves like any other.
     """
-    import bitsandbytes as bnb
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    settings = config.to_dict()
+    kind = next(kind for kind in KINDS.values() if kind.is_saved_as(settings))
     trimmer = Trimmer()
     for path in paths:
         old: Any = model.get_submodule(path)
         weight = old.weight.data.T if isinstance(old, Conv1D) else old.weight.data
-        rows, width = weight.shape
-        if config.load_in_8bit:
-            new = bnb.nn.Linear8bitLt(
-                width,
-                rows,
-                old.bias is not None,
-                has_fp16_weights=False,
-                threshold=config.llm_int8_threshold,
-                device="meta",
-            )
-            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
-        else:
-            new = bnb.nn.Linear4bit(
-                width,
-                rows,
-                old.bias is not None,
-                config.bnb_4bit_compute_dtype,
-                compress_statistics=config.bnb_4bit_use_double_quant,
-                quant_type=config.bnb_4bit_quant_type,
-                quant_storage=config.bnb_4bit_quant_storage,
-                device="meta",
-            )
-            options = {**new.weight.__dict__, "module": new}
-            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options).to(weight.device)
+        new = kind.layer(weight, old.bias is not None, config)
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.data, requires_grad=False)
         new.source_cls = type(old)

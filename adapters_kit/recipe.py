@@ -22,13 +22,13 @@ from pydantic import (
 
 from adapters_kit import names, registry
 from adapters_kit.errors import RecipeError, did_you_mean, nearest
+from adapters_kit.quantization_table import KINDS, Quantization
 from adapters_kit.recipe_sections import (
     DATA_SUFFIXES,
     STRICT,
     CardSpec,
     DataSpec,
     MethodSpec,
-    Quantization,
     TaskName,
     TrainingSpec,
 )
@@ -299,8 +299,10 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
             problems.append((tuple(key.split(".")), f"only {owners} has this key; the task is {task}."))
     if training.get("early_stopping") and training.get("evals_per_epoch", 1) == 0:
         problems.append((("training", "early_stopping"), "needs evaluations: set evals_per_epoch to 1 or more."))
-    if fields.get("quantize") and training.get("precision") == "fp32" and fields["quantize"] == "int8":
-        problems.append((("training", "precision"), "int8 weights compute in 16 bits: use auto, bf16 or fp16."))
+    quantize = fields.get("quantize")
+    if training.get("precision") == "fp32" and quantize in KINDS and not KINDS[quantize].computes_in_fp32:
+        text = f"{quantize} weights compute in 16 bits: use auto, bf16 or fp16."
+        problems.append((("training", "precision"), text))
     return problems
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import codecs
 import encodings.aliases
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters_kit.errors import did_you_mean, nearest
 from adapters_kit.task_table import TASKS
-
-Quantization = Literal["nf4", "fp4", "int8"]
-"""The kinds of rounding that a base can be loaded with; `quantization.bnb_config` says what each is."""
-QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 # Files of rows, which are no recipes.
 DATA_SUFFIXES = (

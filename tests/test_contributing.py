@@ -4,9 +4,8 @@ import re
 from pathlib import Path
 
 from adapters_kit import arguments
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import KINDS, QUANTIZATIONS
 from adapters_kit.serving import rules
-from adapters_kit.training.memory import QUANTIZED_BYTES
 from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
@@ -44,4 +43,4 @@ def test_the_lists_of_servers_agree():
 
 
 def test_the_lists_of_quantizations_agree():
-    assert set(QUANTIZED_BYTES) == set(QUANTIZATIONS)
+    assert tuple(KINDS) == QUANTIZATIONS

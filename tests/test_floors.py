@@ -23,6 +23,7 @@ FLOORS = {
     "recipe_changes": 0,
     "names": 0,
     "task_table": 0,
+    "quantization_table": 0,
     "noise": 0,
     "system": 0,
     "anatomy": 1,

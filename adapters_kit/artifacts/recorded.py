@@ -22,7 +22,7 @@ from typing import Any
 from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.artifacts.reading import read_json
 from adapters_kit.errors import ShippingError
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import QUANTIZATIONS
 
 RECORD, FORMAT = "adapters_kit.json", 1
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")

@@ -28,7 +28,6 @@ from adapters_kit.loading.reading import (
 )
 from adapters_kit.quantization import (
     KEEP,
-    KINDS,
     bnb_config,
     check_device,
     check_kind,
@@ -38,6 +37,7 @@ from adapters_kit.quantization import (
     quantizable,
     quantize_in_place,
 )
+from adapters_kit.quantization_table import KINDS
 from adapters_kit.task_table import TASKS, labelled
 
 _log = logging.getLogger(__name__)
@@ -325,11 +325,8 @@ def _saved_kind(config: PreTrainedConfig) -> str | None:
     if saved is None:
         return None
     saved = saved if isinstance(saved, dict) else saved.to_dict()
-    if saved.get("load_in_8bit"):
-        return "int8"
-    if saved.get("load_in_4bit"):
-        return saved.get("bnb_4bit_quant_type", "fp4")
-    return str(saved.get("quant_method", "unknown"))
+    known = (name for name, kind in KINDS.items() if kind.is_saved_as(saved))
+    return next(known, str(saved.get("quant_method", "unknown")))
 
 
 def _device_type(device_map: Any) -> str:

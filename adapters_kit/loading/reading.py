@@ -12,7 +12,8 @@ from adapters_kit.errors import ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading.lazy import read_lazily
 from adapters_kit.noise import without_load_report
-from adapters_kit.quantization import KINDS, check_kind, modules_to_leave
+from adapters_kit.quantization import check_kind, modules_to_leave
+from adapters_kit.quantization_table import KINDS
 
 Loaded = tuple[PreTrainedModel, dict[str, Any]]  # with transformers' account of missing and misfitting keys
 

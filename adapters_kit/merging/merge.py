@@ -29,7 +29,7 @@ from adapters_kit.merging.base import as_checkpoint
 from adapters_kit.merging.card import model_card
 from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.writing import write
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from adapters_kit.merging.into_gguf import GgufReport

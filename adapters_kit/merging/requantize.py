@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +21,7 @@ from adapters_kit.errors import ShippingError
 from adapters_kit.merging.update import Update
 from adapters_kit.merging.weightless import stored_name
 from adapters_kit.quantization import bnb_config, check_kind, modules_to_leave, quantizable
+from adapters_kit.quantization_table import KINDS, Kind
 from adapters_kit.system import WRITE_BINARY, write_at
 
 
@@ -80,7 +80,7 @@ def requantize(update: Update, stage: Path, kind: str) -> Survival:
         weight_map: dict[str, str] = {}
         total = 0
         for file in merged.files:
-            names, size = _rewrite(update, merged, stage, file, wanted, config, measured)
+            names, size = _rewrite(update, merged, stage, file, wanted, KINDS[kind], measured)
             weight_map |= dict.fromkeys(names, file)
             total += size
     for file in merged.files:
@@ -118,7 +118,7 @@ class _Measure:
 
 
 def _rewrite(
-    update: Update, merged: Checkpoint, stage: Path, file: str, wanted: dict[str, str], config: Any, measured: _Measure
+    update: Update, merged: Checkpoint, stage: Path, file: str, wanted: dict[str, str], kind: Kind, measured: _Measure
 ) -> tuple[list[str], int]:
     """One shard, its linears quantized. The data goes to a file of its own first: only then is the header known."""
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -130,7 +130,7 @@ def _rewrite(
         for name, stored in merged.tensors.items():
             if stored.file.name != file:
                 continue
-            parts = _quantized(update, merged, name, wanted[name], config, measured) if name in wanted else None
+            parts = _quantized(update, merged, name, wanted[name], kind, measured) if name in wanted else None
             for key, tensor in parts or [(name, merged.read(name))]:
                 tensor = tensor.contiguous()
                 table[key] = CODES[tensor.dtype], tuple(tensor.shape)
@@ -147,31 +147,14 @@ def _rewrite(
 
 
 def _quantized(
-    update: Update, merged: Checkpoint, name: str, path: str, config: Any, measured: _Measure
+    update: Update, merged: Checkpoint, name: str, path: str, kind: Kind, measured: _Measure
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that stand for one linear's weight in a checkpoint of bitsandbytes."""
-    import bitsandbytes.functional as bnb
-
     # bitsandbytes stores GPT-2's transposed linears the usual way round.
     turned = isinstance(update.attached.bare.get_submodule(path), Conv1D)
     value, base = merged.read(name), update.weights(f"{path}.weight")
     value, base = (tensor.T.contiguous() if turned else tensor for tensor in (value, base))
-    if config.load_in_8bit:
-        rows, scales, _ = bnb.int8_vectorwise_quant(value.half())
-        after = bnb.int8_vectorwise_dequant(rows, scales)
-        before = bnb.int8_vectorwise_dequant(*bnb.int8_vectorwise_quant(base.half())[:2])
-        prefix = name.removesuffix("weight")
-        format_row = torch.tensor(0, dtype=torch.uint8)
-        parts = {name: rows, f"{prefix}SCB": scales, f"{prefix}weight_format": format_row}
-    else:
-        options = {
-            "blocksize": 64,
-            "compress_statistics": config.bnb_4bit_use_double_quant,
-            "quant_type": config.bnb_4bit_quant_type,
-        }
-        packed, state = bnb.quantize_4bit(value, **options)
-        after = bnb.dequantize_4bit(packed, state)
-        before = bnb.dequantize_4bit(*bnb.quantize_4bit(base.to(value.dtype).contiguous(), **options))
-        parts = {name: packed} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
-    measured.add(name, *(tensor.float() for tensor in (base, value, before, after)))
-    yield from parts.items()
+    coded = kind.code(value, name)
+    before = kind.code(base.to(value.dtype)).weight
+    measured.add(name, *(tensor.float() for tensor in (base, value, before, coded.weight)))
+    yield from coded.parts.items()

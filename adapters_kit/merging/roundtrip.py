@@ -12,7 +12,7 @@ import torch
 
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.errors import MissingPackageError, ShippingError
-from adapters_kit.recipe_sections import QUANTIZATIONS
+from adapters_kit.quantization_table import KINDS
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,12 @@ class Rounding:
         Raises:
             MissingPackageError: no bitsandbytes.
         """
+        if self.kind not in KINDS:
+            raise ShippingError(f"The base was quantized as {self.kind!r}; {', '.join(KINDS)} are known here.")
         try:
-            import bitsandbytes.functional as bnb
+            return KINDS[self.kind].code(weight.to(self.dtype), blocksize=self.blocksize, nested=self.nested).weight
         except ImportError as error:
             raise MissingPackageError(
                 "This adapter was trained on a base quantized by bitsandbytes, whose rounding the merge has to repeat: "
                 "pip install bitsandbytes. Or merge into the original weights with base='original'."
             ) from error
-        if self.kind not in QUANTIZATIONS:
-            raise ShippingError(f"The base was quantized as {self.kind!r}; {', '.join(QUANTIZATIONS)} are known here.")
-        weight = weight.to(self.dtype)
-        if self.kind == "int8":
-            rows, scales, _ = bnb.int8_vectorwise_quant(weight.half().contiguous())
-            return bnb.int8_vectorwise_dequant(rows, scales)
-        packed, state = bnb.quantize_4bit(
-            weight.contiguous(), blocksize=self.blocksize, compress_statistics=self.nested, quant_type=self.kind
-        )
-        return bnb.dequantize_4bit(packed, state)

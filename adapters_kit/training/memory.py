@@ -23,6 +23,7 @@ from adapters_kit.errors import UnknownNameError, did_you_mean
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked
 from adapters_kit.quantization import KEEP
+from adapters_kit.quantization_table import KINDS
 from adapters_kit.tasks.causal_lm import LOGITS_AT_ONCE
 from adapters_kit.training.gpu_rules import AllCount, GpuRules
 
@@ -31,8 +32,6 @@ OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+",
 # bitsandbytes keeps the state of smaller tensors in fp32, and one fp32 scale for so many 8-bit entries.
 _SMALLEST_8BIT = 4096
 _BLOCK_8BIT = 256
-# Bytes a weight: 4 bits and, for each 64 weights, a scale of 8 bits that shares an fp32 scale with 255 others.
-QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "fp4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
             blocks already (`loading.gguf.lay_in_blocks`).
     """
     base = base_model(model)
-    paths = linears if quantize in QUANTIZED_BYTES else ()
+    paths = linears if quantize in KINDS else ()
     quantized = {id(unwrap(base.get_submodule(path)).weight) for path in paths}
     weights = 0.0
     trained: list[int] = []
@@ -195,7 +194,7 @@ def fixed_bytes(model: nn.Module, optimizer: str, quantize: str | None, linears:
         elif tensor.requires_grad and not (optimizer == "lora-fa" and "lora_A" in name):
             trained.append(tensor.numel())
         else:
-            each = QUANTIZED_BYTES[str(quantize)] if id(tensor) in quantized else tensor.element_size()
+            each = KINDS[str(quantize)].bytes_per_weight if id(tensor) in quantized else tensor.element_size()
             weights += tensor.numel() * each
     return Memory(round(weights), 4 * sum(trained), 4 * sum(trained), state_bytes(optimizer, trained), 0, 0)
 
