@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from adapters_kit.errors import did_you_mean
 from adapters_kit.quantization_table import QUANTIZATIONS
-from adapters_kit.verbs import doctor, models, shipping, training, using
+from adapters_kit.verbs import doctor, inference, models, shipping, training
 
 # The recipe's keys as the help of a verb groups them; a key that is in no group stands in the last.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -235,11 +235,11 @@ def _training(verb: Adder) -> None:
 
 
 def _using(verb: Adder) -> None:
-    made = verb(using.evaluate, "eval", takes_keys=True)
+    made = verb(inference.evaluate, "eval", takes_keys=True)
     made.add_argument("name", metavar="NAME", help="run folder, adapter folder or model")
     made.add_argument("--data", help="file, folder or hub id (default: the run's own held-out data)")
 
-    made = verb(using.predict, takes_keys=True)
+    made = verb(inference.predict, takes_keys=True)
     made.add_argument("name", metavar="NAME", help="run folder, adapter folder or model")
     made.add_argument("text", nargs="*", help="inputs")
     made.add_argument("--input", "--data", dest="data", metavar="FILE", help="file or folder of inputs")
@@ -251,7 +251,7 @@ def _using(verb: Adder) -> None:
     )
     made.add_argument("--overwrite", action="store_true", help="replace the file")
 
-    made = verb(using.chat, takes_keys=True, json=False)
+    made = verb(inference.chat, takes_keys=True, json=False)
     made.add_argument("name", metavar="NAME", help="run folder, adapter folder or model")
     made.add_argument("--system", metavar="TEXT", help="what the assistant is told before everything")
     made.add_argument(
@@ -261,7 +261,7 @@ def _using(verb: Adder) -> None:
     made.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: 512)")
     made.add_argument("--seed", type=int, help="of the draws")
 
-    made = verb(using.serve, takes_keys=True, json=False)
+    made = verb(inference.serve, takes_keys=True, json=False)
     made.add_argument(
         "names", nargs="+", metavar="NAME", help="run or adapter folders of one base, NAME=FOLDER, or a model"
     )

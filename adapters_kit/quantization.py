@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from adapters_kit.anatomy import block_linears
-from adapters_kit.anatomy.bypassed import bypassed
+from adapters_kit.anatomy.bypass import bypassed
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import MissingPackageError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.quantization_table import BLOCK, KINDS

@@ -11,13 +11,13 @@ from torch import nn
 from adapters_kit import registry
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.identity import check_loaded
-from adapters_kit.artifacts.recorded import OURS
+from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.errors import ModelError, UnknownNameError
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap
 from adapters_kit.methods.adapterhub.heads import told
 from adapters_kit.methods.configs import build
-from adapters_kit.methods.saved import fill, read_saved
+from adapters_kit.methods.saved_adapter import fill, read_saved
 from adapters_kit.methods.together.build import combine
 from adapters_kit.methods.together.live import attach
 from adapters_kit.methods.virtual_tokens import keep_places

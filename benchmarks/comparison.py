@@ -302,12 +302,12 @@ def _point(row: dict[str, Any]) -> tuple[str, float]:
 
 def draw() -> None:
     """The plots in the results folder, from the committed JSON alone."""
-    from adapters_kit.comparison import plots
+    from adapters_kit.comparison import score_plots
     from adapters_kit.training import pictures
 
     results = read()
     if results["sentiment"]:
-        plots.draw({"metric": "accuracy", "methods": over_sets(results)}, FOLDER, "comparison_")
+        score_plots.draw({"metric": "accuracy", "methods": over_sets(results)}, FOLDER, "comparison_")
     if {"rank", "rate"} <= set(results["curves"]):
         figure, (left, right) = pictures.blank(2)
         for place, name, what in ((left, "rank", "LoRA's rank"), (right, "rate", "learning rate")):

@@ -81,7 +81,7 @@ elif way.startswith("ours"):
         import transformers.models.llama.modeling_llama
         import adapters_kit.merging.verify
     if way == "ours, no hashes":
-        import adapters_kit.merging.writing as writing
+        import adapters_kit.merging.writer as writing
         writing._Digest._update = lambda self, start, stop: writing.start_writing(self.descriptor, start, stop - start)
         module.base_hashes = lambda base: {}
     def run():

@@ -13,9 +13,9 @@ import yaml
 import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.errors import DataError, ModelError
-from adapters_kit.inference import files
-from adapters_kit.inference.conversation import Chat, Sampling, Writer, _until
+from adapters_kit.inference import answer_file
 from adapters_kit.inference.server import Served, make_server
+from adapters_kit.inference.session import Chat, Sampling, Writer, _until
 from adapters_kit.training.propose import propose
 from tests.support import small
 
@@ -72,10 +72,10 @@ def read(path):
 @pytest.mark.parametrize("source", [".csv", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("out", [".csv", ".jsonl", ".parquet"])
 def test_a_file_of_rows_becomes_a_file_of_answers(source, out, classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 5)
+    monkeypatch.setattr(answer_file, "PIECE", 5)
     rows = [{"id": f"x{i}", "text": row["text"]} for i, row in enumerate(small.sentiment(13, seed=3))]
     rows[4]["text"] = 'two words, "quoted"\nand a second line'
-    made = files.predict_file(classifier, write(tmp_path / f"in{source}", rows), tmp_path / f"out{out}")
+    made = answer_file.predict_file(classifier, write(tmp_path / f"in{source}", rows), tmp_path / f"out{out}")
     expected = ak.predict(classifier, [row["text"] for row in rows])
     found = read(made.path)
     assert [(row["id"], row["text"]) for row in found] == [(row["id"], row["text"]) for row in rows]
@@ -87,7 +87,7 @@ def test_a_file_of_rows_becomes_a_file_of_answers(source, out, classifier, tmp_p
 
 
 def test_a_stopped_file_goes_on_and_another_one_is_refused(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(answer_file, "PIECE", 4)
     rows = write(tmp_path / "in.csv", [{"text": row["text"]} for row in small.sentiment(12, seed=5)])
     out = tmp_path / "out.csv"
 
@@ -96,22 +96,22 @@ def test_a_stopped_file_goes_on_and_another_one_is_refused(classifier, tmp_path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.predict_file(classifier, rows, out, progress=stop)
+        answer_file.predict_file(classifier, rows, out, progress=stop)
     part = tmp_path / ".out.csv.part"
     assert not out.exists() and part.exists()
     with part.open("a", encoding="utf-8") as file:
         file.write('{"predicted_label": "go')  # torn
     other = write(tmp_path / "other.csv", [{"text": "a"}])
     with pytest.raises(DataError, match="on other rows or by another model"):
-        files.predict_file(classifier, other, out)
-    made = files.predict_file(classifier, rows, out)
+        answer_file.predict_file(classifier, other, out)
+    made = answer_file.predict_file(classifier, rows, out)
     assert (made.kept, made.rows) == (8, 12) and not part.exists()
-    whole = files.predict_file(classifier, rows, tmp_path / "whole.csv")
+    whole = answer_file.predict_file(classifier, rows, tmp_path / "whole.csv")
     assert whole.path.read_text() == out.read_text()
     with pytest.raises(DataError, match="exists already"):
-        files.predict_file(classifier, rows, out)
+        answer_file.predict_file(classifier, rows, out)
     with pytest.raises(DataError, match=r"\.csv, \.tsv"):
-        files.predict_file(classifier, rows, tmp_path / "out.xlsx")
+        answer_file.predict_file(classifier, rows, tmp_path / "out.xlsx")
 
 
 def test_the_command_answers_a_file(classifier, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_the_command_answers_a_file(classifier, tmp_path, capsys):
 
 def test_what_a_model_writes_goes_into_a_file_too(writers, tmp_path):
     rows = write(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "say hello"}]}] * 3)
-    made = files.predict_file(writers[0], rows, tmp_path / "out.jsonl")
+    made = answer_file.predict_file(writers[0], rows, tmp_path / "out.jsonl")
     assert [row["predicted_answer"].split()[0] for row in read(made.path)] == ["rome"] * 3
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from adapters_kit.anatomy.bypassed import bypassed
-from adapters_kit.anatomy.faking import fake, fake_batch, shape_dtype, shapes_alone
+from adapters_kit.anatomy.bypass import bypassed
 from adapters_kit.anatomy.parts import Block, Branch, ExpertWeight, Kind, ModelMap, Tap
 from adapters_kit.anatomy.probe import probe_inputs
 from adapters_kit.anatomy.roles import key_value_heads, linears_of
+from adapters_kit.anatomy.shapes import fake, fake_batch, shape_dtype, shapes_alone
 from adapters_kit.anatomy.structure import (
     CONVOLUTIONS,
     base_model,

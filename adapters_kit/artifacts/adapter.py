@@ -18,8 +18,8 @@ import torch
 
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.checkpoint import open_file
-from adapters_kit.artifacts.reading import read_json
-from adapters_kit.artifacts.recorded import read_record
+from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts.record_reader import read_record
 from adapters_kit.errors import ShippingError, did_you_mean
 from adapters_kit.names import ADAPTER_CONFIG
 
@@ -34,7 +34,7 @@ class Adapter:
     Attributes:
         raw: the parsed `adapter_config.json`.
         weights: name -> tensor, as stored.
-        record: the checked `adapters_kit.json` (see `recorded`), empty for an adapter trained elsewhere.
+        record: the checked `adapters_kit.json` (see `record_reader`), empty for an adapter trained elsewhere.
     """
 
     folder: Path

@@ -10,7 +10,7 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import Adapter, read_config
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint, stamp
-from adapters_kit.artifacts.recorded import RECORD, read_record
+from adapters_kit.artifacts.record_reader import RECORD, read_record
 from adapters_kit.artifacts.source import WEIGHT_SUFFIXES, locate, locate_here
 from adapters_kit.artifacts.staging import PIECE, file_sha256
 from adapters_kit.errors import ShippingError

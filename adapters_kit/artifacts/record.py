@@ -1,4 +1,4 @@
-"""What an adapter was trained on, written beside it: see `recorded` for what a record holds.
+"""What an adapter was trained on, written beside it: see `record_reader` for what a record holds.
 
 `peft_hook` calls `record_saved` after every `save_pretrained`; `record` is for adapters that another tool saved.
 """
@@ -17,7 +17,7 @@ from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.identity import base_hashes
 from adapters_kit.artifacts.manifest import describe
-from adapters_kit.artifacts.recorded import CONFIG_KEYS, FORMAT, OURS, RECORD
+from adapters_kit.artifacts.record_reader import CONFIG_KEYS, FORMAT, OURS, RECORD
 from adapters_kit.artifacts.source import locate, locate_here
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.errors import AdapterError, ShippingError

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE
-from adapters_kit.artifacts.hub import copy_without_hub
+from adapters_kit.artifacts.hub_ping import copy_without_hub
 from adapters_kit.errors import MissingPackageError, ModelError, ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.names import is_adapter_folder, looks_like_path
 

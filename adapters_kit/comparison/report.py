@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.files import write_json, write_text
-from adapters_kit.comparison import plots
+from adapters_kit.comparison import score_plots
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
-from adapters_kit.pages.compared import write_table_page
+from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
 from adapters_kit.training import run as run_report
@@ -125,7 +125,7 @@ def page_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def write(out: Path, document: Mapping[str, Any]) -> list[str]:
     """comparison.json, the plots and report.md; returns where they are, for people."""
     write_json(out / "comparison.json", document)
-    pictures = plots.draw(document, out)
+    pictures = score_plots.draw(document, out)
     write_text(out / "report.md", markdown(document, [path.name for path in pictures]))
     seeds = len(next(iter(document["cells"].values()), {}))
     note = f"Score: {document['metric']}, the mean over {seeds} seed{'s' * (seeds != 1)}; gaps are paired by seed."

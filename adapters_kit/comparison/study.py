@@ -21,11 +21,11 @@ from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
 from adapters_kit.loading import skeleton
-from adapters_kit.pages.compared import rows_table
+from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration
-from adapters_kit.training.given import Given, recipe_from
+from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.resolve import resolve
 from adapters_kit.wrapping import build_config
 

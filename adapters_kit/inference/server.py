@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from adapters_kit.errors import DataError, ModelError
-from adapters_kit.inference.conversation import Sampling, Turn, Writer, open_writing
+from adapters_kit.inference.session import Sampling, Turn, Writer, open_writing
 from adapters_kit.inference.subject import Subject, describe
 from adapters_kit.wrapping import wrap
 

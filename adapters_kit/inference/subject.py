@@ -15,7 +15,7 @@ from torch import nn
 from adapters_kit import tasks
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
 from adapters_kit.artifacts.identity import check_base
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.names import looks_like_path

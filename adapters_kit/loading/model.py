@@ -15,10 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.artifacts.dtypes import as_dtype
-from adapters_kit.artifacts.recorded import OURS
+from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
-from adapters_kit.loading.reading import (
+from adapters_kit.loading.reader import (
     gist,
     meta_model,
     read,

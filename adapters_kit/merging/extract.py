@@ -26,12 +26,12 @@ from adapters_kit.artifacts.factors import canonicalise, pairs, strip
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.identity import base_hashes
 from adapters_kit.artifacts.manifest import describe, write_manifest
-from adapters_kit.artifacts.recorded import FORMAT, RECORD
+from adapters_kit.artifacts.record_reader import FORMAT, RECORD
 from adapters_kit.artifacts.side_files import copy_card, copy_processor
 from adapters_kit.artifacts.source import base_of, locate, portable_base
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError, UnknownNameError
-from adapters_kit.merging.base import as_checkpoint
+from adapters_kit.merging.base_folder import as_checkpoint
 from adapters_kit.merging.deltas import merge_unit
 from adapters_kit.merging.made_lora import Made, factors
 from adapters_kit.merging.made_lora import config as lora_config

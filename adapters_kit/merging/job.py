@@ -15,11 +15,11 @@ from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.output import Layout, lay_out
 from adapters_kit.merging.plain_lora import Direct, find_direct
-from adapters_kit.merging.writing import Values
+from adapters_kit.merging.writer import Values
 
 # Building the model's skeleton imports transformers and peft, which takes longer than a plain merge.
 if TYPE_CHECKING:
-    from adapters_kit.merging.mixing import Mix
+    from adapters_kit.merging.mixture import Mix
     from adapters_kit.merging.roundtrip import Rounding
     from adapters_kit.merging.update import Update
 
@@ -116,7 +116,7 @@ def on_model(order: Order, checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Jo
 
 
 def _several(order: Order, mix: "Mix", checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Job:
-    from adapters_kit.merging.mixing import changed_sum
+    from adapters_kit.merging.mixture import changed_sum
     from adapters_kit.merging.update import match
 
     updates = tuple(match(one, checkpoint, order.dtype, None, False) for one in order.adapters)

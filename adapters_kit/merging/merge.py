@@ -18,17 +18,17 @@ from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, check_bases
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.proof import GENERATES, PROOF
-from adapters_kit.artifacts.reading import read_json
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.base import as_checkpoint
-from adapters_kit.merging.card import model_card
+from adapters_kit.merging.base_folder import as_checkpoint
 from adapters_kit.merging.job import Job, Order, on_model, plan
-from adapters_kit.merging.writing import write
+from adapters_kit.merging.merge_card import model_card
+from adapters_kit.merging.writer import write
 from adapters_kit.quantization_table import QUANTIZATIONS
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _order(
             raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
         read = open_adapter(Path(adapter))
         return Order((read,), (1.0,), None, target, *_rounding(read, base == "original", quantized))
-    from adapters_kit.merging.mixing import Mix
+    from adapters_kit.merging.mixture import Mix
 
     adapters = tuple(open_adapter(Path(one)) for one in adapter)
     factors = (1.0,) * len(adapters) if weights is None else tuple(float(weight) for weight in weights)
@@ -329,7 +329,7 @@ def _verify(
     No live model computes the sum of several adapters (peft's would add cross terms): there every tensor is computed
     again and compared with what was written.
     """
-    from adapters_kit.merging.folder import open_whole, tokenizer_notes
+    from adapters_kit.merging.merged_folder import open_whole, tokenizer_notes
     from adapters_kit.merging.verify import compare, recheck
 
     open_whole(stage, job.architecture)
@@ -346,7 +346,7 @@ def _verify(
 
 def _prove(order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any], stage: Path) -> list[str]:
     """Write proof.json, by which `prove` tells the merged model from its base on any server."""
-    from adapters_kit.merging.proving import adapters_proof, new_proof
+    from adapters_kit.merging.merged_proof import adapters_proof, new_proof
 
     proof = adapters_proof(order.adapters[0], stage)
     if proof is None and not job.architecture.endswith(GENERATES):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters_kit.artifacts.checkpoint import INDEX, Checkpoint, build_header, open_checkpoint
 from adapters_kit.artifacts.dtypes import CODES
 from adapters_kit.artifacts.files import write_json
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.staging import copy_range
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.update import Update

@@ -31,7 +31,7 @@ from adapters_kit.merging.weightless import (
     read_parameter,
     trace,
 )
-from adapters_kit.merging.writing import Values
+from adapters_kit.merging.writer import Values
 
 ROWS, TOKENS = 2, 16
 _TRIM = 1 << 26  # bytes of dropped weights after which memory goes back to the system

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from adapters_kit.anatomy import block_linears, expert_parameters
-from adapters_kit.anatomy.bypassed import bypassed
+from adapters_kit.anatomy.bypass import bypassed
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
 from adapters_kit.peft_plugin import refused_by_peft, renamed_by_peft
 

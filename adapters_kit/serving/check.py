@@ -10,7 +10,7 @@ from pathlib import Path
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, adapter_folder, read_adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.serving.rules import RULES, VERSIONS, Problem, missing_base, model_problems
 

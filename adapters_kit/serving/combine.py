@@ -16,11 +16,11 @@ from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, read_adapte
 from adapters_kit.artifacts.factors import Pair, best_factors, canonicalise, lower_rank, padded, pairs
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.manifest import describe, write_manifest
-from adapters_kit.artifacts.recorded import RECORD
+from adapters_kit.artifacts.record_reader import RECORD
 from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
-from adapters_kit.merging.mixing import Mix
+from adapters_kit.merging.mixture import Mix
 from adapters_kit.serving.export import ExportReport
 
 

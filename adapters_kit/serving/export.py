@@ -18,7 +18,7 @@ from adapters_kit.artifacts.files import write_json, write_tensors, write_text
 from adapters_kit.artifacts.leaks import scrub
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.proof import PROOF
-from adapters_kit.artifacts.recorded import RECORD
+from adapters_kit.artifacts.record_reader import RECORD
 from adapters_kit.artifacts.side_files import copy_card, copy_processor
 from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged

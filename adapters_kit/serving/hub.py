@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
-from adapters_kit.artifacts.hub import endpoint, reachable
+from adapters_kit.artifacts.hub_ping import endpoint, reachable
 from adapters_kit.errors import ShippingError
 from adapters_kit.task_table import TASKS
 

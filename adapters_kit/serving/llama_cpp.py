@@ -21,7 +21,7 @@ from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
 from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.errors import MissingPackageError, ShippingError

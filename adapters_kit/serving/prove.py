@@ -22,7 +22,7 @@ from pathlib import Path
 from adapters_kit.artifacts.adapter import adapter_folder
 from adapters_kit.artifacts.proof import PROOF, TOP, Position, Prompt, Proof, read_proof
 from adapters_kit.errors import ShippingError
-from adapters_kit.serving.asking import Reply, Server
+from adapters_kit.serving.client import Reply, Server
 
 TUNED, BASE, TEMPLATE, QUANTIZED, UNKNOWN = (
     "the tuned model", "the base", "another template", "quantized", "cannot tell",

@@ -12,7 +12,7 @@ from typing import Any
 from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.factors import KEY, RESIDUAL
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.source import locate_here, named_base
 from adapters_kit.errors import ShippingError
 from adapters_kit.names import looks_like_path

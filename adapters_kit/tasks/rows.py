@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 from datasets import Dataset
 
-from adapters_kit.artifacts.mapped import release_pages
+from adapters_kit.artifacts.mapped_table import release_pages
 from adapters_kit.errors import DataError
 
 _AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not

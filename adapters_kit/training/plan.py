@@ -25,7 +25,7 @@ from adapters_kit.quantization import KEEP
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter
 from adapters_kit.training.batches import Batches, FromData, FromLength, histogram
-from adapters_kit.training.given import Given, recipe_from
+from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.memory import Batch, Kept, Memory, StepMemory
 from adapters_kit.training.resolve import resolve
 

@@ -24,7 +24,7 @@ from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
-from adapters_kit.training.given import rows_from
+from adapters_kit.training.inputs import rows_from
 from adapters_kit.training.optimizers import HEAD_RATE
 
 

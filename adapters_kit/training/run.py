@@ -15,7 +15,7 @@ import torch
 
 from adapters_kit.artifacts.adapter import CONFIG, read_json
 from adapters_kit.errors import TrainingError
-from adapters_kit.pages.run import PAGE, scores_table
+from adapters_kit.pages.run_page import PAGE, scores_table
 from adapters_kit.pages.verdict import verdict
 from adapters_kit.recipe import Recipe
 

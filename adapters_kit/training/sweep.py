@@ -9,10 +9,10 @@ from pathlib import Path
 from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import TrainingError
-from adapters_kit.pages.compared import write_table_page
+from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open
-from adapters_kit.training.given import Given, recipe_from
+from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.run import Run
 from adapters_kit.training.table import Table, compare_runs, metric_of
 from adapters_kit.training.train import train

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters_kit import tasks
 from adapters_kit.errors import TrainingError
-from adapters_kit.pages.compared import rows_table
+from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.recipe_changes import flat
 from adapters_kit.training.run import Run
 

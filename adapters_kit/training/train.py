@@ -32,21 +32,21 @@ from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
-from adapters_kit.pages.run import DETAILS, write_run_page
+from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open, without_paths
 from adapters_kit.tasks.base import Features, Task
 from adapters_kit.tasks.metrics import confusion
 from adapters_kit.training import checkpoints, pictures
 from adapters_kit.training.assembly import add_adapter, load_base
-from adapters_kit.training.card import advice, card
 from adapters_kit.training.data import Splits
 from adapters_kit.training.details import details
-from adapters_kit.training.folder import Place, held
-from adapters_kit.training.given import Given, recipe_from
+from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
 from adapters_kit.training.run import Run, environment
+from adapters_kit.training.run_card import advice, card
+from adapters_kit.training.run_folder import Place, held
 
 # What may be another when a run goes on: it changes what is written down, not what is trained.
 _FREE = ("training.log_every", "training.log_to", "training.samples", "card.")

@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from adapters_kit.verbs.shown import Shown, print_table
+from adapters_kit.verbs.display import Shown, print_table
 
 # What a feature needs: its packages, and what to type where one is missing.
 FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -91,14 +91,14 @@ def _devices() -> list[str]:
 
 
 def _hub() -> str:
-    from adapters_kit.artifacts.hub import endpoint, reachable
+    from adapters_kit.artifacts.hub_ping import endpoint, reachable
 
     return f"{endpoint()} answers" if reachable() else f"{endpoint()} does not answer; local folders and the cache work"
 
 
 def completion(options: argparse.Namespace) -> Shown:
     """Completion for a shell, to be read at its start: adapters-kit completion bash >> ~/.bashrc"""
-    from adapters_kit.verbs.shown import ask_for
+    from adapters_kit.verbs.display import ask_for
 
     ask_for("shtab", "Shell completion")
     import shtab

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from adapters_kit.errors import AdapterError
-from adapters_kit.verbs.shown import Shown, console, print_table
+from adapters_kit.verbs.display import Shown, console, print_table
 
 
 def methods(options: argparse.Namespace) -> Shown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from adapters_kit.verbs.shown import Shown
+from adapters_kit.verbs.display import Shown
 
 
 def merge(options: argparse.Namespace) -> Shown:

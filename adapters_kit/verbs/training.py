@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapters_kit.errors import DataError, RecipeError, did_you_mean
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES
-from adapters_kit.verbs.shown import Shown, metrics_text
+from adapters_kit.verbs.display import Shown, metrics_text
 
 if TYPE_CHECKING:
     from adapters_kit.training.run import Run

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.comparison import cell as cells
-from adapters_kit.comparison import plots, study, summary, worker
+from adapters_kit.comparison import score_plots, study, summary, worker
 from adapters_kit.comparison.cell import Cell, rows_of, run_cell
 from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
@@ -60,7 +60,7 @@ def in_process(monkeypatch):
         yield run
 
     monkeypatch.setattr(study, "worker", here)
-    monkeypatch.setattr(plots, "draw", lambda document, out: [])  # half of the time; `compared` has pictures
+    monkeypatch.setattr(score_plots, "draw", lambda document, out: [])  # half of the time; `compared` has pictures
 
 
 @pytest.fixture(scope="module")

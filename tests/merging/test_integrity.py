@@ -23,7 +23,7 @@ from adapters_kit.artifacts.manifest import write_manifest
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256, staged
 from adapters_kit.merging import merge as merging
-from adapters_kit.merging import writing
+from adapters_kit.merging import writer
 from adapters_kit.merging.plain_lora import Direct
 from tests.support.shipping import gap, load, save_base, train_on
 
@@ -167,7 +167,7 @@ def test_a_base_that_changes_while_it_is_read(pair, monkeypatch):
             file.seek(-4, os.SEEK_END)
             file.write(b"\0\0\0\0")
         os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        return writing.write(layout, *arguments)
+        return writer.write(layout, *arguments)
 
     monkeypatch.setattr(merging, "write", write)
     with pytest.raises(ak.AdapterError, match="was changed while it was read"):

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers.models.auto import modeling_auto as auto
 
 import adapters_kit as ak
+from adapters_kit.methods.prefix.holders import attention_modules
 from adapters_kit.methods.prefix.model import prefix_layers
-from adapters_kit.methods.prefix.probe import attention_modules
 from tests.support import tiny
 
 OFF = ["mpnet", "deberta", "deberta-v2", "xlnet", "gpt-neo", "gptj", "bloom", "falcon", "mpt", "mamba"]

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import adapters_kit as ak
-from adapters_kit.methods.prefix import probe as prefix_probe
+from adapters_kit.methods.prefix import holders as prefix_probe
 from adapters_kit.methods.prefix.attention import CHILD
 from adapters_kit.methods.prefix.model import prefix_layers
 from tests.methods.test_prefix import CLOSE, DECODERS, EAGER_ONLY, GENERATORS, ON, SEQ2SEQ, fill, logits, wrapped

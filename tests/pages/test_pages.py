@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import adapters_kit as ak
-from adapters_kit.pages.compared import table_page, write_table_page
-from adapters_kit.pages.run import run_page, write_run_page
+from adapters_kit.pages.comparison_page import table_page, write_table_page
+from adapters_kit.pages.run_page import run_page, write_run_page
 from adapters_kit.pages.verdict import verdict
 from adapters_kit.training import pictures
 from tests.support import small

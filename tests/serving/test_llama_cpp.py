@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import adapters_kit as ak
-from adapters_kit.merging.base import convert_gguf
+from adapters_kit.merging.base_folder import convert_gguf
 from adapters_kit.serving import llama_cpp as gguf
 from adapters_kit.serving.quantizer import quantizer, requantize
 from tests.support.shipping import load, save_base, train_on

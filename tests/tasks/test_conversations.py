@@ -13,7 +13,7 @@ from adapters_kit.tasks.causal_lm import CausalLM
 from adapters_kit.tasks.conversation import conversation
 from adapters_kit.tasks.template import ChatTemplate
 from adapters_kit.training import data as reading
-from adapters_kit.training.given import rows_from
+from adapters_kit.training.inputs import rows_from
 from tests.support import small
 from tests.tasks.test_templates import causal, learned_runs, tokenizer
 

@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import adapters_kit as ak
 from adapters_kit.errors import DataError, ModelError, RecipeError, UnknownNameError
-from adapters_kit.training.given import recipe_from, rows_from
+from adapters_kit.training.inputs import recipe_from, rows_from
 from tests.support import small
 
 ROWS = small.sentiment(24)

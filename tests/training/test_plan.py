@@ -16,7 +16,7 @@ from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter, load_base
-from adapters_kit.training.given import recipe_from
+from adapters_kit.training.inputs import recipe_from
 from adapters_kit.training.memory import kept_for_backward, step_bytes, storage_of
 from adapters_kit.training.plan import parse_size
 from adapters_kit.training.resolve import prepare, resolve

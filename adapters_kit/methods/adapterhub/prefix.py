@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from adapters_kit.errors import ModelError, ShippingError
-from adapters_kit.methods.prefix import probe as prefix_probe
+from adapters_kit.methods.prefix import holders as prefix_probe
 from adapters_kit.methods.prefix.attention import CHILD
 from adapters_kit.methods.prefix.config import PrefixConfig
 

@@ -16,7 +16,7 @@ from torch import nn
 from adapters_kit.anatomy import base_model
 from adapters_kit.errors import AdapterError, UnknownNameError, did_you_mean
 from adapters_kit.methods.beside import BesideModel
-from adapters_kit.methods.prefix import probe as prefix_probe
+from adapters_kit.methods.prefix import holders as prefix_probe
 from adapters_kit.methods.prefix.attention import CHILD
 from adapters_kit.methods.prefix.config import SMALL_STD, PrefixConfig
 from adapters_kit.methods.prefix.layer import PrefixLayer

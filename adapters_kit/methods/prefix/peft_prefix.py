@@ -18,7 +18,7 @@ from torch import nn
 
 from adapters_kit.anatomy import base_model, probe_inputs
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
-from adapters_kit.methods.prefix import probe as prefix_probe
+from adapters_kit.methods.prefix import holders as prefix_probe
 from adapters_kit.methods.prefix.config import PrefixConfig
 from adapters_kit.methods.prefix.layer import PrefixLayer
 from adapters_kit.methods.prefix.model import PrefixModel, prefix_layers

@@ -10,8 +10,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
 from adapters_kit.errors import DataError
-from adapters_kit.training.data.files import READERS, Format, Parts, read_file
 from adapters_kit.training.data.json_rows import SPLITS
+from adapters_kit.training.data.row_file import READERS, Format, Parts, read_file
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 _PARTS = "|".join(SPLITS)

@@ -12,8 +12,8 @@ from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.training.data.files import Format, Parts, read_file
 from adapters_kit.training.data.folders import read_folder
+from adapters_kit.training.data.row_file import Format, Parts, read_file
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = (

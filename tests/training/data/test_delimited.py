@@ -10,7 +10,7 @@ from adapters_kit.errors import DataError, RecipeError
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
-from adapters_kit.training.data.files import Format
+from adapters_kit.training.data.row_file import Format
 
 WORDS = ["alpha", "beta", "gamma", "delta", "it's", "no; yes", "a|b", "007", "1e3", "NA", "", "2024-01-01", "true"]
 

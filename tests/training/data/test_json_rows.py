@@ -9,8 +9,8 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
-from adapters_kit.training.data import files, json_rows
-from adapters_kit.training.data.files import Format
+from adapters_kit.training.data import json_rows, row_file
+from adapters_kit.training.data.row_file import Format
 
 ROWS = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(6)]
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -117,7 +117,7 @@ def test_large_files_are_read_in_parts(tmp_path, monkeypatch, suffix):
     """The parts have columns that come late, numbers that turn out to have fractions, and rows across a part's edge."""
     monkeypatch.setattr(json_rows, "_AT_ONCE", 500)
     monkeypatch.setattr(json_rows, "_WHOLE", 700)
-    monkeypatch.setattr(files, "_IN_MEMORY", 100)
+    monkeypatch.setattr(row_file, "_IN_MEMORY", 100)
     draw = random.Random(0)
     rows = [{"text": "x" * draw.randint(0, 90), "n": i if i < 40 else i + 0.5, "note": None} for i in range(80)]
     rows += [{"text": "last", "n": 1, "note": "late", "more": ["a", "b"]}]

@@ -14,7 +14,7 @@ from adapters_kit.recipe_sections import DATA_SUFFIXES, DataSpec
 from adapters_kit.tasks.conversation import as_turns
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data import read, read_table
-from adapters_kit.training.data.files import READERS
+from adapters_kit.training.data.row_file import READERS
 from tests.support import small
 
 UNIVERSAL = """# sent_id = 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.dtypes import DTYPES
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
 from adapters_kit.quantization_table import QUANTIZATIONS
 

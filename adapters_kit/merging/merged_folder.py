@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from adapters_kit.artifacts.reading import read_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError
-from adapters_kit.verbs.shown import Shown, metrics_text
+from adapters_kit.verbs.display import Shown, metrics_text
 
 if TYPE_CHECKING:
-    from adapters_kit.inference.conversation import Chat
+    from adapters_kit.inference.session import Chat
 
 
 def evaluate(options: argparse.Namespace) -> Shown:
@@ -68,7 +68,7 @@ def _predict_file(options: argparse.Namespace, keys: dict[str, Any]) -> Shown:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from adapters_kit.inference.files import predict_file
+    from adapters_kit.inference.answer_file import predict_file
 
     bars = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bars, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
@@ -111,7 +111,7 @@ def chat(options: argparse.Namespace) -> None:
     from adapters_kit.recipe import keys_of
 
     keys = keys_of(options.flags)
-    from adapters_kit.inference.conversation import Chat, Sampling, Writer
+    from adapters_kit.inference.session import Chat, Sampling, Writer
 
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     talk = Chat(Writer.open(options.name, **keys), sampling)

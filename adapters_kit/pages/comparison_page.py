@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.pages import html, plots
-from adapters_kit.pages.run import PAGE
+from adapters_kit.pages.run_page import PAGE
 
 _COSTS = {
     "trainable_params": "trained parameters",

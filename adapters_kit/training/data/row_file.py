@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from pyarrow import parquet
 
-from adapters_kit.artifacts.mapped import on_disk
+from adapters_kit.artifacts.mapped_table import on_disk
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.delimited import read_delimited

@@ -20,8 +20,8 @@ from torch import nn
 
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import check_fields, check_options, check_ranks, read_weights
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.patterns import check_patterns
-from adapters_kit.artifacts.reading import read_json
 from adapters_kit.errors import ModelError, ShippingError, did_you_mean
 from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.configs import config_to_options, infer_task_type, task_heads
