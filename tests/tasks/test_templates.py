@@ -85,7 +85,7 @@ TALK = [
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="TRL, whose chat templates these are, is not installed")
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 def test_each_answer_is_learned_once_as_it_will_be_asked_for(path):
     tokens = tokenizer(path.read_text())
     features = causal(tokens).encode(Dataset.from_list([{"messages": TALK}]))
@@ -113,7 +113,7 @@ THOUGHTS = [
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="TRL, whose chat templates these are, is not installed")
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 def test_thinking_is_learned_where_the_model_will_think(path):
     """Also where the template strips it from earlier turns, or from all; and it is opened once."""
     tokens = tokenizer(path.read_text())
@@ -138,7 +138,7 @@ CALLING = [
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="TRL, whose chat templates these are, is not installed")
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TEMPLATES, ids=[path.stem for path in TEMPLATES])
 def test_tool_calls_are_learned_or_refused(path):
     """A template that writes no calls is refused by row; another's calls and final answers are both learned."""
     tokens = tokenizer(path.read_text())
