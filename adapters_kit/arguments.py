@@ -271,6 +271,7 @@ def _using(verb: Adder) -> None:
 
 
 def _shipping(verb: Adder) -> None:
+    # Longer than a screen: a list of flags, nothing to follow.
     made = verb(shipping.merge)
     made.add_argument("adapters", nargs="+", metavar="ADAPTER", help="run or adapter folder; or several")
     made.add_argument("out", metavar="OUT", help="model folder to write; a .gguf file for an adapter on one")

@@ -21,7 +21,9 @@ class Place(NamedTuple):
     """Where something was written: "line 7" or "--method.r", and its rank for sorting."""
 
     text: str
+    """As it is told."""
     order: int
+    """Its rank for sorting."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -37,10 +37,15 @@ class State:
     """One value of the residual stream, however it is cast or reshaped."""
 
     made_by: "Write | None" = None
-    norms: list[tuple[str, "State"]] = field(default_factory=list)  # norms that read it, and what they made of it
-    taps: list[tuple[int, Tap, torch.Size]] = field(default_factory=list)  # (time, place, shape there)
-    borders: bool = False  # enters or leaves a block
+    """The addition that it comes from; None for what enters the first block."""
+    norms: list[tuple[str, "State"]] = field(default_factory=list)
+    """Norms that read it, and what they made of it."""
+    taps: list[tuple[int, Tap, torch.Size]] = field(default_factory=list)
+    """Where it was seen: (time, place, shape there)."""
+    borders: bool = False
+    """Whether it enters or leaves a block."""
     residual_of: "list[Write]" = field(default_factory=list)
+    """The additions that it was the residual of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ class Link:
 
     path: str
     index: int | None
+    """The place in the returned tuple; None where a tensor was returned."""
     shape: torch.Size
 
 
@@ -60,6 +66,7 @@ class Chain:
     """
 
     links: tuple[Link, ...]
+    """The modules with what each returned, innermost first."""
     normed: "Chain | None" = None
     through: frozenset[str] = frozenset()
 
@@ -69,7 +76,9 @@ class Note:
     """What a tensor is: a value of the stream, or the end of branches; and which modules it went through since."""
 
     state: State | None = None
+    """The value of the stream that the tensor is; None for others."""
     chains: tuple[Chain, ...] = ()
+    """The branches that end in it."""
     through: frozenset[str] = frozenset()
 
 
@@ -77,14 +86,22 @@ class Note:
 class Write:
     """One addition to the stream."""
 
-    block: str  # in which it happened
+    block: str
+    """Path of the block in which it happened."""
     chain: Chain | None
-    through: frozenset[str]  # modules that h went through since the stream
-    running: frozenset[str]  # modules of the block that were running
+    """The modules that returned the branch; None where none did."""
+    through: frozenset[str]
+    """Modules that the branch went through since the stream."""
+    running: frozenset[str]
+    """Modules of the block that were running."""
     shape: torch.Size
+    """Of the branch."""
     residual: State
+    """The value that was added to."""
     result: State
+    """The value that came out."""
     time: int
+    """How many operations went before it."""
 
 
 NOTHING = Note()

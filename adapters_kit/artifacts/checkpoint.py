@@ -37,6 +37,7 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    """As the header has it."""
     start: int
     stop: int
 

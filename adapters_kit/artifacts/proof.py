@@ -83,6 +83,7 @@ class Proof:
     dtype: str
     tolerance: float
     prompts: list[Prompt]
+    """Texts with what base and tuned model say to them."""
 
     def write(self, folder: Path) -> Path:
         """Write it into a folder; returns the file."""

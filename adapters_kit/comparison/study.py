@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,11 @@ class Variant:
     label: str
     recipe: Recipe
     kind: str
+    """"full", "base" or "adapter"."""
     rate: float
+    """The learning rate that the search starts from."""
     config: Any = None
+    """The adapter's peft config; None without an adapter."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Comparison:
     document: dict[str, Any]
     missing: int = 0
     notes: list[str] = field(default_factory=list)
+    """What a user should know."""
 
     def _repr_html_(self) -> str:
         """For a notebook."""
@@ -118,117 +122,162 @@ def compare(
         WriteError: `out` cannot be written, or another process writes there.
     """
     out = Path(out)
-    given = (recipe_from(recipe, out / "data"), methods, seeds, out, metric, grid, rates)
-    with (
-        system.lock(out),
-        system.stoppable(),
-        system.writing(out, "The same call goes on with the cells that are done."),
-    ):
-        return _compare(*given, validation_size, max_minutes, threads, quiet)
-
-
-def _compare(
-    recipe: Recipe,
-    methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
-    seeds: int | Sequence[int],
-    out: Path,
-    metric: str | None,
-    grid: Sequence[float] | None,
-    rates: Mapping[str, float] | None,
-    validation_size: float,
-    max_minutes: float | None,
-    threads: int | None,
-    quiet: bool,
-) -> Comparison:
-    begun = time.monotonic()
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise RecipeError([f"seeds={seeds}: give at least one seed, each once."])
     if grid is not None and (not grid or min(grid) <= 0):
         raise RecipeError([f"grid={list(grid)}: give factors above 0, such as 0.33, 1, 3; or None for no search."])
-    console = Console(stderr=True, quiet=quiet)
-    shapes = cache(skeleton)
-    variants = [_variant(recipe, label, changes, shapes) for label, changes in _as_changes(recipe, methods).items()]
-    unknown = [label for label in rates or {} if label not in {v.label for v in variants}]
-    if unknown:
-        raise RecipeError([f"rates: there is no method {unknown[0]!r} here. {did_you_mean(unknown[0], methods)}"])
-    rows = rows_of(recipe, validation_size)[1]
-    untrained = Variant(BASE, recipe.changed(method={"name": "lora"}, quantize=None), BASE, 0.0)
-    everyone = depends_on(recipe, rows, None)
-    models = {recipe.model: everyone["model"]}
-    models |= {name: digest_of_model(name) for name in {v.recipe.model for v in variants} - set(models)}
-    metric, higher = _metric(recipe, metric)
-    console.print(f"{len(rows['train']):,} rows to train on, {len(rows['validation']):,} to choose learning rates on, "
-                  f"{len(rows['test']):,} held out", highlight=False)  # fmt: skip
-    left_out: list[str] = []
-    lasted: dict[str, float] = {}
+    limits = _Limits(seeds, grid, rates or {}, validation_size, max_minutes, threads or torch.get_num_threads())
+    recipe = recipe_from(recipe, out / "data")
+    with (
+        system.lock(out),
+        system.stoppable(),
+        system.writing(out, "The same call goes on with the cells that are done."),
+    ):
+        return _Study(recipe, methods, out, metric, limits, Console(stderr=True, quiet=quiet)).run()
 
-    def cell(variant: Variant, rate: float | None, seed: int, part: str) -> Cell:
-        merges = part == "test" and variant.kind == "adapter" and seed == seeds[0]
-        depends = everyone | {"model": models[variant.recipe.model], "method": digest_of_options(variant.config)}
-        fields = variant.recipe.model_dump(mode="json")
-        return Cell(fields, variant.kind, rate, seed, part, validation_size, merges, depends)
 
-    with worker(out / "cells", threads or torch.get_num_threads()) as run:
+@dataclass(frozen=True)
+class _Limits:
+    """How much is tried, as `compare` takes it."""
 
-        def attempt(variant: Variant, rate: float | None, seed: int, part: str) -> dict | None:
-            """The cell's result; None where it failed or there is no time left for it."""
-            made = cell(variant, rate, seed, part)
-            what = f"{variant.label:<16} seed {seed} lr {rate or 0:.1e} {part:<10}"
-            known = (out / "cells" / f"{made.key}.json").is_file()
-            spent, expected = time.monotonic() - begun, lasted.get(variant.label, 0.0)
-            if not known and max_minutes is not None and spent + expected > 60 * max_minutes:
-                left_out.append(what)
-                return None
-            started = time.monotonic()
-            result = run(made)
-            if "error" in result:
-                console.print(f"{what} failed: {result['error']}", highlight=False, soft_wrap=True)
-                failures.setdefault(variant.label, result["error"])
-                return None
-            if not known:
-                lasted[variant.label] = time.monotonic() - started
-            score = result["scores"].get(metric, math.nan)
-            note = "kept from before" if known else duration(time.monotonic() - started)
-            console.print(f"{what} {metric} {score:.4f}  {note}", highlight=False, soft_wrap=True)
-            return result
+    seeds: list[int]
+    grid: Sequence[float] | None
+    rates: Mapping[str, float]
+    validation_size: float
+    max_minutes: float | None
+    threads: int
 
-        failures: dict[str, str] = {}
-        base = attempt(untrained, None, seeds[0], "test")
-        chosen, searched = {}, {}
-        for variant in variants:
-            if rates and variant.label in rates:
-                chosen[variant.label] = rates[variant.label]
+
+class _Study:
+    """One comparison while it is made; `run` reads from top to bottom."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
+        out: Path,
+        metric: str | None,
+        limits: _Limits,
+        console: Console,
+    ) -> None:
+        self.recipe, self.out, self.limits, self.console = recipe, out, limits, console
+        self.begun = time.monotonic()
+        shapes = cache(skeleton)
+        self.variants = [
+            _variant(recipe, label, changes, shapes) for label, changes in _as_changes(recipe, methods).items()
+        ]
+        unknown = [label for label in limits.rates if label not in {v.label for v in self.variants}]
+        if unknown:
+            raise RecipeError([f"rates: there is no method {unknown[0]!r} here. {did_you_mean(unknown[0], methods)}"])
+        self.rows = rows_of(recipe, limits.validation_size)[1]
+        self.everyone = depends_on(recipe, self.rows, None)
+        self.models = {recipe.model: self.everyone["model"]}
+        others = {v.recipe.model for v in self.variants} - set(self.models)
+        self.models |= {name: digest_of_model(name) for name in others}
+        self.metric, self.higher = _metric(recipe, metric)
+        self.left_out: list[str] = []
+        self.failures: dict[str, str] = {}
+        self.lasted: dict[str, float] = {}  # seconds of a label's last cell
+
+    def run(self) -> Comparison:
+        """The base's score, a learning rate for each variant, each variant with each seed, the report."""
+        counts = {name: len(part) for name, part in self.rows.items()}
+        self._tell(
+            f"{counts['train']:,} rows to train on, {counts['validation']:,} to choose learning rates on, "
+            f"{counts['test']:,} held out"
+        )
+        with worker(self.out / "cells", self.limits.threads) as made:
+            attempt = partial(self._attempt, made)
+            untrained = Variant(BASE, self.recipe.changed(method={"name": "lora"}, quantize=None), BASE, 0.0)
+            base = attempt(untrained, None, self.limits.seeds[0], "test")
+            chosen, searched = self._rates(attempt)
+            finals = self._finals(attempt, chosen)
+        if not any(finals.values()):
+            reasons = "; ".join(f"{label}: {why}" for label, why in self.failures.items())
+            late = f"max_minutes={self.limits.max_minutes} left no time."
+            raise TrainingError(f"No method gave a result. {reasons or late}")
+        full = next((v.label for v in self.variants if v.kind == FULL), None)
+        ranked = summarize(finals, self.metric, self.higher, full, counts["test"])
+        document = report.document(
+            self.recipe, ranked, self.metric, self.higher, base, chosen, searched, finals, self.failures, counts
+        )
+        notes = report.write(self.out, document)
+        notes += [f"{label} gave no result: {why}" for label, why in self.failures.items() if not finals[label]]
+        if self.left_out:
+            notes.append(
+                f"{len(self.left_out)} cells are missing (max_minutes={self.limits.max_minutes:g}); the same call goes "
+                "on with them."
+            )
+        return Comparison(self.out, self.metric, ranked, document, len(self.left_out), notes)
+
+    def _rates(
+        self, attempt: Callable[..., dict | None]
+    ) -> tuple[dict[str, float], dict[str, dict[str, float | None]]]:
+        """A learning rate for each label, given or searched; and what each search found."""
+        chosen: dict[str, float] = {}
+        searched: dict[str, dict[str, float | None]] = {}
+        seed = self.limits.seeds[0]
+        for variant in self.variants:
+            if variant.label in self.limits.rates:
+                chosen[variant.label] = self.limits.rates[variant.label]
                 continue
-            found = _search(variant, grid, higher, metric, lambda v, rate: attempt(v, rate, seeds[0], "validation"))
+            tried = partial(attempt, seed=seed, part="validation")
+            found = _search(variant, self.limits.grid, self.higher, self.metric, tried)
             searched[variant.label] = {f"{rate:.3g}": score for rate, score in sorted(found.items())}
             good = {rate: score for rate, score in found.items() if score is not None}
-            pick = max if higher else min
+            pick = max if self.higher else min
             chosen[variant.label] = pick(good, key=good.__getitem__) if good else variant.rate
-        finals: dict[str, dict[int, dict]] = {v.label: {} for v in variants}
-        # A search that was cut short has chosen nothing yet.
-        for seed in seeds if not left_out else ():  # seed by seed: stopped early, every method has equally many
-            for variant in variants:
-                if variant.label in failures and not finals[variant.label]:
+        return chosen, searched
+
+    def _finals(self, attempt: Callable[..., dict | None], chosen: Mapping[str, float]) -> dict[str, dict[int, dict]]:
+        """Label -> seed -> result. Seed by seed: stopped early, every method has equally many."""
+        finals: dict[str, dict[int, dict]] = {v.label: {} for v in self.variants}
+        if self.left_out:  # a search that was cut short has chosen nothing yet
+            return finals
+        for seed in self.limits.seeds:
+            for variant in self.variants:
+                if variant.label in self.failures and not finals[variant.label]:
                     continue
                 result = attempt(variant, chosen[variant.label], seed, "test")
                 if result is not None:
                     finals[variant.label][seed] = result
-    if not any(finals.values()):
-        reasons = "; ".join(f"{label}: {why}" for label, why in failures.items())
-        raise TrainingError(f"No method gave a result. {reasons or f'max_minutes={max_minutes} left no time.'}")
-    full = next((v.label for v in variants if v.kind == FULL), None)
-    rows_out = summarize(finals, metric, higher, full, len(rows["test"]))
-    document = report.document(
-        recipe, rows_out, metric, higher, base, chosen, searched, finals, failures, {k: len(v) for k, v in rows.items()}
-    )
-    notes = report.write(out, document)
-    notes += [f"{label} gave no result: {why}" for label, why in failures.items() if not finals[label]]
-    if left_out:
-        notes.append(
-            f"{len(left_out)} cells are missing (max_minutes={max_minutes:g}); the same call goes on with them."
-        )
-    return Comparison(out, metric, rows_out, document, len(left_out), notes)
+        return finals
+
+    def _attempt(
+        self, made: Callable[[Cell], dict], variant: Variant, rate: float | None, seed: int, part: str
+    ) -> dict | None:
+        """The cell's result; None where it failed or there is no time left for it."""
+        cell = self._cell(variant, rate, seed, part)
+        what = f"{variant.label:<16} seed {seed} lr {rate or 0:.1e} {part:<10}"
+        known = (self.out / "cells" / f"{cell.key}.json").is_file()
+        spent, expected = time.monotonic() - self.begun, self.lasted.get(variant.label, 0.0)
+        most = self.limits.max_minutes
+        if not known and most is not None and spent + expected > 60 * most:
+            self.left_out.append(what)
+            return None
+        started = time.monotonic()
+        result = made(cell)
+        if "error" in result:
+            self._tell(f"{what} failed: {result['error']}")
+            self.failures.setdefault(variant.label, result["error"])
+            return None
+        if not known:
+            self.lasted[variant.label] = time.monotonic() - started
+        score = result["scores"].get(self.metric, math.nan)
+        note = "kept from before" if known else duration(time.monotonic() - started)
+        self._tell(f"{what} {self.metric} {score:.4f}  {note}")
+        return result
+
+    def _cell(self, variant: Variant, rate: float | None, seed: int, part: str) -> Cell:
+        merges = part == "test" and variant.kind == "adapter" and seed == self.limits.seeds[0]
+        model = self.models[variant.recipe.model]
+        depends = self.everyone | {"model": model, "method": digest_of_options(variant.config)}
+        fields = variant.recipe.model_dump(mode="json")
+        return Cell(fields, variant.kind, rate, seed, part, self.limits.validation_size, merges, depends)
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:

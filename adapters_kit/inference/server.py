@@ -13,22 +13,17 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import torch
-
-from adapters_kit.errors import DataError, ModelError
-from adapters_kit.inference.session import Sampling, Turn, Writer, open_writing
-from adapters_kit.inference.subject import Subject, describe
-from adapters_kit.wrapping import wrap
+from adapters_kit.errors import DataError
+from adapters_kit.inference.served import Served
+from adapters_kit.inference.session import Sampling, Turn
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _LARGEST = 32 << 20  # bytes of a request
@@ -40,101 +35,6 @@ class _Refused(Exception):
     def __init__(self, status: HTTPStatus, message: str, param: str | None = None) -> None:
         self.status, self.message, self.param = status, message, param
         super().__init__(message)
-
-
-class Served:
-    """A base with its adapters, by name. `base` stands for the model without any.
-
-    Attributes:
-        names: what a request's `model` may be: the adapters in the order given, then the base.
-        writer: the model.
-    """
-
-    def __init__(self, adapters: Mapping[str, str | os.PathLike[str]], **recipe_keys: Any) -> None:
-        """Loads the base once and every adapter on it.
-
-        Args:
-            adapters: name to run folder, adapter folder or, alone, plain model.
-
-        Raises:
-            ModelError: they do not share one base.
-            DataError: one of them writes no text.
-        """
-        found = {name: describe(path, **recipe_keys) for name, path in adapters.items()}
-        (first, (recipe, folder)), *others = found.items()
-        for name, (other, where) in others:
-            if where is None or folder is None:
-                raise ModelError(f"Several are served on one base; {name!r} or {first!r} is a whole model.")
-            if (other.model, other.quantize) != (recipe.model, recipe.quantize):
-                raise ModelError(
-                    f"{first!r} sits on {_base(recipe)} and {name!r} on {_base(other)}: adapters of one base are "
-                    "served together, others by another server."
-                )
-        subject = open_writing(recipe, folder)
-        self._adapters = {first: "default"} if folder is not None else {}
-        model = subject.model
-        for name, (_, where) in others:
-            assert where is not None
-            model = wrap(model, str(where), adapter_name=name)
-            self._adapters[name] = name
-        self.writer = Writer(Subject(recipe, folder, subject.task, model.eval()))
-        base = Path(recipe.model).name or recipe.model
-        self.names = [*self._adapters, *([base] if base not in self._adapters else [])]
-        self.base = base
-        self._lock = Lock()
-        self.begun = int(time.time())
-
-    def _choose(self, name: str) -> bool:
-        """Activates the adapter called `name`; whether it is the base that was asked for."""
-        if name in self._adapters:
-            if hasattr(self.writer.model, "set_adapter"):
-                self.writer.model.set_adapter(self._adapters[name])
-            return False
-        return bool(self._adapters)
-
-    def write(self, name: str, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """The answer, piece by piece; other requests wait until it is read or dropped."""
-        with self._lock:
-            base = self._choose(name)
-            pieces = self.writer.write(ids, sampling, base=base)
-            try:
-                yield from pieces
-            finally:
-                pieces.close()  # type: ignore[attr-defined]
-
-    def tokens(self, name: str, ids: Sequence[int], sampling: Sampling, top: int) -> tuple[list[int], list[Any]]:
-        """The answer's tokens, and for each its log-probability with the `top` likeliest ones."""
-        with self._lock:
-            base = self._choose(name)
-            if sampling.max_new_tokens < 1:
-                return [], []
-            out = self.writer.generate(ids, sampling, base=base, output_logits=True, return_dict_in_generate=True)
-        new = out.sequences[0, len(ids) :].tolist()
-        return new, [_likeliest(logits[0], token, top) for logits, token in zip(out.logits, new, strict=True)]
-
-    def prompt_logprobs(self, name: str, ids: Sequence[int], top: int) -> list[Any]:
-        """For each token of a prompt but the first, its log-probability after those before it."""
-        with self._lock:
-            base = self._choose(name)
-            model = self.writer.model
-            inputs = torch.tensor([list(ids)], device=next(model.parameters()).device)
-            with torch.no_grad():
-                if base:
-                    with model.disable_adapter():
-                        logits = model(input_ids=inputs, use_cache=False).logits[0]
-                else:
-                    logits = model(input_ids=inputs, use_cache=False).logits[0]
-        return [None, *(_likeliest(row, token, top) for row, token in zip(logits[:-1], ids[1:], strict=True))]
-
-
-def _base(recipe: Any) -> str:
-    return f"{recipe.model}{f' at {recipe.quantize}' if recipe.quantize else ''}"
-
-
-def _likeliest(logits: torch.Tensor, token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
-    logs = logits.float().log_softmax(-1)
-    values, indices = logs.topk(min(top, len(logs))) if top else (logs[:0], logs[:0].long())
-    return float(logs[token]), list(zip(indices.tolist(), values.tolist(), strict=True))
 
 
 def make_server(
@@ -153,91 +53,98 @@ def make_server(
     if host not in _LOCAL and not api_key:
         raise DataError(f"host={host!r} lets other machines ask: give api_key=SECRET too, or leave the host out.")
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: Any) -> None:
-            log(f"{self.address_string()} {format % args}")
-
-        def do_GET(self) -> None:
-            self._answer(self._get)
-
-        def do_POST(self) -> None:
-            self._answer(self._post)
-
-        def _answer(self, made: Callable[[], None]) -> None:
-            try:
-                self._check_key()
-                made()
-            except _Refused as error:
-                kind = "invalid_request_error" if error.status < 500 else "server_error"
-                self._json({"error": {"message": error.message, "type": kind, "param": error.param}}, error.status)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
-
-        def _check_key(self) -> None:
-            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if api_key and self.path != "/health" and not hmac.compare_digest(given.encode(), api_key.encode()):
-                raise _Refused(HTTPStatus.UNAUTHORIZED, "Wrong or missing API key: send Authorization: Bearer KEY.")
-
-        def _get(self) -> None:
-            if self.path == "/health":
-                self._json({"status": "ok"})
-            elif self.path == "/v1/models":
-                rows = [
-                    {"id": name, "object": "model", "created": served.begun, "owned_by": "adapters-kit"}
-                    for name in served.names
-                ]
-                self._json({"object": "list", "data": rows})
-            else:
-                raise _Refused(HTTPStatus.NOT_FOUND, f"There is no {self.path}; there are {', '.join(_ROUTES)}.")
-
-        def _post(self) -> None:
-            kind = _ROUTES.get(self.path)
-            if kind is None:
-                raise _Refused(HTTPStatus.NOT_FOUND, f"There is no {self.path}; there are {', '.join(_ROUTES)}.")
-            length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or int(length) > _LARGEST:
-                raise _Refused(HTTPStatus.BAD_REQUEST, "A request needs a Content-Length of at most 32 MiB.")
-            try:
-                body = json.loads(self.rfile.read(int(length)))
-            except ValueError as error:
-                raise _Refused(HTTPStatus.BAD_REQUEST, f"The body is not JSON: {error}.") from None
-            if not isinstance(body, dict):
-                raise _Refused(HTTPStatus.BAD_REQUEST, "The body is not a JSON object.")
-            request = kind(served, body)
-            if body.get("stream"):
-                self._events(request.stream())
-            else:
-                self._json(request.whole())
-
-        def _json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
-            content = json.dumps(value, ensure_ascii=False).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def _events(self, events: Iterator[dict[str, Any]]) -> None:
-            self.send_response(HTTPStatus.OK)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Cache-Control", "no-cache")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            try:
-                for event in events:
-                    self.wfile.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
-                    self.wfile.flush()
-                self.wfile.write(b"data: [DONE]\n\n")
-            finally:
-                events.close()  # type: ignore[attr-defined]
-                self.close_connection = True
-
     try:
-        return ThreadingHTTPServer((host, port), Handler)
+        return ThreadingHTTPServer((host, port), partial(_Handler, served, api_key, log))
     except OSError as error:
         raise DataError(f"port={port}: {error.strerror} on {host}. Choose another, or 0 for a free one.") from error
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: checks the key, finds the route, writes JSON or a stream of events."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, served: Served, api_key: str | None, log: Callable, *connection: Any) -> None:
+        self.served, self.api_key, self.log = served, api_key, log
+        super().__init__(*connection)  # answers, and returns when the connection is closed
+
+    def log_message(self, format: str, *args: Any) -> None:
+        self.log(f"{self.address_string()} {format % args}")
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def _answer(self, made: Callable[[], None]) -> None:
+        try:
+            self._check_key()
+            made()
+        except _Refused as error:
+            kind = "invalid_request_error" if error.status < 500 else "server_error"
+            self._json({"error": {"message": error.message, "type": kind, "param": error.param}}, error.status)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def _check_key(self) -> None:
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.api_key and self.path != "/health" and not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "Wrong or missing API key: send Authorization: Bearer KEY.")
+
+    def _get(self) -> None:
+        if self.path == "/health":
+            self._json({"status": "ok"})
+        elif self.path == "/v1/models":
+            rows = [
+                {"id": name, "object": "model", "created": self.served.begun, "owned_by": "adapters-kit"}
+                for name in self.served.names
+            ]
+            self._json({"object": "list", "data": rows})
+        else:
+            raise _Refused(HTTPStatus.NOT_FOUND, f"There is no {self.path}; there are {', '.join(_ROUTES)}.")
+
+    def _post(self) -> None:
+        kind = _ROUTES.get(self.path)
+        if kind is None:
+            raise _Refused(HTTPStatus.NOT_FOUND, f"There is no {self.path}; there are {', '.join(_ROUTES)}.")
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > _LARGEST:
+            raise _Refused(HTTPStatus.BAD_REQUEST, "A request needs a Content-Length of at most 32 MiB.")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except ValueError as error:
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"The body is not JSON: {error}.") from None
+        if not isinstance(body, dict):
+            raise _Refused(HTTPStatus.BAD_REQUEST, "The body is not a JSON object.")
+        request = kind(self.served, body)
+        if body.get("stream"):
+            self._events(request.stream())
+        else:
+            self._json(request.whole())
+
+    def _json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
+        content = json.dumps(value, ensure_ascii=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _events(self, events: Iterator[dict[str, Any]]) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for event in events:
+                self.wfile.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+                self.wfile.flush()
+            self.wfile.write(b"data: [DONE]\n\n")
+        finally:
+            events.close()  # type: ignore[attr-defined]
+            self.close_connection = True
 
 
 class _Request:

@@ -135,6 +135,7 @@ class Subject:
     """Something that can be asked: the model with its adapter, ready, and the task that reads its answers."""
 
     recipe: Recipe
+    """The run's; for a plain model or an adapter alone, one that has its keys."""
     adapter: Path | None
     task: Task
     model: nn.Module

@@ -293,7 +293,9 @@ class LossReport:
     """Whether the loss is computed in chunks, and if not, why."""
 
     chunked: bool
+    """Whether it is."""
     reason: str | None = None
+    """Why not; None if it is."""
 
     def __str__(self) -> str:
         return "the loss is computed in chunks" if self.chunked else f"the loss is the model's own: {self.reason}"

@@ -68,9 +68,12 @@ class Call(NamedTuple):
     """
 
     projection: Projection
+    """The base layer's product."""
     magnitude: Tensor | None
     scale: float
+    """LoRA's factor on B·A."""
     p: float
+    """Probability that dropout drops an input."""
     dtype: torch.dtype
     result: torch.dtype
 
@@ -241,6 +244,7 @@ def _inspect(layer: Any) -> _Parts | str:
 
     Or the reason why peft's forward has to run.
     """
+    # Longer than a screen: a list of refusals, in the order in which attributes are safe to read.
     # At every call, so the look is quick: straight into the modules' dictionaries, past nn.Module's own __getattr__.
     if layer._disable_adapters:
         return "its adapters are switched off"

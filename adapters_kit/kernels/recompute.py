@@ -34,6 +34,7 @@ class RecomputeReport:
     """How many gated MLPs and norms keep less now."""
 
     gates: int
+    """Gated MLPs that keep neither the activation nor the product with the gate."""
     norms: int
 
     def __str__(self) -> str:

@@ -80,10 +80,15 @@ class Stored(NamedTuple):
     """Where one tensor lies in the file."""
 
     name: str
-    kind: Any  # gguf.GGMLQuantizationType
+    """As the file has it."""
+    kind: Any
+    """A `gguf.GGMLQuantizationType`."""
     dtype: np.dtype
-    shape: tuple[int, ...]  # of what is stored: bytes in the last dimension for packed kinds
+    """Of what is stored."""
+    shape: tuple[int, ...]
+    """Of what is stored: bytes in the last dimension for packed kinds."""
     offset: int
+    """Bytes from the beginning of the file."""
 
 
 class GgufTensor:

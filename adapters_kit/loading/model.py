@@ -93,6 +93,7 @@ def load(
             bitsandbytes cannot quantize, float16 on a CPU that cannot compute in it.
         MissingPackageError: bitsandbytes or gguf is absent, too old or broken.
     """
+    # Longer than a screen: what is refused before reading, what is read, what is mended after; one thing after another.
     if task not in TASKS:
         raise UnknownNameError(f"Unknown task {task!r}. {did_you_mean(task, TASKS)}")
     _check_labels(labels, task)

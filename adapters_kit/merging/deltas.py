@@ -174,6 +174,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     Raises:
         ShippingError: the method cannot be merged, a tensor is missing, unmatched, or of the wrong shape.
     """
+    # Longer than a screen: each step needs what the one before found, and any of them can refuse the adapter.
     _check_mergeable(adapter)
     _check_ranks(adapter)
     bare = fit_config(kind, copy.deepcopy(config), adapter)

@@ -18,10 +18,15 @@ class Made:
     """Factors as they are made, and what they lose."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Stored name -> factor."""
     ranks: dict[str, int] = field(default_factory=dict)
+    """Module path -> rank."""
     errors: dict[str, float] = field(default_factory=dict)
-    lost: float = 0.0  # sums of squares
+    """Module path -> what is lost, as a share of the update's norm."""
+    lost: float = 0.0
+    """Sum of the squares of what is lost."""
     whole: float = 0.0
+    """Sum of the squares of all updates."""
 
     @property
     def size(self) -> float:

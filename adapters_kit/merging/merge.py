@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adapters_kit.artifacts.adapter import Adapter, open_adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
-from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, check_bases
 from adapters_kit.artifacts.json_file import read_json
@@ -28,8 +25,8 @@ from adapters_kit.errors import ShippingError
 from adapters_kit.merging.base_folder import as_checkpoint
 from adapters_kit.merging.job import Job, Order, on_model, plan
 from adapters_kit.merging.merge_card import model_card
+from adapters_kit.merging.order import Paths, check_one_for_gguf, order_of
 from adapters_kit.merging.writer import write
-from adapters_kit.quantization_table import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from adapters_kit.merging.into_gguf import GgufReport
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from adapters_kit.merging.verify import Comparison
 
 BATCHES = {"sample": 2, "full": 16}
-Paths = str | os.PathLike[str]
 
 
 @dataclass
@@ -143,31 +139,24 @@ def merge(
             it cannot be written. `out` is then as it was. An adapter without a record, of which nothing tells whether
             its base was quantized, is refused as well: say it with `base=` or `quantized=`.
     """
-    order = _order(adapter, weights, method, density, seed, base, quantized, dtype, quantize, verify)
+    order = order_of(adapter, weights, method, density, seed, base, quantized, dtype, quantize, verify)
     first = order.adapters[0]
     source = base_of(first, None if base == "original" else base)
-    into_gguf = Path(out).suffix == ".gguf"
-    if calibration is not None and not into_gguf:
-        raise ShippingError(f"calibration is for a LoRA that goes into a .gguf file, and {out} is none: leave it out.")
-    if into_gguf:
+    if Path(out).suffix == ".gguf":
         meaningless = {"dtype": dtype, "quantize": quantize, "quantized": quantized}
-        _check_one_for_gguf(order, Path(out), [name for name, value in meaningless.items() if value is not None])
+        check_one_for_gguf(order, Path(out), [name for name, value in meaningless.items() if value is not None])
         from adapters_kit.merging.into_gguf import merge_into_gguf
 
+        checked = verify != "off"
         return merge_into_gguf(
-            first,
-            source,
-            Path(out),
-            calibration=calibration,
-            verify=verify != "off",
-            overwrite=overwrite,
-            force=force,
+            first, source, Path(out), calibration=calibration, verify=checked, overwrite=overwrite, force=force
         )
+    if calibration is not None:
+        raise ShippingError(f"calibration is for a LoRA that goes into a .gguf file, and {out} is none: leave it out.")
     if first.method == "blocks":
         raise ShippingError(
             f"{first.folder} trains what a .gguf file stores, and merges into such a file: "
-            f"merge({str(first.folder)!r}, "
-            "'merged.gguf')."
+            f"merge({str(first.folder)!r}, 'merged.gguf')."
         )
     with (
         staged(Path(out), overwrite=overwrite, keep=[*(one.folder for one in order.adapters), source]) as stage,
@@ -192,10 +181,7 @@ def merge(
             if order.mix is None:
                 notes += _prove(order, job, checkpoint, raw, stage)
         if quantize is not None:
-            from adapters_kit.merging.requantize import requantize
-
-            report.survival = requantize(_on_model(order, job, checkpoint, raw).updates[0], stage, quantize)
-            report.nbytes = sum(path.stat().st_size for path in stage.glob("*.safetensors"))
+            _requantize(_on_model(order, job, checkpoint, raw), stage, quantize, report)
             hashes = {}
         checkpoint.check_unchanged()
         report.notes = notes
@@ -203,80 +189,6 @@ def merge(
         _write_card(stage, order, job, report, source)
         write_manifest(stage, _about(order, source, hashing.result(), report), hashes)
     return report
-
-
-def _order(
-    adapter: Paths | Sequence[Paths],
-    weights: Sequence[float] | None,
-    method: str,
-    density: float,
-    seed: int,
-    base: Paths | None,
-    quantized: str | None,
-    dtype: str | torch.dtype | None,
-    quantize: str | None,
-    verify: str,
-) -> Order:
-    """What was asked for, checked before anything of a model is read."""
-    if verify not in {"sample", "full", "off"}:
-        raise ShippingError(f"verify={verify!r}: choose 'sample', 'full' or 'off'.")
-    for name, kind in (("quantize", quantize), ("quantized", quantized)):
-        if kind is not None and kind not in QUANTIZATIONS:
-            raise ShippingError(f"{name}={kind!r}: choose {', '.join(map(repr, QUANTIZATIONS))} or None.")
-    if quantized is not None and base == "original":
-        raise ShippingError("quantized= says which rounding to repeat, and base='original' to repeat none: give one.")
-    target = None if dtype is None else as_dtype(dtype)
-    if isinstance(adapter, str | os.PathLike):
-        if weights is not None or method != "sum":
-            given = "weights" if weights is not None else f"method={method!r}"
-            raise ShippingError(f"{given} is for several adapters: merge([first, second], out, weights=[0.5, 0.5]).")
-        read = open_adapter(Path(adapter))
-        return Order((read,), (1.0,), None, target, *_rounding(read, base == "original", quantized))
-    from adapters_kit.merging.mixture import Mix
-
-    adapters = tuple(open_adapter(Path(one)) for one in adapter)
-    factors = (1.0,) * len(adapters) if weights is None else tuple(float(weight) for weight in weights)
-    if not adapters or len(factors) != len(adapters):
-        raise ShippingError(f"{len(factors)} weights for {len(adapters)} adapters: give one for each.")
-    if quantize is not None or quantized is not None or base == "original":
-        raise ShippingError(
-            "Several adapters merge into the base as it is stored: leave out quantize=, quantized= and 'original'."
-        )
-    on_rounded = next((one for one in adapters if one.record.get("quantize")), None)
-    if on_rounded is not None:
-        raise ShippingError(
-            f"{on_rounded.folder} was trained on a quantized base, so there is no sum with others. Merge it alone."
-        )
-    return Order(adapters, factors, Mix(method, density, seed), target)
-
-
-def _check_one_for_gguf(order: Order, out: Path, given: list[str]) -> None:
-    if len(order.adapters) > 1:
-        raise ShippingError(
-            f"{out.name}: a .gguf file takes in one adapter, and these are {len(order.adapters)}. Combine them first: "
-            f"combine([{', '.join(repr(str(one.folder)) for one in order.adapters)}], 'combined')."
-        )
-    if given:
-        raise ShippingError(f"{given[0]}=: {out.name} keeps the kinds of its base's tensors. Leave it out.")
-
-
-def _rounding(adapter: Adapter, original: bool, quantized: str | None) -> tuple[Any, bool]:
-    """(how the base was quantized in training, whether to merge into the original weights all the same)."""
-    settings = adapter.record.get("quantize")
-    if not settings:
-        known = "quantize" in adapter.record
-        if known and quantized is not None:
-            raise ShippingError(
-                f"quantized={quantized!r}: the record of {adapter.folder} says that its base was not quantized."
-            )
-        return quantized, False
-    if quantized is not None and quantized != settings["type"]:
-        raise ShippingError(
-            f"quantized={quantized!r}: the record of {adapter.folder} says {settings['type']!r}. Leave it out."
-        )
-    from adapters_kit.merging.roundtrip import Rounding
-
-    return Rounding.of(adapter.record), original
 
 
 def _check_known(
@@ -302,10 +214,8 @@ def _check_known(
     raise ShippingError(
         f"{adapter.folder} has no record of its base (adapters_kit.json), so nothing tells whether it was trained on "
         f"{source.name} as it is stored or on a quantized copy, and the two merge into different models.{shown} Say "
-        "it: "
-        "base='original' where it was not quantized, quantized='nf4' (or 'fp4', 'int8') where it was; or write the "
-        "record "
-        "once with ak.record(folder, model)."
+        "it: base='original' where it was not quantized, quantized='nf4' (or 'fp4', 'int8') where it was; or write "
+        "the record once with ak.record(folder, model)."
     )
 
 
@@ -319,6 +229,13 @@ def _counted(out: Path, job: Job, seconds: float) -> MergeReport:
 def _on_model(order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Job:
     """The job with its adapter on a model, which plain LoRA does without until something has to run."""
     return job if job.updates else on_model(order, checkpoint, raw)
+
+
+def _requantize(job: Job, stage: Path, kind: str, report: MergeReport) -> None:
+    from adapters_kit.merging.requantize import requantize
+
+    report.survival = requantize(job.updates[0], stage, kind)
+    report.nbytes = sum(path.stat().st_size for path in stage.glob("*.safetensors"))
 
 
 def _verify(

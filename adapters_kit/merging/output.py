@@ -22,8 +22,11 @@ class Tensor:
     """
 
     name: str
+    """As it is stored."""
     dtype: str
+    """As the header spells it, e.g. "BF16"."""
     shape: tuple[int, ...]
+    """As it is stored."""
     origin: str | None = None
     at: int = 0
 
@@ -39,6 +42,7 @@ class Layout:
 
     files: dict[str, list[Tensor]]
     headers: dict[str, bytes] = field(default_factory=dict)
+    """File name -> its header, set by `lay_out`."""
 
     def tensors(self) -> dict[str, tuple[str, Tensor]]:
         """Tensor name -> its file and place."""

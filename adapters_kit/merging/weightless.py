@@ -134,6 +134,7 @@ class Origin:
     parameters: tuple[str, ...]
     converter: WeightConverter | None = None
     patterns: tuple[str, ...] = ()
+    """The rule's patterns of stored names; empty without a rule."""
 
 
 def trace(model: PreTrainedModel, names: Mapping[str, Any]) -> tuple[dict[str, Origin], list[str]]:

@@ -20,8 +20,11 @@ class CheckReport:
     """What `check` found; true in a condition if nothing stands in the way."""
 
     path: Path
+    """The folder that was checked."""
     target: str
+    """The server that it was checked for."""
     problems: list[Problem] = field(default_factory=list)
+    """What stands in the way."""
 
     @property
     def ok(self) -> bool:

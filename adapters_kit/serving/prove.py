@@ -68,6 +68,7 @@ class ProofReport:
     """
 
     url: str
+    """The server that was asked."""
     model: str
     verdict: str
     completions: Measured | None = None

@@ -36,6 +36,7 @@ class Window(NamedTuple):
     """
 
     row: int
+    """Number of the question's row."""
     ids: Sequence[int]
     types: Sequence[int] | None
     offsets: np.ndarray
@@ -256,7 +257,9 @@ class Answer(NamedTuple):
     """The best span of a row, and by how much "no answer" is likelier (nats, as a sum of two logits)."""
 
     text: str
+    """The span; empty where there is none."""
     null_margin: float
+    """By how much "no answer" is likelier, in nats."""
 
     def under(self, threshold: float) -> str:
         """The text, or nothing if the margin is above `threshold`."""

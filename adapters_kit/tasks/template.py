@@ -45,7 +45,9 @@ class Answer(NamedTuple):
     """Token ids of one assistant turn, and of all that the model sees before it."""
 
     context: list[int]
+    """Of all that the model sees before the turn."""
     answer: list[int]
+    """Of the turn, with the tokens that end it."""
 
     @property
     def ids(self) -> list[int]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task
+from adapters_kit.tasks.metrics import confusion
+from adapters_kit.training import pictures
 
 _MOST = 20
 _LONGEST = 400  # characters of an input that are shown
@@ -18,7 +23,7 @@ _LONGEST = 400  # characters of an input that are shown
 def details(
     task: Task, recipe: Recipe, results: Sequence[Any], held_out: Features, rows: Dataset, train: Features
 ) -> dict[str, Any]:
-    """What `pages.run` reads from details.json.
+    """What `pages.run_page` reads from details.json.
 
     Args:
         results: of the adapter on the held-out examples, in their order.
@@ -82,3 +87,29 @@ def _lengths(task: Task, features: Features) -> dict[str, Any] | None:
     lengths = [task.length(feature) for feature in features]
     counts, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
     return {"examples": len(lengths), "counts": counts.tolist(), "edges": [round(float(edge), 2) for edge in edges]}
+
+
+def _has_classes(task: Task, results: list[Any]) -> bool:
+    """Whether the task gives each example one class, and the results are a number for every class."""
+    single = getattr(task, "problem", "single-label") == "single-label"
+    return task.labels is not None and single and np.ndim(results[0]) == 1
+
+
+def majority(task: Task, results: list[Any], features: Features) -> float | None:
+    """The accuracy of always giving the most frequent class of the held-out rows."""
+    if task.metric != "accuracy" or not _has_classes(task, results):
+        return None
+    return max(Counter(int(feature["labels"]) for feature in features).values()) / len(features)
+
+
+def write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], features: Features) -> None:
+    """Which class is taken for which, base beside tuned, for tasks with one class an example."""
+    if task.labels is None or not _has_classes(task, tuned):
+        return
+    truth = [feature["labels"] for feature in features]
+    before, after = (
+        confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
+    )
+    write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
+    if pictures.available():
+        pictures.confusion(before, after, task.labels, out / "confusion.png")

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
@@ -35,12 +33,11 @@ from adapters_kit.kernels.fuse import FuseReport, fuse_report
 from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open, without_paths
-from adapters_kit.tasks.base import Features, Task
-from adapters_kit.tasks.metrics import confusion
+from adapters_kit.tasks.base import Features
 from adapters_kit.training import checkpoints, pictures
 from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.data import Splits
-from adapters_kit.training.details import details
+from adapters_kit.training.details import details, majority, write_confusion
 from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
@@ -139,10 +136,36 @@ class _Training:
         self.recipe = recipe = trainer.recipe
         results = trainer.results_of_kept()
         trainer.meter.share()
-        metrics: dict[str, Any] = {
-            **{f"base_{name}": value for name, value in base.scores.items()},
-            **task.score(results, test_features),
-            "train_loss": trainer.meter.mean_loss(),
+        metrics = {**self._scores(trainer, base, results, test_features), **self._costs(trainer, trainable, total)}
+        metrics["advice"] = advice(
+            metrics, task.metric, task.higher_is_better, majority(task, results, test_features), recipe
+        )
+        self._save(trainer, metrics)
+        tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
+        proof = self._proof(trainer.model)
+        if self.main:
+            samples = [{"base": b, "tuned": t} for b, t in zip(base.samples, tuned, strict=True)]
+            self._describe(metrics, samples, layers, proof)
+            self._draw(metrics, base, results, train_features, test_features)
+            # Last of all: while they are there, resuming does all that follows training again.
+            checkpoints.drop(self.path)
+            self.place.publish()
+        PartialState().wait_for_everyone()
+        for line in metrics["advice"]:
+            self.tell(line)
+        return Run(self.place.out, metrics, recipe)
+
+    def _scores(
+        self, trainer: AdapterTrainer, base: _Base, results: list[Any], test_features: Features
+    ) -> dict[str, Any]:
+        """Before and after, on the held-out rows; the loss is the mean over training."""
+        before = {f"base_{name}": value for name, value in base.scores.items()}
+        after = self.task.score(results, test_features)
+        return {**before, **after, "train_loss": trainer.meter.mean_loss()}
+
+    def _costs(self, trainer: AdapterTrainer, trainable: int, total: int) -> dict[str, Any]:
+        """What was trained, on how much, how fast and in how many bytes; and what was done to the rows."""
+        return {
             "trainable_params": trainable,
             "total_params": total,
             "train_examples": len(self.splits.train),
@@ -151,38 +174,38 @@ class _Training:
             "train_seconds": round(trainer.meter.elapsed(), 3),
             "tokens_per_second": round(trainer.meter.rate(), 1),
             "peak_memory_bytes": trainer.meter.peak_bytes(),
-            "notes": task.notes.sentences,
-            "counts": task.notes.counts,
+            "notes": self.task.notes.sentences,
+            "counts": self.task.notes.counts,
         }
-        metrics["advice"] = advice(
-            metrics, task.metric, task.higher_is_better, _majority(task, results, test_features), recipe
-        )
-        self._save(trainer, metrics)
-        tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
-        proof = self._proof(trainer.model)
-        if self.main:
-            samples = [{"base": b, "tuned": t} for b, t in zip(base.samples, tuned, strict=True)]
-            text = card(recipe, metrics, task.metric, samples, layers)
-            write_text(self.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-            write_text(self.path / "README.md", text)
-            write_text(self.path / "adapter" / "README.md", text)
-            if proof is not None:
-                proof.write(self.path / "adapter")
-            if pictures.available():
-                history = Run(self.path, metrics, recipe).history()
-                pictures.curves(history, base.scores, task.metric, self.path / "curves.png")
-            _write_confusion(self.path, task, base.results, results, test_features)
-            found = details(task, recipe, results, test_features, self.splits.test, train_features)
-            write_json(self.path / DETAILS, found)
-            self._write_page()
-            checkpoints.drop(
-                self.path
-            )  # last of all: while they are there, resuming does all that follows training again
-            self.place.publish()
-        PartialState().wait_for_everyone()
-        for line in metrics["advice"]:
-            self.tell(line)
-        return Run(self.place.out, metrics, recipe)
+
+    def _describe(
+        self, metrics: dict[str, Any], samples: list[dict[str, Any]], layers: str, proof: Proof | None
+    ) -> None:
+        """Samples and the model card, which travels with the adapter, and its proof."""
+        text = card(self.recipe, metrics, self.task.metric, samples, layers)
+        write_text(self.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
+        write_text(self.path / "README.md", text)
+        write_text(self.path / "adapter" / "README.md", text)
+        if proof is not None:
+            proof.write(self.path / "adapter")
+
+    def _draw(
+        self,
+        metrics: dict[str, Any],
+        base: _Base,
+        results: list[Any],
+        train_features: Features,
+        test_features: Features,
+    ) -> None:
+        """Curves, the confusion matrix, the rows that went wrong, and the page of them all."""
+        task = self.task
+        if pictures.available():
+            history = Run(self.path, metrics, self.recipe).history()
+            pictures.curves(history, base.scores, task.metric, self.path / "curves.png")
+        write_confusion(self.path, task, base.results, results, test_features)
+        found = details(task, self.recipe, results, test_features, self.splits.test, train_features)
+        write_json(self.path / DETAILS, found)
+        self._write_page()
 
     def _proof(self, model: Any) -> Proof | None:
         """What base and tuned model say to a few prompts of ours. Every process asks: the model may be sharded."""
@@ -356,29 +379,3 @@ def _lower_what(recipe: Recipe) -> str:
     if not recipe.quantize:
         advice += ", quantize: nf4"
     return f"Out of memory. {advice}."
-
-
-def _has_classes(task: Task, results: list[Any]) -> bool:
-    """Whether the task gives each example one class, and the results are a number for every class."""
-    single = getattr(task, "problem", "single-label") == "single-label"
-    return task.labels is not None and single and np.ndim(results[0]) == 1
-
-
-def _majority(task: Task, results: list[Any], features: Features) -> float | None:
-    """The accuracy of always giving the most frequent class of the held-out rows."""
-    if task.metric != "accuracy" or not _has_classes(task, results):
-        return None
-    return max(Counter(int(feature["labels"]) for feature in features).values()) / len(features)
-
-
-def _write_confusion(out: Path, task: Task, base: list[Any], tuned: list[Any], features: Features) -> None:
-    """Which class is taken for which, base beside tuned, for tasks with one class an example."""
-    if task.labels is None or not _has_classes(task, tuned):
-        return
-    truth = [feature["labels"] for feature in features]
-    before, after = (
-        confusion([int(result.argmax()) for result in results], truth, len(task.labels)) for results in (base, tuned)
-    )
-    write_json(out / "confusion.json", {"labels": task.labels, "base": before, "tuned": after})
-    if pictures.available():
-        pictures.confusion(before, after, task.labels, out / "confusion.png")

@@ -76,7 +76,7 @@ class BottleneckConfig(BesideConfig):
     phm_layer: bool = field(default=False, metadata={"help": "Compacter: down and up are sums of Kronecker products"})
     phm_dim: int = field(default=4, metadata={"help": "number of Kronecker products"})
     phm_rank: int = field(default=1, metadata={"help": "rank of the large factors"})
-    phm_bias: bool = True
+    phm_bias: bool = field(default=True, metadata={"help": "whether PHM layers have biases"})
     shared_phm_rule: bool = field(default=True, metadata={"help": "one set of small factors for all layers"})
     factorized_phm_rule: bool = field(default=False, metadata={"help": "small factors of rank one"})
     factorized_phm_W: bool = field(default=True, metadata={"help": "large factors of rank phm_rank, else full"})

@@ -53,7 +53,9 @@ class Route(NamedTuple):
     """Where an attention class looks its functions up."""
 
     table: AttentionInterface
+    """Name of an implementation -> its function."""
     eager: Any
+    """The module's own function, for "eager"."""
 
 
 _ROUTES: dict[type, Route | None] = {}

@@ -39,6 +39,7 @@ class Dialect:
     """
 
     encoding: str
+    """Python's name for it."""
     separator: str
     quotes: bool = True
     escapes: bool = False

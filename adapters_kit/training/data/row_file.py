@@ -32,6 +32,7 @@ class Format:
     encoding: str | None = None
     delimiter: str | None = None
     notes: Notes = field(default_factory=Notes)
+    """Where what is found out is noted."""
 
 
 Parts = dict[str, Dataset]

@@ -18,7 +18,9 @@ class Splits(NamedTuple):
     """The rows to train on and the held-out ones."""
 
     train: Dataset
+    """The rows to train on."""
     test: Dataset
+    """The held-out rows."""
 
 
 def take(data: Dataset, limit: int | None, seed: int) -> Dataset:
