@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from adapters_kit import registry
+from adapters_kit.anatomy.rescaling import keep_weights
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.artifacts.record_reader import OURS
@@ -78,6 +79,7 @@ def wrap(
         )
     if folder is not None and not force:
         check_loaded(folder, getattr(base, "config", None))
+    keep_weights(base)
     keep_layout(model)  # plain transformers leaves 4-bit weights on a CPU to be spoilt by the next evaluation
     with _untouched_on_failure(model):
         if folder is None:

@@ -45,9 +45,13 @@ def bypassed(model: nn.Module, linears: Sequence[str], inputs: Mapping[str, Any]
 def _never_called(
     model: nn.Module, suspects: list[tuple[nn.Module, str]], inputs: Mapping[str, Any] | None
 ) -> set[tuple[type, str]]:
-    """`(class, child)` of suspects whose owner ran to its end, in some block, and called the child in none."""
+    """`(class, child)` of suspects whose owner ran to its end, in some block, and called the child in none.
+
+    An owner that is used by other methods than its forward (Gemma 3n's AltUp) ran where something else in it ran.
+    """
     called: set[tuple[type, str]] = set()
     finished: set[tuple[type, str]] = set()
+    begun: set[tuple[type, str]] = set()
     modules = dict(walk(model))
     paths = {module: path for path, module in modules.items()}
     hooks = []
@@ -56,6 +60,11 @@ def _never_called(
         child = modules[f"{paths[owner]}.{name}"]
         hooks.append(child.register_forward_pre_hook(lambda *_, key=key: called.add(key)))
         hooks.append(owner.register_forward_hook(lambda *_, key=key: finished.add(key)))
+        hooks += [
+            other.register_forward_pre_hook(lambda *_, key=key: begun.add(key))
+            for other in owner.modules()
+            if other not in (owner, child)
+        ]
     # Fused kernels may be for training only, and the flag that they ask is that of the module that owns the weight.
     modes = {owner: owner.training for owner, _ in suspects}
     base = base_model(model)
@@ -67,6 +76,7 @@ def _never_called(
             owner.training = True
         with suppress(RuntimeError, NotImplementedError), torch.no_grad(), torch.random.fork_rng(devices=[]):
             base(**inputs)
+            finished |= begun
     finally:
         for owner, mode in modes.items():
             owner.training = mode

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
+from adapters_kit.anatomy.rescaling import keep_weights
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.artifacts.heap import Trimmer
@@ -322,6 +323,7 @@ def _by_block(
 ) -> Iterator[None]:
     """Weights of a block lie in memory only while it runs; all others during the whole forward."""
     units = units or {}
+    keep_weights(model)  # weights that come and go cannot be rewritten in place
 
     def home(name: str) -> str:
         return next((path for path in paths if name.startswith(path + ".") or name == path), "")
