@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -67,6 +68,15 @@ def read(path):
     if path.suffix == ".parquet":
         return pandas.read_parquet(path).to_dict("records")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_answers_tells_what_was_cut(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 4)
+    rows = [{"text": "fine " * (500 if index in (1, 5, 6) else 3)} for index in range(12)]
+    made = files.predict_file(classifier, write(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
+    (note,) = made.notes
+    assert re.search(r"Rows 1 to 4: 1 of 4 texts are longer .* 1 more parts of the file: 3 in all", note)
+    assert note in str(made)
 
 
 @pytest.mark.parametrize("source", [".csv", ".jsonl", ".parquet"])

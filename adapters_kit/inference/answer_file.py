@@ -26,6 +26,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
 from adapters_kit.inference.subject import Subject, describe, load_subject, make_task
 from adapters_kit.tasks.base import Task
+from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.resolve import rows_of
 
 PIECE = 1024
@@ -42,16 +43,18 @@ class Written:
         rows: in it.
         kept: rows of them that an earlier, stopped call had answered.
         seconds: of this call, loading included.
+        notes: what was done to rows that nobody asked for (texts that were cut), of the rows that this call answered.
     """
 
     path: Path
     rows: int
     kept: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kept = f" ({self.kept:,} of them from the call before)" if self.kept else ""
-        return f"{self.rows:,} rows in {self.path}{kept}, {self.seconds:.1f} s"
+        return "\n".join([f"{self.rows:,} rows in {self.path}{kept}, {self.seconds:.1f} s", *self.notes])
 
 
 def predict_file(
@@ -100,12 +103,15 @@ def predict_file(
     done = kept = _answered(part, made_from)
     subject = load_subject(recipe, task, adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
+    told = _Told(subject.task.notes)
     with part.open("a", encoding="utf-8", newline="\n") as file:
         if part.stat().st_size == 0:
             file.write(json.dumps(made_from) + "\n")
         while done < len(rows):
             piece = rows.select(range(done, min(done + PIECE, len(rows))))
+            subject.task.notes = Notes()
             answers = _answers(subject, piece, batch_size or 2 * recipe.training.batch_size, done)
+            told.add(subject.task.notes, done, done + len(piece))
             if clash := sorted(set(own) & set(answers[0])):
                 part.unlink()
                 raise DataError(f"{source} has a column {clash[0]!r} already, which would be covered: rename it.")
@@ -117,7 +123,29 @@ def predict_file(
     with replacing(out) as beside:
         _WRITERS[out.suffix.lower()](beside, rows, lambda: _lines(part))
     part.unlink()
-    return Written(out, len(rows), kept, time.perf_counter() - begun)
+    return Written(out, len(rows), kept, time.perf_counter() - begun, tuple(told.sentences()))
+
+
+class _Told:
+    """What was noted of each piece, put together: a sentence for each thing that was counted."""
+
+    def __init__(self, before: Notes) -> None:
+        self._general = list(before.sentences)
+        self._found: dict[str, tuple[str, int, int]] = {}  # by kind: the first sentence, pieces, rows or what else
+
+    def add(self, notes: Notes, first: int, end: int) -> None:
+        """The notes of the rows from `first` to before `end`."""
+        for sentence, counts in notes.counted.items():
+            kind = " ".join(counts) or sentence
+            text, pieces, count = self._found.get(kind, (f"Rows {first + 1:,} to {end:,}: {sentence}", 0, 0))
+            self._found[kind] = text, pieces + 1, count + sum(counts.values())
+
+    def sentences(self) -> list[str]:
+        """One for each kind."""
+        return self._general + [
+            text if pieces == 1 else f"{text} The same in {pieces - 1:,} more parts of the file: {count:,} in all."
+            for text, pieces, count in self._found.values()
+        ]
 
 
 def _part_of(out: Path) -> Path:

@@ -1,7 +1,8 @@
 """Labels as data sets hold them: spelled as they are, in the order that the data gives; what is no label is none.
 
-A cell without a label is None, NaN, an empty text, or -1, by which the hub's data sets mean "not told". Where -1 is a
-class of its own, the recipe says so: `labels: ["-1", "1"]`.
+A cell without a label is None, NaN, an empty text, or -1, by which the hub's data sets mean "not told", or "-", by
+which SNLI says that its readers did not agree (not where "+" stands in the column too). Where one of them is a class of
+its own, the recipe says so: `labels: ["-1", "1"]`.
 """
 
 from __future__ import annotations
@@ -82,15 +83,17 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
         DataError: lists, where a row has one label; values that are no labels.
     """
     read = label_reader(data, column, given)
-    found = []
-    for row, value in enumerate(data[column][:]):
+    values, found = data[column][:], []
+    dash = given is None or "-" not in given
+    dash = dash and "-" in values and "+" not in values
+    for row, value in enumerate(values):
         if isinstance(value, list):
             raise DataError(
                 f"Column {column!r}, row {row + 1} holds a list of labels, {value!r:.80}, where the task takes one. "
                 "For texts "
                 "with several labels set problem: multi-label; else give each row one label."
             )
-        found.append(read(value, row))
+        found.append(None if dash and value == "-" else read(value, row))
     return found
 
 

@@ -22,11 +22,13 @@ class Notes:
     Attributes:
         sentences: all that was said.
         counts: name to number; a sentence that is said again does not count again.
+        counted: sentence to its own counts.
     """
 
     def __init__(self) -> None:
         self.sentences: list[str] = []
         self.counts: dict[str, int] = {}
+        self.counted: dict[str, dict[str, int]] = {}
         self._part = ""
         self._told = 0
 
@@ -36,6 +38,7 @@ class Notes:
         if text in self.sentences:
             return
         self.sentences.append(text)
+        self.counted[text] = counts
         for name, number in counts.items():
             self.counts[name] = self.counts.get(name, 0) + number
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from adapters_kit.errors import DataError, did_you_mean
@@ -23,8 +25,9 @@ whatever else the template may read."""
 ROLES = {
     "system": "system",
     "developer": "developer",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("user", "human", "prompter", "customer", "client"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "ai", "model", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("agent", "support"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
     **dict.fromkeys(("tool_result", "tool_results", "function_result", "tool_output"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
@@ -230,11 +233,15 @@ def written_out(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Without what no template sees (dates, bytes), and the empty fields that Arrow gives every row for all others."""
+    """As JSON has it: dates as text, without bytes and the empty fields that Arrow gives every row for all others."""
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if _is_plain(item)}
+        return {key: _plain(item) for key, item in value.items() if _is_plain(_plain(item))}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value if item is None or _is_plain(item)]
+        return [_plain(item) for item in value if item is None or _is_plain(_plain(item))]
     return value
 
 

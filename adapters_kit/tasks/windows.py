@@ -15,7 +15,7 @@ from typing import ClassVar
 from adapters_kit.tasks.conversation import Conversation
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
-from adapters_kit.tasks.turns import BEGUN, Turn
+from adapters_kit.tasks.turns import BEGUN, LEADING, Turn
 
 Sample = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is learned."""
@@ -163,9 +163,10 @@ def _answer_size(template: ChatTemplate, talk: Conversation, end: int, row: int,
 
 
 def _from(talk: Conversation, start: int, end: int) -> Conversation:
-    """The system's turns, and those from `start` to before `end`."""
-    lead = talk.leading
-    return Conversation(talk.turns[:lead] + talk.turns[max(start, lead) : end], talk.tools)
+    """The system's turns, later ones too, and all from `start` to before `end`."""
+    start = max(start, talk.leading)
+    system = [turn for turn in talk.turns[:start] if turn["role"] in LEADING]
+    return Conversation(system + talk.turns[start:end], talk.tools)
 
 
 def _starts(talk: Conversation, start: int, end: int) -> list[int]:

@@ -1,15 +1,15 @@
-"""Every declared method goes the whole road in a recipe; one that cannot says before training what it needs."""
+"""Every method that `adapters-kit methods` lists goes the whole road in a recipe, or says before training what it needs instead."""
 
 import pytest
 import torch
 
 import adapters_kit as ak
-from adapters_kit import registry
 from adapters_kit.errors import AdapterError, RecipeError
 from adapters_kit.methods import find_method, table
 from tests.support import small
 
-METHODS = registry.names()  # the rest are peft's own: tests/test_wrapping.py
+METHODS = [method.name for method in table()]
+GIVEN = {"trainable-tokens": {"token_indices": [*range(5, 40)]}}  # words that occur in every row
 ELSEWHERE = {"blocks": "GGUF", "loftq": "CUDA"}  # see test_blocks.py; loftq goes the road where there is a GPU
 LOOPS = {method.name for method in table() if not method.in_recipes}
 
@@ -22,7 +22,7 @@ def recipe(name, task="causal-lm", family="llama", rate=1e-2, **training):
         "model": str(small.model(family)),
         "task": task,
         "data": rows,
-        "method": {"name": name},
+        "method": {"name": name, **GIVEN.get(name, {})},
         "training": {"epochs": 2, "batch_size": 8, "samples": 1, "learning_rate": rate, **training},
         "max_new_tokens": 2,
     }

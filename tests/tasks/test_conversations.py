@@ -1,7 +1,8 @@
 """The shapes in which people keep conversations, what is cut of long ones, and where answers stop."""
 
 import json
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 
 import pytest
 from datasets import Dataset
@@ -12,6 +13,7 @@ from adapters_kit.tasks.base import IGNORED
 from adapters_kit.tasks.causal_lm import CausalLM
 from adapters_kit.tasks.conversation import conversation
 from adapters_kit.tasks.template import ChatTemplate
+from adapters_kit.tasks.turns import as_turns
 from adapters_kit.training import data as reading
 from adapters_kit.training.inputs import rows_from
 from tests.support import small
@@ -460,3 +462,30 @@ def test_a_question_goes_before_the_sentence_that_may_answer_it():
     rows = Dataset.from_list([{"question": "q", "sentence": "s", "label": "yes"}])
     found = reading.recognise(rows, {}, [("text", "label")], ["text_pair"])
     assert found == {"text": "question", "text_pair": "sentence", "label": "label"}
+
+
+def test_a_later_system_turn_stays_when_the_turns_around_it_are_cut():
+    talk = [{"role": "system", "content": "RULES"}]
+    for number in range(8):
+        talk += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"reply {number}"}]
+        if number == 1:
+            talk.append({"role": "system", "content": "BE BRIEF"})
+    tokens = tokenizer(CHATML)
+    features = causal(tokens, training={"max_length": 300}).encode(Dataset.from_list([{"messages": talk}]))
+    for before, learned in learned_runs(features):
+        later = tokens.decode(learned)[6] > "1"
+        assert ("BE BRIEF" in tokens.decode(before)) == later
+
+
+def test_dates_within_results_and_arguments_reach_the_model():
+    day = {"day": date(2024, 5, 1), "cost": Decimal("2.5")}
+    asks = {"role": "assistant", "tool_calls": [{"function": {"name": "count", "arguments": day}}]}
+    talk = [PAIR[0], asks, {"role": "tool", "content": [day]}, PAIR[1]]
+    made = as_turns(talk, "Row 1")
+    assert made[1]["tool_calls"][0]["function"]["arguments"] == {"day": "2024-05-01", "cost": 2.5}
+    assert json.loads(made[2]["content"]) == [{"day": "2024-05-01", "cost": 2.5}]
+
+
+def test_who_serves_whom_is_told_from_the_words_of_call_centres():
+    talk = [{"role": "Customer", "content": ASKED}, {"role": "Agent", "content": TOLD}]
+    assert seen({"messages": talk}) == f"{USER}\n{ASSISTANT}"

@@ -28,7 +28,7 @@ def prepared(tmp_path, values, held_out=None, **more):
     return prepare(Recipe(model="m", task="text-classification", data=str(folder), **more))
 
 
-@pytest.mark.parametrize("missing", [None, "", "  ", -1, float("nan")])
+@pytest.mark.parametrize("missing", [None, "", "  ", "-", -1, float("nan")])
 def test_rows_without_a_label(tmp_path, missing):
     """Refused where they would teach; kept out where they would be scored."""
     words = ["a", "b"] if isinstance(missing, str | None) else [1, 2]
@@ -40,6 +40,14 @@ def test_rows_without_a_label(tmp_path, missing):
     assert task.notes.counts["rows_without_label"] == 2
     with pytest.raises(DataError, match=r"No row of 'test' has a label"):
         prepared(tmp_path, words * 6, [missing] * 4)
+
+
+def test_a_dash_is_a_class_beside_a_plus_or_where_the_recipe_says_so(tmp_path):
+    assert prepared(tmp_path, ["-", "+"] * 10)[0].labels == ["+", "-"]
+    with pytest.raises(DataError, match=r"- means \"no label\"") as told:
+        prepared(tmp_path, ["-", "yes"] * 10)
+    advice = json.loads(str(told.value).rpartition("labels: ")[2].rstrip(".").replace("'", '"'))
+    assert prepared(tmp_path, ["-", "yes"] * 10, labels=advice)[0].labels == ["-", "yes"]
 
 
 def test_minus_one_is_a_class_where_the_recipe_says_so(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
@@ -102,6 +103,38 @@ def test_each_answer_is_learned_once_as_it_will_be_asked_for(path):
     assert len(heads) == 1  # what the template writes before an answer, and nothing of the conversation
     assert not any(turn["content"] in head for turn in TALK for head in heads)
     assert causal(tokens).template.stops
+
+
+FOR_TRAINING = [(path, other) for other in TEMPLATES if (path := Path(str(other).replace("_training", ""))) != other]
+
+
+def _plain(text: str) -> str:
+    """Without empty thinking, which some templates write before an answer and others before asking for it."""
+    return re.sub(r"<think>\s*</think>\s*", "", text)
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="TRL, whose chat templates these are, is not installed")
+@pytest.mark.parametrize(("path", "other"), FOR_TRAINING, ids=lambda path: path.stem)
+def test_the_tokens_are_those_of_trl_s_training_template(path, other):
+    """An answer by itself needs no template of another's: the same words in the same place, with the same end.
+
+    TRL's may mark more: what the prompt already ends in, and blanks behind the end mark, which no model writes.
+    """
+    tokens = tokenizer(path.read_text() + other.read_text())
+    tokens.chat_template = path.read_text()
+    given = as_the_template_takes_it(tokens, TALK)
+    runs = learned_runs(causal(tokens).encode(Dataset.from_list([{"messages": TALK}])))
+    (text,), (marked,) = render_jinja_template(
+        [given], chat_template=other.read_text(), return_assistant_tokens_mask=True, **tokens.special_tokens_map
+    )
+    for (before, learned), at in zip(runs, (1, 3), strict=True):
+        answer = TALK[at]["content"]
+        head, _, end = tokens.decode(before + learned).partition(answer)
+        start = text.index(answer)
+        assert _plain(head) == _plain(text[:start])
+        assert any(first <= start and start + len(answer) <= last for first, last in marked)
+        last = at == 3 or path.stem != "gptoss"  # whose earlier answers end otherwise; the model is to end them alike
+        assert text[start + len(answer) :].startswith(end) or not last
 
 
 THOUGHTS = [

@@ -70,7 +70,7 @@ def _refuse_unlabelled(task: Task, rows: Dataset) -> None:
         raise DataError(
             f"{len(missing):,} of {len(rows):,} training rows have no label in column {column!r}: "
             f"{_numbers(missing)}. Give "
-            f"them one, or take them out.{_minus_one(rows, column, missing)}"
+            f"them one, or take them out.{_mark_of_none(rows, column, missing)}"
         )
 
 
@@ -102,8 +102,9 @@ def _numbers(rows: Sequence[int]) -> str:
     return f"row{'s' * (len(rows) > 1)} {shown}{' …' if len(rows) > 10 else ''}"
 
 
-def _minus_one(rows: Dataset, column: str, missing: Sequence[int]) -> str:
-    if str(rows[missing[0]][column]) != "-1":
+def _mark_of_none(rows: Dataset, column: str, missing: Sequence[int]) -> str:
+    mark = str(rows[missing[0]][column])
+    if mark not in ("-1", "-"):
         return ""
     names = sorted({str(value) for value in rows[column][:]})[:10]
-    return f' -1 means "no label"; if it is a class here, name the classes: labels: {names}.'
+    return f' {mark} means "no label"; if it is a class here, name the classes: labels: {names}.'
