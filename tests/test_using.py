@@ -71,9 +71,9 @@ def read(path):
 
 
 def test_a_file_of_answers_tells_what_was_cut(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 4)
+    monkeypatch.setattr(answer_file, "PIECE", 4)
     rows = [{"text": "fine " * (500 if index in (1, 5, 6) else 3)} for index in range(12)]
-    made = files.predict_file(classifier, write(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
+    made = answer_file.predict_file(classifier, write(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
     (note,) = made.notes
     assert re.search(r"Rows 1 to 4: 1 of 4 texts are longer .* 1 more parts of the file: 3 in all", note)
     assert note in str(made)

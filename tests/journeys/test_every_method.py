@@ -1,4 +1,4 @@
-"""Every method that `adapters-kit methods` lists goes the whole road in a recipe, or says before training what it needs instead."""
+"""Every method that `adapters-kit methods` lists goes the whole road in a recipe, or says before training what it lacks."""
 
 import pytest
 import torch
