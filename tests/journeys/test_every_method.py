@@ -1,4 +1,4 @@
-"""Every method that `adapters-kit methods` lists goes the whole road in a recipe, or says before training what it lacks."""
+"""Every method that `adapters-kit methods` lists goes the whole road in a recipe, or says first what it lacks."""
 
 import pytest
 import torch
