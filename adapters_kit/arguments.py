@@ -16,7 +16,8 @@ from adapters_kit.verbs import doctor, inference, models, shipping, training
 
 # The recipe's keys as the help of a verb groups them; a key that is in no group stands in the last.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "what is trained, on what": ("model", "task", "method", "problem", "labels", "data", "answer_only"),
+    "what is trained, on what": ("model", "task", "method", "problem", "labels", "data", "answer_only",
+                                     "trust_remote_code"),
     "how long, how large": ("epochs", "max_steps", "batch_size", "eval_batch_size", "gradient_accumulation", 
                             "max_length", "packing", "group_by_length", "auto_batch"),
     "optimizer": ("learning_rate", "head_learning_rate", "optimizer", "lora_plus_ratio", "scheduler", "warmup",

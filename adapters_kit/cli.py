@@ -138,10 +138,13 @@ def _take_recipe_flags(verb: Parser, arguments: list[str]) -> list[str]:
         if not word.startswith("--") or name in own:
             position += 1
             continue
+        spelled = "--" + name[2:].replace("-", "_")
+        if spelled[2:] in keys:
+            word, name = spelled + word[len(name) :], spelled
         if name[2:].partition(".")[0] not in keys:
             verb.error(f"unknown argument {name!r}. {did_you_mean(name, [*own, *(f'--{key}' for key in keys)])}")
         has_value = "=" not in word and position + 1 < len(arguments) and not arguments[position + 1].startswith("--")
-        taken += arguments[position : position + 1 + has_value]
+        taken += [word, *arguments[position + 1 : position + 1 + has_value]]
         del arguments[position : position + 1 + has_value]
     return taken
 

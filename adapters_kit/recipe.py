@@ -65,6 +65,9 @@ class Recipe(BaseModel):
     """The classes in the order of the model's outputs; by default those of the training data, sorted."""
     quantize: Literal[Quantization, "keep"] | None = None
     """Hold the frozen weights at 4 or 8 bits (bitsandbytes); keep: a .gguf file's weights stay in its own blocks."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with the base model, with all that you may do on this machine. Needed only by
+    architectures that transformers does not have; read the files first. The card says it."""
     answer_only: bool = True
     """Causal LM with prompts or chats: only the answer's tokens count in the loss."""
     max_new_tokens: int = Field(128, ge=1)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -262,13 +263,39 @@ def _is_kept_ranks(value: Any) -> bool:
     return lists and all(type(kept) is bool for one in value.values() for kept in one)
 
 
-def check_ranks(folder: Path, raw: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a rank that no tensor of the file is long enough for: peft would first allocate what it is told."""
-    claimed = [value for key in ("r", "init_r") if type(value := raw.get(key)) is int]
-    claimed += [rank for rank in (raw.get("rank_pattern") or {}).values() if type(rank) is int]
+# Whole numbers of a config that are no sizes: how long it was trained, seeds, scales, which tokens.
+_NO_SIZES = re.compile(
+    r"seed|_key$|alpha|total_step|^t(init|final)$|deltaT|warmup|interval|tokens?_id|_index|lambda|version"
+)
+_SMALL = 4096  # a size up to this takes no memory worth a word, whatever the file holds
+
+
+def check_sizes(folder: Path, raw: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse sizes that no tensor of the file is long enough for: peft would first allocate what it is told.
+
+    Raises:
+        ShippingError: naming the key.
+    """
+    for value in raw.values():  # the parts of several methods together
+        for part in (one for one in (value if isinstance(value, list) else ()) if isinstance(one, dict)):
+            check_sizes(folder, part, weights)
+    claimed = [(key, value) for key, value in raw.items() if type(value) is int and not _NO_SIZES.search(key)]
+    pattern = raw.get("rank_pattern")
+    claimed += [("rank_pattern", rank) for rank in (pattern.values() if isinstance(pattern, dict) else ())]
     largest = max((max(tensor.shape, default=0) for tensor in weights.values()), default=0)
-    if claimed and max(claimed) > max(largest, 4096):
-        raise ShippingError(f"{folder}: the config says rank {max(claimed)}, and no tensor is longer than {largest}.")
+    for key, value in claimed:
+        if type(value) is int and value > max(largest, _SMALL):
+            raise ShippingError(f"{folder / CONFIG}: {key} is {value:,}, and no tensor is longer than {largest:,}.")
+    # Virtual tokens of all layers are one table, as large as the product of what the config says.
+    names = ("num_virtual_tokens", "num_layers", "token_dim")
+    tokens, layers, dim = (value if type(value := raw.get(key)) is int else 1 for key in names)
+    held = sum(tensor.numel() for tensor in weights.values())
+    wanted = tokens * dim * (layers if "PREFIX" in str(raw.get("peft_type")).upper() else 1)
+    if tokens > 1 and wanted > 8 * max(held, _SMALL):
+        raise ShippingError(
+            f"{folder / CONFIG}: num_virtual_tokens {tokens:,}, token_dim {dim:,} and num_layers {layers:,} are "
+            f"{wanted:,} numbers or more, and the file holds {held:,}."
+        )
 
 
 def _tidy(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -130,7 +130,9 @@ def _config_changes(model: Any, source: Path | None) -> dict[str, Any]:
 
     now = model.config.to_dict()
     readable = source is not None and source.is_dir() and (source / "config.json").is_file()
-    before = AutoConfig.from_pretrained(source).to_dict() if readable else {}
+    # The class of a model with Python files of its own is here already; nothing is to be run for this.
+    kind = type(model.config) if type(model.config).__module__.startswith("transformers_modules") else AutoConfig
+    before = kind.from_pretrained(source, trust_remote_code=False).to_dict() if readable else {}
     return {key: now[key] for key in CONFIG_KEYS if key in now and now[key] != before.get(key)}
 
 

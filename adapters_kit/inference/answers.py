@@ -159,8 +159,10 @@ def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
     columns = recipe.data.columns
     if "messages" in columns:
         return {columns["messages"]: [{"role": "user", "content": text}]}
-    if not columns and recipe.task == "causal-lm" and getattr(load_processor(recipe.model), "chat_template", None):
-        return {"prompt": text}
+    if not columns and recipe.task == "causal-lm":
+        processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        if getattr(processor, "chat_template", None):
+            return {"prompt": text}
     role = next((role for role in ("prompt", "text", "source", "image") if role in columns), kind.needs[-1][0])
     if role not in ("prompt", "text", "source", "image"):
         wanted = [name for name in kind.needs[-1] if name not in kind.targets]

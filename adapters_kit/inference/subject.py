@@ -54,6 +54,8 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     if (folder / CONFIG).is_file():
         if (found_recipe := recipe_of(folder)) is not None:
             recipe = _with_problem(found_recipe, folder.parent / "metrics.json")
+            # A run may come from elsewhere: what its author trusted is for whoever asks to say again.
+            recipe = recipe.changed(trust_remote_code=False)
             return (recipe.changed(**recipe_keys) if recipe_keys else recipe), folder
         base = named_base(folder, read_json(folder / CONFIG).get("base_model_name_or_path"))
         if not base and "model" not in recipe_keys:

@@ -51,10 +51,10 @@ def read_config(location: str, name: str) -> PreTrainedConfig:
     """
     metadata, tensors = read_gguf_metadata(os.path.join(location, name))
     if f"{metadata['general.architecture']}.vocab_size" not in metadata:  # counted from the vocabulary then
-        return AutoConfig.from_pretrained(location, gguf_file=name)
+        return AutoConfig.from_pretrained(location, gguf_file=name, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as folder:
         _write_small(os.path.join(folder, name), metadata, tensors)
-        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     config._name_or_path = location
     return config
 

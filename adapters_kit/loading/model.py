@@ -21,6 +21,7 @@ from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
 from adapters_kit.loading.reader import (
     gist,
     meta_model,
+    needs_trust,
     read,
     read_and_quantize,
     read_gguf_and_quantize,
@@ -270,6 +271,8 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
             return read_config(source.location, source.gguf_file)
         return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers and gguf raise whatever the fields of a damaged file provoke
+        if "trust_remote_code" in str(error):
+            raise needs_trust(source) from error
         hint = "" if source.local else " If it is a local folder, check the path."
         raise ModelError(f"Cannot read the config of {source.name}: {gist(error)}{hint}") from error
 

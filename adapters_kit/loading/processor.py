@@ -8,6 +8,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from adapters_kit.artifacts.source import find
 from adapters_kit.errors import ModelError
+from adapters_kit.loading.reading import needs_trust
 
 
 def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -30,6 +31,8 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
         auto_class = _tokenizer_class(source.location, file) if file else transformers.AutoProcessor
         processor = auto_class.from_pretrained(source.location, **options)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_trust(source) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"No tokenizer or processor for {source.name}: {reason} Copy the processor files of the original model "

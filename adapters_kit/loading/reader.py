@@ -122,6 +122,8 @@ def _from_pretrained(
                 location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_trust(source) from error
         raise ModelError(f"Cannot load {source.name}: {gist(error)}") from error
 
 
@@ -150,6 +152,14 @@ def meta_model(auto_class: Any, config: PreTrainedConfig, trust_remote_code: boo
     """The model without memory for its weights."""
     with torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def needs_trust(source: Source) -> ModelError:
+    """The error for a model that is made by Python files of its own."""
+    return ModelError(
+        f"{source.name} needs the Python files that come with it, and they are not run unless you say so, since they "
+        "can do all that you can. Read them, then give trust_remote_code=True."
+    )
 
 
 def gist(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.anatomy import embeddings, output_embeddings
-from adapters_kit.artifacts.adapter import Adapter, check_ranks
+from adapters_kit.artifacts.adapter import Adapter, check_sizes
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.artifacts.factors import pairs, strip
 from adapters_kit.artifacts.patterns import check_patterns
@@ -151,7 +151,7 @@ def _check_ranks(adapter: Adapter) -> None:
                     "The "
                     "files are of two adapters, or damaged."
                 )
-    check_ranks(adapter.folder, adapter.raw, adapter.weights)
+    check_sizes(adapter.folder, adapter.raw, adapter.weights)
 
 
 def usual_rounding(kind: str, bare: PreTrainedModel, checkpoint: Checkpoint) -> Rounding:

@@ -28,7 +28,7 @@ def new_proof(update: Update, merged: Path) -> Proof | None:
     if not type(bare).__name__.endswith(GENERATES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(merged)
+        tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or none that loads
         return None
     if not len(tokenizer) or len(tokenizer) > bare.config.get_text_config().vocab_size:

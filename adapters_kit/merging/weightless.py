@@ -81,7 +81,7 @@ def _make_fixed(model: PreTrainedModel) -> None:
 def base_config(folder: Path, adapter: Adapter | None = None) -> PretrainedConfig:
     """The base's config, with what the adapter's training changed in it (labels, vocabulary) applied."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ShippingError(f"{folder} has no config that transformers understands: {error}") from error
     for key, value in (adapter.record.get("config") or {}).items() if adapter is not None else ():

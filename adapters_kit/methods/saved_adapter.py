@@ -19,7 +19,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import nn
 
 from adapters_kit.artifacts import foreign
-from adapters_kit.artifacts.adapter import check_fields, check_options, check_ranks, read_weights
+from adapters_kit.artifacts.adapter import check_fields, check_options, check_sizes, read_weights
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ModelError, ShippingError, did_you_mean
@@ -66,7 +66,7 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
     check_fields(folder, raw)
     check_patterns(raw, [path for path, _ in base.named_modules()])
     state = read_weights(folder)
-    check_ranks(folder, raw, state)
+    check_sizes(folder, raw, state)
     try:
         config = PeftConfig.from_pretrained(folder)
     except KeyError as error:

@@ -1,4 +1,5 @@
-"""check(): will a folder load in a server, and load right? Every reason if not, and the command that helps.
+"""check(): will a folder load in a server, and load right? Every reason if not, and the command that helps. And what it
+would tell of the machine and the data that it was made with.
 
 The rules are in `rules`; each report names the version whose source they were read from.
 """
@@ -11,8 +12,12 @@ from pathlib import Path
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, adapter_folder, read_adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts.leaks import Leak, find_leaks
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.serving.rules import RULES, VERSIONS, Problem, missing_base, model_problems
+
+MOST_LEAKS = 20
+"""So many are shown; `leaks` has all."""
 
 
 @dataclass
@@ -25,6 +30,8 @@ class CheckReport:
     """The server that it was checked for."""
     problems: list[Problem] = field(default_factory=list)
     """What stands in the way."""
+    leaks: list[Leak] = field(default_factory=list)
+    """What its text files tell about the machine and the data; it loads in any case."""
 
     @property
     def ok(self) -> bool:
@@ -37,10 +44,16 @@ class CheckReport:
     def __str__(self) -> str:
         rules = f"rules of {VERSIONS[self.target]}"
         if self.ok:
-            return f"{self.path} loads in {self.target} ({rules})."
-        count = len(self.problems)
-        head = f"{self.path} in {self.target}: {count} problem{'s' * (count > 1)} ({rules})"
-        return "\n".join([head, *(f"  - {problem}" for problem in self.problems)])
+            lines = [f"{self.path} loads in {self.target} ({rules})."]
+        else:
+            count = len(self.problems)
+            lines = [f"{self.path} in {self.target}: {count} problem{'s' * (count > 1)} ({rules})"]
+            lines += [f"  - {problem}" for problem in self.problems]
+        if self.leaks:
+            lines.append(f"Whoever gets {self.path} can read there ({len(self.leaks)}; take out what should stay):")
+            lines += [f"  - {leak}" for leak in self.leaks[:MOST_LEAKS]]
+            lines += [f"  - … and {len(self.leaks) - MOST_LEAKS} more"] * (len(self.leaks) > MOST_LEAKS)
+        return "\n".join(lines)
 
 
 def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int = 16) -> CheckReport:
@@ -61,7 +74,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     if target not in VERSIONS:
         raise UnknownNameError(f"Unknown target {target!r}. {did_you_mean(target, VERSIONS)}")
     path = adapter_folder(folder)
-    report = CheckReport(path, target)
+    report = CheckReport(path, target, leaks=find_leaks(path))
     if not (path / CONFIG).is_file():
         if not (path / "config.json").is_file():
             raise ShippingError(f"{path} holds neither an adapter ({CONFIG}) nor a model (config.json).")

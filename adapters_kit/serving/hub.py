@@ -15,6 +15,7 @@ import yaml
 
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
 from adapters_kit.artifacts.hub_ping import endpoint, reachable
+from adapters_kit.artifacts.leaks import find_leaks, scrub
 from adapters_kit.errors import ShippingError
 from adapters_kit.task_table import TASKS
 
@@ -81,6 +82,7 @@ def push(
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo.partition('/')[2]}\n"
         card.unlink(missing_ok=True)
         card.write_text(_with_metadata(text, source, license), encoding="utf-8")
+        _keep_to_ourselves(stage)
         files = sorted(path.name for path in stage.iterdir())
         api = HfApi(endpoint=endpoint(), token=token)
         try:
@@ -143,6 +145,21 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _keep_to_ourselves(stage: Path) -> None:
+    """Paths of this machine become names in what is sent; the files that were linked stay as they are.
+
+    A run's own adapter_config.json names a base on this disk by its path, since peft loads it by that.
+    """
+    for name in {leak.file for leak in find_leaks(stage) if leak.kind == "a path"}:
+        path = stage / name
+        text = path.read_text(encoding="utf-8")
+        path.unlink()
+        if name == CONFIG:
+            raw = json.loads(text)
+            text = json.dumps(raw | {"base_model_name_or_path": _public(raw.get("base_model_name_or_path"))}, indent=2)
+        path.write_text(scrub(text), encoding="utf-8")
 
 
 def _with_metadata(card: str, source: Path, license: str | None) -> str:

@@ -29,8 +29,9 @@ def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
         quantize=recipe.quantize,
         dtype=DTYPES[recipe.training.precision],
         device_map={"": torch.cuda.current_device()} if recipe.quantize and device.type == "cuda" else None,
+        trust_remote_code=recipe.trust_remote_code,
     )
-    processor = load_processor(recipe.model)
+    processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
     task.bind(processor, model)
     if not recipe.quantize:
         model.to(device)

@@ -40,6 +40,11 @@ def card(
         f"Trained with adapters_kit: {metrics['trainable_params']:,} of\n{metrics['total_params']:,} parameters, "
         f"{metrics['train_examples']:,} examples, {metrics['steps']:,} steps."
     )
+    if shown.trust_remote_code:
+        lead += (
+            "\n\nThe Python files that come with the base model were run for this (`trust_remote_code`), and have to "
+            "be wherever it is loaded."
+        )
     if advice := metrics.get("advice"):
         lead = "\n\n".join([*(f"**{line}**" for line in advice), lead])
     examples = (
@@ -73,6 +78,7 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
 def _load(recipe: Recipe) -> str:
     auto = TASKS[recipe.task].auto_class
     options = f", num_labels={len(recipe.labels)}, ignore_mismatched_sizes=True" if recipe.labels else ""
+    options += ", trust_remote_code=True" if recipe.trust_remote_code else ""
     return f"""```python
 from peft import PeftModel
 from transformers import {auto}

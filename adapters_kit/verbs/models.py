@@ -96,9 +96,11 @@ def plan(options: argparse.Namespace) -> Shown:
 
 
 def check(options: argparse.Namespace) -> Shown:
-    """Whether an adapter or a merged model loads in a server, and every reason if not."""
+    """Whether an adapter or a merged model loads in a server, and every reason if not; and which paths, names, access
+    tokens and rows of data its text files would tell."""
     from adapters_kit.serving.check import check as look
 
     report = look(options.folder, options.target, max_lora_rank=options.max_lora_rank)
     data = {"path": str(report.path), "target": report.target, "ok": bool(report), "problems": report.problems}
+    data["leaks"] = report.leaks
     return Shown(data, str(report), status=0 if report else 1)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adapters_kit as ak
+from adapters_kit import cli
 from tests.support.shipping import gap, load, save_base, train_on
 
 LORA = peft.LoraConfig
@@ -199,3 +200,24 @@ def test_names_that_a_server_matches_with_nothing_are_told(base, tmp_path):
     save_file(short, folder / "adapter_model.safetensors")
     report = ak.check(folder, "vllm")
     assert [p.silent for p in report.problems] == [True] and "with nothing" in str(report)
+
+
+def test_what_a_folder_would_tell_is_listed_and_stands_in_no_ones_way(base, tmp_path, capsys):
+    folder = adapter(base, tmp_path / "told", LORA(r=4, target_modules=["o_proj"]))
+    assert {leak.text for leak in ak.check(folder, "peft").leaks} == {str(base)}, "peft names the base by its path"
+    (folder / "README.md").write_text("Trained on /home/somebody/patients/rows.csv\n\n## Samples\n- a row\n")
+    (folder / "notes.txt").write_text("see https://example.org/a/b, and/or 1/2\ntoken hf_" + "a1B2" * 8 + "\n")
+    report = ak.check(folder, "peft")
+    assert report.ok, report
+    found = {(leak.file, leak.line, leak.kind) for leak in report.leaks if leak.file != "adapter_config.json"}
+    assert found == {
+        ("README.md", 1, "a path"),
+        ("README.md", 1, "samples of data"),
+        ("notes.txt", 2, "an access token"),
+    }
+    assert cli.main(["check", str(folder), "--target", "peft"]) == 0
+    said = capsys.readouterr().out
+    assert "README.md:1 holds a path: /home/somebody/patients/rows.csv" in said and "notes.txt:2" in said
+    assert "a1B2a1B2" not in said, "a token is not shown once more"
+    shipped = ak.export(folder, tmp_path / "shipped", base=base)
+    assert not ak.check(shipped.path if hasattr(shipped, "path") else tmp_path / "shipped", "peft").leaks

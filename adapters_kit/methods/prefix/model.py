@@ -100,7 +100,7 @@ def _start_ids(config: PrefixConfig, model: nn.Module) -> list[int]:
                 "init_text needs a tokenizer, and the model does not say where it came from. Give "
                 "tokenizer_name_or_path='...', or init_ids=[...]."
             )
-        ids = AutoTokenizer.from_pretrained(source)(config.init_text)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(source, trust_remote_code=False)(config.init_text)["input_ids"]
     if ids is None and config.init != "random" and prefix_probe.reads_text(model):
         ids = _words(model, config.num_virtual_tokens)
     return list(ids or ())[: config.num_virtual_tokens]
