@@ -41,7 +41,7 @@ def test_no_path_of_this_machine_is_sent_and_nothing_here_changes(sent, tmp_path
     (folder / "training_args.bin").write_bytes(b"x")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert find_leaks(folder)
-    ak.push(folder, "owner/name")
+    hub.push(folder, "owner/name")
     assert not find_leaks(sent)
     assert not (sent / "training_args.bin").exists()
     assert (
