@@ -8,7 +8,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from adapters_kit.artifacts.source import find
 from adapters_kit.errors import ModelError
-from adapters_kit.loading.reading import needs_trust
+from adapters_kit.loading.reader import needs_trust
 
 
 def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
