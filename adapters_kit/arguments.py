@@ -270,6 +270,12 @@ def _using(verb: Adder) -> None:
     made.add_argument("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     made.add_argument("--api-key", metavar="KEY", help="what requests have to bring; needed for other hosts")
 
+    made = verb(inference.ui, json=False)
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    made.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
+    made.add_argument("--token", metavar="SECRET", help="the page's password; needed for other hosts")
+    made.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
+
 
 def _shipping(verb: Adder) -> None:
     # Longer than a screen: a list of flags, nothing to follow.

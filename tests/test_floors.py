@@ -42,10 +42,11 @@ FLOORS = {
     "training": 7,
     "inference": 8,
     "comparison": 8,
-    "verbs": 9,
-    "arguments": 10,
-    "cli": 11,
-    "__main__": 12,
+    "ui": 9,
+    "verbs": 10,
+    "arguments": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 # The ground floor is one folder, whose files may use each other. What it is for: nothing there imports these.
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "numpy"}

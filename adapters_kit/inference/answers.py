@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,24 @@ def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **re
     found = subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
     _tell(subject.task)
     return found
+
+
+def beside(name: Name, text: str, **recipe_keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the base answers to one text, and what the tuned model does; without an adapter both are the same.
+
+    Args:
+        name, **recipe_keys: as for `predict`.
+        text: one input of a task that reads one text.
+
+    Raises:
+        ModelError, DataError: as `predict`.
+    """
+    recipe, adapter = describe(name, **recipe_keys)
+    subject, rows = _prepared(recipe, adapter, [text])
+    tuned = subject.task.predict(subject.model, rows, 1)[0]
+    without = getattr(subject.model, "disable_adapter", contextlib.nullcontext)
+    with without():
+        return subject.task.predict(subject.model, rows, 1)[0], tuned
 
 
 def _tell(task: Task) -> None:

@@ -24,6 +24,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "log_to: wandb": (("wandb",), "pip install wandb"),
     "log_to: mlflow": (("mlflow",), "pip install mlflow"),
     "log_to: trackio": (("trackio",), "pip install trackio"),
+    "page in the browser": (("gradio",), 'pip install "adapters-kit[ui]"'),
     "shell completion": (("shtab",), "pip install shtab"),
     "running GGUF files here": (("llama_cpp",), 'pip install "adapters-kit[llama-cpp]"'),
     "FlashAttention 2": (("flash_attn",), "pip install flash-attn (CUDA only)"),

@@ -1,4 +1,4 @@
-"""Verbs that ask what was trained: eval, predict, chat, serve."""
+"""Verbs that ask what was trained: eval, predict, chat, serve; and the page that does it all, ui."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError
-from adapters_kit.verbs.display import Shown, metrics_text
+from adapters_kit.verbs.display import Shown, ask_for, metrics_text
 
 if TYPE_CHECKING:
     from adapters_kit.inference.session import Chat
@@ -232,3 +232,11 @@ def _name_of(text: str) -> tuple[str, str]:
     return (
         path.resolve().parent.name if path.name == "adapter" else path.resolve().name if path.exists() else text
     ), text
+
+
+def ui(options: argparse.Namespace) -> None:
+    """A page in the browser: data, plan, train, ask, ship. For this machine only, or with --host and --token."""
+    ask_for("gradio", "ui", "ui")
+    from adapters_kit.ui.page import launch
+
+    launch(options.host, options.port, token=options.token, runs=options.runs)

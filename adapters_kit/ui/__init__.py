@@ -1,0 +1,1 @@
+"""The page of `adapters-kit ui`: thin over the command line, which does the work."""
