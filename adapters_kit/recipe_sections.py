@@ -85,7 +85,8 @@ class DataSpec(BaseModel):
 
     train: str
     """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
-    and test (shards are joined), one saved by `datasets`, or with one sub-folder of images a class; or a hub id."""
+    and test (shards are joined), one saved by `datasets`, or with one sub-folder of images or recordings a class; or a
+    hub id."""
     test: str | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -110,6 +111,8 @@ class DataSpec(BaseModel):
     """Translation: the language of the targets; answers begin with its code."""
     source_prefix: str | None = None
     """Text put before every source, such as T5's "summarize: "."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Recordings: the longest that is heard whole; by default what the model can take, at most 30 seconds."""
 
     @model_validator(mode="before")
     @classmethod

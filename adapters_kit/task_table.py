@@ -92,10 +92,20 @@ TASKS: dict[str, Row] = {
         own_head=True,
         labelled=True,
     ),
+    "audio-classification": Row(
+        "adapters_kit.tasks.audio_classification:AudioClassification",
+        roles=("audio", "label", "sampling_rate"),
+        auto_class="AutoModelForAudioClassification",
+        task_type=None,
+        pipeline="audio-classification",
+        own_head=True,
+        labelled=True,
+        keys=("data.max_seconds",),
+    ),
 }
 
 # Heads that `wrap` trains with an adapter too, though no task here does: their models come from the user's own code.
-OTHER_HEADS = ("AutoModelForMultipleChoice", "AutoModelForAudioClassification")
+OTHER_HEADS = ("AutoModelForMultipleChoice",)
 
 
 def labelled() -> list[str]:

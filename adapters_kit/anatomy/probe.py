@@ -132,4 +132,5 @@ def _noise(base: Any, *shape: int) -> torch.Tensor:
     dtype = next((module.weight.dtype for _, module in walk(base) if isinstance(module, CONVOLUTIONS)), None)
     dtype = dtype or getattr(base, "dtype", None) or torch.get_default_dtype()
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=generator).to(device=_device(base), dtype=dtype)
+    # A plan builds its models under `torch.device("meta")`.
+    return torch.randn(*shape, generator=generator, device="cpu").to(device=_device(base), dtype=dtype)

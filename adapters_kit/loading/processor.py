@@ -30,9 +30,12 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
         file = source.gguf_file
         auto_class = _tokenizer_class(source.location, file) if file else transformers.AutoProcessor
         processor = auto_class.from_pretrained(source.location, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         if "trust_remote_code" in str(error):
             raise needs_trust(source) from error
+        # A speech model without a vocabulary, as pretraining leaves it (HuBERT, WavLM), is asked for one all the same.
+        if (extractor := _extractor(source.location, options)) is not None:
+            return extractor
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"No tokenizer or processor for {source.name}: {reason} Copy the processor files of the original model "
@@ -42,6 +45,14 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
+
+
+def _extractor(location: str, options: dict[str, Any]) -> Any:
+    """The feature extractor alone, for recordings; None where there is none."""
+    try:
+        return transformers.AutoFeatureExtractor.from_pretrained(location, **options)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _tokenizer_class(location: str, gguf_file: str) -> Any:

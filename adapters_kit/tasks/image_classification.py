@@ -10,11 +10,10 @@ import torch
 from datasets import Dataset, Image
 from torch import nn
 
-from adapters_kit.errors import DataError
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, outputs_of
 from adapters_kit.tasks.images import check_image, open_image
-from adapters_kit.tasks.labels import class_names, declared_names, labels_of
+from adapters_kit.tasks.labels import class_numbers, classes_of, labels_of
 
 
 class ImageClassification(Task):
@@ -32,14 +31,9 @@ class ImageClassification(Task):
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Learns the classes; looks at the head of every picture."""
-        column, image = self.columns["label"], self.columns["image"]
-        parts = (train,) if test is None else (train, test)
-        seen = [[name for name in labels_of(data, column, self.recipe.labels) if name] for data in parts]
-        held_out = seen[1] if test is not None else []
-        self.labels = class_names(
-            seen[0], held_out, self.recipe.labels, column, self.notes, declared_names(train, column)
-        )
-        for data in parts:
+        image = self.columns["image"]
+        self.labels = classes_of(train, test, self.columns["label"], self.recipe.labels, self.notes)
+        for data in (train,) if test is None else (train, test):
             for row, value in enumerate(undecoded(data, image).select_columns([image])):
                 check_image(value[image], row)
 
@@ -57,15 +51,7 @@ class ImageClassification(Task):
         """Rows whose pictures are opened when their batch is made."""
         labels: list[int] | None = None
         if answers:
-            number = {name: index for index, name in enumerate(self.labels or [])}
-            names = labels_of(data, self.columns["label"], self.recipe.labels)
-            strange = sorted({str(name) for name in names if name not in number})
-            if strange:
-                raise DataError(
-                    f"Column {self.columns['label']!r} has labels that the model does not know: {strange[:10]}; it "
-                    f"knows {self.labels}."
-                )
-            labels = [number[name] for name in names if name is not None]
+            labels = class_numbers(data, self.columns["label"], self.recipe.labels, self.labels or [])
         return Pictures(undecoded(data, self.columns["image"]), self.columns["image"], labels)
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

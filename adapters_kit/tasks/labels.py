@@ -185,6 +185,31 @@ def class_names(
     return list(declared) if declared is not None else sorted(seen | extra, key=_by_value)
 
 
+def classes_of(
+    train: Dataset, test: Dataset | None, column: str, given: Sequence[str] | None, notes: Notes
+) -> list[str]:
+    """The classes of a column of one label a row; see `class_names`."""
+    parts = [labels_of(data, column, given) if data is not None else [] for data in (train, test)]
+    seen, held_out = ([name for name in part if name] for part in parts)
+    return class_names(seen, held_out, given, column, notes, declared_names(train, column))
+
+
+def class_numbers(data: Dataset, column: str, given: Sequence[str] | None, classes: Sequence[str]) -> list[int]:
+    """The place of every row's label among the classes of the model.
+
+    Raises:
+        DataError: a label that is none of them.
+    """
+    number = {name: index for index, name in enumerate(classes)}
+    names = labels_of(data, column, given)
+    strange = sorted({str(name) for name in names if name not in number})
+    if strange:
+        raise DataError(
+            f"Column {column!r} has labels that the model does not know: {strange[:10]}; it knows {list(classes)}."
+        )
+    return [number[name] for name in names if name is not None]
+
+
 def declared_names(data: Dataset, column: str) -> list[str] | None:
     """The classes that a column's type names, in their order."""
     kind = data.features[column]

@@ -53,12 +53,15 @@ class FromData:
         task, splits = prepare(recipe)
         self.bare = skeleton(recipe.model, recipe.task, labels=task.labels if TASKS[recipe.task].labelled else None)
         task.bind(load_processor(recipe.model), self.bare)
+        if hasattr(self.bare.config, "apply_spec_augment"):  # looks at the mask's values, and keeps nothing
+            self.bare.config.apply_spec_augment = False
         self.task = task
         features = task.training_features(task.encode(splits.train))
         self.lengths = [task.length(feature) for feature in features]
         self.rows = min(recipe.training.batch_size, len(features))
         self.largest = sorted(features, key=task.length)[-self.rows :]
-        self.length = max(task.length(feature) for feature in self.largest)
+        # Recordings are not made longer or shorter: there are no columns of tokens to repeat.
+        self.length = max(task.length(feature) for feature in self.largest) if "audio" not in features[0] else 1
         self.longest = task.longest
         self.padding = _padding(recipe, self.lengths)
         self.example = _example(task, features[0])
@@ -101,7 +104,7 @@ class FromLength:
             return {**made, "start_positions": torch.zeros(rows).long(), "end_positions": torch.zeros(rows).long()}
         if task == "seq2seq":
             made.pop("decoder_input_ids", None)  # made from the labels
-        if task in ("text-classification", "image-classification"):
+        if task in ("text-classification", "image-classification", "audio-classification"):
             classes = self.bare.config.num_labels
             target = torch.zeros(rows, classes) if problem == "multi-label" else torch.zeros(rows).long()
             return {**made, "labels": target.float() if problem == "regression" else target}

@@ -213,7 +213,9 @@ class Meter(TrainerCallback):
     def count(self, batch: dict[str, torch.Tensor]) -> None:
         """Adds a batch that is about to be trained on."""
         mask = batch.get("attention_mask")
-        if mask is not None and mask.device.type == "cpu":
+        if (sound := batch.get("input_values", batch.get("input_features"))) is not None:
+            self.tokens += len(sound)  # recordings, as of pictures each counts for one
+        elif mask is not None and mask.device.type == "cpu":
             self.tokens += int(mask.sum())
         elif (places := batch.get("position_ids")) is not None and places.device.type == "cpu":
             # Packed: padding stands at 0 and nothing follows it; an example has one token at 1 for its token at 0.

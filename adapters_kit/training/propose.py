@@ -6,9 +6,10 @@ import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, Sequence, Value
+from datasets import Audio, Dataset, Image, Sequence, Value
 
 from adapters_kit import tasks
 from adapters_kit.errors import DataError, did_you_mean
@@ -27,12 +28,14 @@ MODELS = {
     "seq2seq": "google/flan-t5-small",
     "masked-lm": "distilbert/distilbert-base-uncased",
     "image-classification": "google/vit-base-patch16-224-in21k",
+    "audio-classification": "facebook/wav2vec2-base",
 }
 # Tried in this order: a conversation is also a list, an article with a summary also a text.
 _ORDER = (
     "question-answering",
     "token-classification",
     "image-classification",
+    "audio-classification",
     "causal-lm",
     "seq2seq",
     "text-classification",
@@ -141,10 +144,9 @@ def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
     if task == "token-classification":
         return all(isinstance(kinds[role], Sequence | list) or "List" in type(kinds[role]).__name__ for role in kinds)
     if task == "image-classification":
-        first = rows[0][columns["image"]]
-        return isinstance(kinds["image"], Image) or str(first).lower().endswith(
-            (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-        )
+        return isinstance(kinds["image"], Image) or data.medium(Path(str(rows[0][columns["image"]])[-20:])) == "image"
+    if task == "audio-classification":
+        return isinstance(kinds["audio"], Audio) or data.medium(Path(str(rows[0][columns["audio"]])[-20:])) == "audio"
     if task == "question-answering":
         return {"question", "context", "answers"} <= set(columns)
     if task == "causal-lm":
@@ -165,12 +167,13 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
         "question-answering": "questions with their context and answers",
         "seq2seq": "one text for each other text",
         "image-classification": "images with a class each",
+        "audio-classification": "recordings with a class each",
         "causal-lm": "texts alone",
     }.get(task, "by its columns")
 
 
 def _classes(rows: Dataset, task: str, columns: Mapping[str, str]) -> list[str]:
-    if "label" not in columns or task not in ("text-classification", "image-classification"):
+    if "label" not in columns or not TASKS[task].labelled:
         return []
     values = rows[columns["label"]][:]
     if _problem(rows, task, columns):

@@ -20,6 +20,7 @@ FEATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "BLEU, ROUGE": (("sacrebleu", "rouge_score"), 'pip install "adapters-kit[metrics]"'),
     "tagging by span (seqeval)": (("seqeval",), 'pip install "adapters-kit[metrics]"'),
     "images": (("PIL",), "pip install pillow"),
+    "recordings": (("soundfile", "jiwer"), 'pip install "adapters-kit[audio]"'),
     "log_to: tensorboard": (("tensorboard",), "pip install tensorboard"),
     "log_to: wandb": (("wandb",), "pip install wandb"),
     "log_to: mlflow": (("mlflow",), "pip install mlflow"),

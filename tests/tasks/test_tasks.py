@@ -22,7 +22,7 @@ from adapters_kit.tasks.base import IGNORED
 from adapters_kit.tasks.question_answering import plain, word_f1
 from adapters_kit.tasks.seq2seq import text_scores
 from adapters_kit.tasks.token_classification import spans
-from tests.support import small, tiny
+from tests.support import small, sounds, tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 FAST = {"training.epochs": 4.0, "training.max_steps": None, "training.batch_size": 8, "training.max_length": 48}
@@ -79,6 +79,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "translation": lambda: [{"source": r["context"], "target": r["name"]} for r in questions],
         "domain_adaptation": lambda: [{"text": r["context"]} for r in questions],
         "image_classification": lambda: pictures(tmp_path / "pictures", 48),
+        "audio_classification": lambda: sounds.tones(48, tmp_path / "tones"),
         "bottleneck": lambda: small.sentiment(160),
         "lora_and_prefix": lambda: small.sentiment(160),
         "mix_and_match": lambda: small.sentiment(320),
@@ -101,6 +102,7 @@ MODELS = {
     "translation": ["t5", "bart"],
     "domain_adaptation": ["bert:BertForMaskedLM"],
     "image_classification": ["vit"],
+    "audio_classification": ["wav2vec2"],
     "instruct": ["gpt2", "llama"],
     "chat": ["qwen3"],
     "language_model": ["gpt2"],
@@ -113,6 +115,7 @@ MODELS = {
 }
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
+    "audio_classification": {"training.head_learning_rate": 3e-3, "training.max_length": None},
     "bottleneck": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
     "mix_and_match": {"training.epochs": 8.0, "training.learning_rate": 1e-3},
     "prefix": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
@@ -126,9 +129,13 @@ def test_every_example_recipe_is_tested():
 
 @pytest.mark.parametrize(("example", "family"), [(example, name) for example in MODELS for name in MODELS[example]])
 def test_example_recipes_run_and_lower_the_loss(example, family, tmp_path):
-    path = small.write_jsonl(tmp_path / "rows.jsonl", rows_for(example, tmp_path))
     name, _, model_class = family.partition(":")
-    folder = small.model(name, model_class=model_class or None, chat=example == "chat")
+    if name in sounds.KINDS:
+        pytest.importorskip("soundfile", reason="sound files need soundfile: pip install 'adapters-kit[audio]'")
+        folder = sounds.model(name)
+    else:
+        folder = small.model(name, model_class=model_class or None, chat=example == "chat")
+    path = small.write_jsonl(tmp_path / "rows.jsonl", rows_for(example, tmp_path))
     changes = FAST | {"training.learning_rate": 3e-3, "max_new_tokens": 4} | PATIENCE.get(example, {})
     recipe = Recipe.read(EXAMPLES / f"{example}.yaml").changed(model=str(folder), data={"train": str(path)}, **changes)
     run = ak.train(recipe, tmp_path / "run", quiet=True)

@@ -8,7 +8,7 @@ labelled   the parts that can be used, and rows without a label      split  taki
 """
 
 from adapters_kit.training.data.columns import recognise, unused
-from adapters_kit.training.data.folders import located
+from adapters_kit.training.data.folders import located, medium
 from adapters_kit.training.data.labelled import labelled, usable_parts
 from adapters_kit.training.data.row_file import read_table
 from adapters_kit.training.data.sources import Source, read, read_rows
@@ -19,6 +19,7 @@ __all__ = [
     "Splits",
     "labelled",
     "located",
+    "medium",
     "read",
     "read_rows",
     "read_table",

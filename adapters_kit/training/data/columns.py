@@ -29,6 +29,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "answers": ("answers", "answer"),
     "source": ("source", "src", "input", "document", "article", "text", "question"),
     "target": ("target", "tgt", "output", "summary", "highlights", "translation", "answer"),
+    "audio": ("audio", "speech", "sound", "recording", "wav", "clip", "file_name", "file", "path"),
+    "sampling_rate": ("sampling_rate", "sample_rate"),
     "image": ("image", "img", "picture", "file_name", "file", "path"),
 }
 

@@ -1,4 +1,4 @@
-"""Folders of files: which are to train on and which are held out, all shards of each; and folders of images."""
+"""Folders of files: which are to train on and which are held out, all shards of each; folders of images, recordings."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from adapters_kit.training.data.json_rows import SPLITS
 from adapters_kit.training.data.row_file import READERS, Format, Parts, read_file
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+RECORDINGS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"}
+MEDIA = {"image": IMAGES, "audio": RECORDINGS}
 _PARTS = "|".join(SPLITS)
 # train, train-00000-of-00002, train_1, test.2; and the_corpus-train, the_corpus.train-00000-of-00002
 _SHARD = r"(?:[-_.]?(?P<number>\d+)(?:[-_]of[-_](?P<of>\d+))?)?"
@@ -22,7 +24,8 @@ _NAMED = re.compile(rf"(?P<stem>.+?)[-_.](?P<part>{_PARTS}){_SHARD}", re.IGNOREC
 
 
 def read_folder(folder: Path, form: Format) -> Parts:
-    """The parts of a folder: saved by `datasets`, files named after the parts, folders named after them, or images.
+    """The parts of a folder: saved by `datasets`, files named after the parts, folders named after them, or images or
+    recordings.
 
     Raises:
         DataError: no rows that can be told to be the training part; a shard that is missing.
@@ -41,9 +44,9 @@ def read_folder(folder: Path, form: Format) -> Parts:
     named = {name: path for name, path in folders.items() if name in SPLITS}
     if _train_of(named):
         return {name: _part_folder(path, form) for name, path in named.items()}
-    if _images(folder) and not files:
-        return {"train": _images_by_class(folder)}
-    if (listed := _images_with_list(folder, files, form)) is not None:
+    if not files and (found := _media(folder)) is not None:
+        return {"train": found}
+    if (listed := _media_with_list(folder, files, form)) is not None:
         return {"train": listed}
     if "data" in folders and not files:  # as the hub lays them out
         return read_folder(folders["data"], form)
@@ -53,7 +56,7 @@ def read_folder(folder: Path, form: Format) -> Parts:
     present = ", ".join(path.name for path in entries[:10]) or "nothing"
     raise DataError(
         f"The folder {folder} needs one train file (train.csv, train.jsonl, train.parquet …) and may have a test file, "
-        f"folders train/ and test/, or one sub-folder of images a class. It holds: {present}."
+        f"folders train/ and test/, or one sub-folder of images or recordings a class. It holds: {present}."
     )
 
 
@@ -128,40 +131,49 @@ def _joined(files: Sequence[Path], form: Format) -> Dataset:
 def _part_folder(folder: Path, form: Format) -> Dataset:
     """All files of a folder that is itself a part, or its images."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not p.name.startswith("."))
-    listed = _images_with_list(folder, files, form)
+    listed = _media_with_list(folder, files, form)
     if listed is not None:
         return listed
-    if _images(folder):
-        return _images_by_class(folder)
+    if (found := _media(folder)) is not None:
+        return found
     if not files:
-        raise DataError(f"The folder {folder} holds no file that can be read: {', '.join(READERS)}, or images.")
+        raise DataError(
+            f"The folder {folder} holds no file that can be read: {', '.join(READERS)}, images or recordings."
+        )
     if len({path.suffix.lower() for path in files}) > 1:
         raise DataError(f"The folder {folder} holds files of several kinds: {', '.join(p.name for p in files[:10])}.")
     return _joined(files, form)
 
 
-def _images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGES for path in folder.glob("*/*"))
+def medium(path: Path) -> str | None:
+    """The role of a file that is one picture or one recording."""
+    return next((role for role, suffixes in MEDIA.items() if path.suffix.lower() in suffixes), None)
 
 
-def _images_by_class(folder: Path) -> Dataset:
-    """One row an image; its folder's name is its class."""
-    found = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in IMAGES]
-    return Dataset.from_list([{"image": str(path), "label": path.parent.name} for path in found])
+def _media(folder: Path) -> Dataset | None:
+    """One row an image or a recording, its folder's name its class; or, without a class, those of the folder itself."""
+    for pattern, classed in (("*/*", True), ("*", False)):
+        found = [(path, medium(path)) for path in sorted(folder.glob(pattern)) if path.is_file()]
+        kinds = {role for _, role in found if role}
+        if len(kinds) > 1:
+            raise DataError(f"The folder {folder} holds images and recordings: keep each kind in a folder of its own.")
+        rows = [{role: str(path), **({"label": path.parent.name} if classed else {})} for path, role in found if role]
+        if rows:
+            return Dataset.from_list(rows)
+    return None
 
 
-def _images_with_list(folder: Path, files: Sequence[Path], form: Format) -> Dataset | None:
-    """Images beside a table `metadata` or `labels` that names them, as `datasets` lays image folders out."""
+def _media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Dataset | None:
+    """Images or recordings beside a table `metadata` or `labels` that names them, as `datasets` lays them out."""
     lists = [path for path in files if path.stem.lower() in ("metadata", "labels", "annotations")]
-    if len(lists) != 1 or not any(path.suffix.lower() in IMAGES for path in folder.rglob("*")):
+    if len(lists) != 1 or not any(medium(path) for path in folder.rglob("*")):
         return None
     (rows,) = read_file(lists[0], form).values()
-    column = next(
-        (name for name in ("file_name", "image", "file", "filename", "path") if name in rows.column_names), None
-    )
+    names = ("file_name", "image", "audio", "file", "filename", "path")
+    column = next((name for name in names if name in rows.column_names), None)
     if column is None:
         raise DataError(
-            f"{lists[0]} has no column file_name that names the images; it has: {', '.join(rows.column_names)}."
+            f"{lists[0]} has no column file_name that names the files; it has: {', '.join(rows.column_names)}."
         )
     return located(rows, column, lists[0].parent)
 

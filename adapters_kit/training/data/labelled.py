@@ -58,8 +58,9 @@ def _columns_of(rows: Dataset, task: Task, source: Source) -> Dataset:
         if isinstance(kind, ClassLabel) and role not in task.targets:  # a text that was saved as categories
             names = [None if value is None else kind.int2str(value) for value in rows[column][:]]
             rows = rows.remove_columns(column).add_column(column, names)
-    if "image" in task.columns and source.folder is not None:
-        rows = located(rows, task.columns["image"], source.folder)
+    for role in ("image", "audio"):
+        if role in task.columns and source.folder is not None:
+            rows = located(rows, task.columns[role], source.folder)
     return rows
 
 

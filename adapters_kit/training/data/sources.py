@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Audio, Dataset, DatasetDict, load_dataset
 
 from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.training.data.folders import read_folder
+from adapters_kit.training.data.folders import located, medium, read_folder
 from adapters_kit.training.data.row_file import Format, Parts, read_file
 
 TRAIN_NAMES = ("train", "training")
@@ -82,6 +82,9 @@ def read_rows(source: str | Path, spec: DataSpec | None = None, notes: Notes | N
     rows = found.test if found.test is not None else found.train
     if len(rows) == 0:
         raise DataError(f"{source} has no rows.")
+    for name, first in rows[0].items():
+        if found.folder is not None and isinstance(first, str) and len(first) < 1000 and medium(Path(first)):
+            rows = located(rows, name, found.folder)
     return rows
 
 
@@ -90,6 +93,8 @@ def _source(name: str, subset: str | None, form: Format) -> Source:
     try:
         if path.is_dir():
             return _parted(read_folder(path, form), name, path)
+        if path.is_file() and (role := medium(path)) is not None:
+            return Source(Dataset.from_list([{role: str(path)}]))
         if path.is_file():
             return _parted(read_file(path, form), name, path.parent)
     except PermissionError as error:
@@ -117,9 +122,18 @@ def _from_hub(name: str, subset: str | None) -> Parts:
 
 
 def _parted(parts: Mapping[str, Dataset], name: str, folder: Path | None) -> Source:
+    parts = {part: _undecoded(rows) for part, rows in parts.items()}
     train = next((parts[part] for part in TRAIN_NAMES if part in parts), None)
     if train is None:
         raise DataError(f"{name} has no train part; it has: {', '.join(parts)}.")
     held_out = {part: parts[part] for part in TEST_NAMES if part in parts}
     others = tuple(part for part in parts if part not in held_out and part not in TRAIN_NAMES)
     return Source(train, held_out, others, folder)
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Recordings as bytes or paths: `datasets` would decode each whenever its row is looked at."""
+    for name, kind in rows.features.items():
+        if isinstance(kind, Audio):
+            rows = rows.cast_column(name, Audio(decode=False))
+    return rows
