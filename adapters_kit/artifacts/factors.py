@@ -153,7 +153,7 @@ def canonicalise(
     Raises:
         ShippingError: the adapter is broken, or has no canonical form; says what to do instead.
     """
-    config, instead = adapter.config, merge_instead(adapter)
+    config, instead = adapter.config, f"Instead: {ship_instead(adapter)}"
     _check_foldable(adapter)
     found, rest = pairs(adapter.weights)
     if not found:
@@ -181,13 +181,20 @@ def canonicalise(
     return raw, weights, errors
 
 
-def merge_instead(adapter: Adapter) -> str:
-    """The advice for an adapter that has no form that a server takes."""
-    return f"Merge it instead: adapters-kit merge {adapter.folder} merged/"
+def ship_instead(adapter: Adapter) -> str:
+    """The command that ships an adapter that a server does not take: a merge, or our own server where none can be."""
+    if adapter.method == "blocks":
+        return f"adapters-kit merge {adapter.folder} merged.gguf"
+    from adapters_kit.peft_plugin import tuner_class  # a plain merge does without peft
+
+    beside = hasattr(tuner_class(adapter.config.peft_type), "refuse_merge")  # no update of a weight
+    if beside or adapter.config.is_prompt_learning:
+        return f"adapters-kit serve {adapter.folder}"
+    return f"adapters-kit merge {adapter.folder} merged/"
 
 
 def _check_foldable(adapter: Adapter) -> None:
-    config, where, instead = adapter.config, adapter.folder, merge_instead(adapter)
+    config, where, instead = adapter.config, adapter.folder, f"Instead: {ship_instead(adapter)}"
     if adapter.method != "lora":
         raise ShippingError(f"{where} is a {adapter.method} adapter; only LoRA has a canonical form. {instead}")
     if config.use_dora:

@@ -11,7 +11,7 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.artifacts.factors import KEY, RESIDUAL
+from adapters_kit.artifacts.factors import KEY, RESIDUAL, ship_instead
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.source import locate_here, named_base
 from adapters_kit.errors import ShippingError
@@ -50,10 +50,6 @@ class Problem:
         return f"{'loads WRONGLY' if self.silent else 'does not load'}: {self.what}\n    fix: {self.fix}"
 
 
-def _merge(adapter: Adapter) -> str:
-    return f"adapters-kit merge {adapter.folder} merged/"
-
-
 def _canonical(adapter: Adapter, rank: int | None = None) -> str:
     ranked = f" --rank {rank}" if rank else ""
     return f"adapters-kit export {adapter.folder} canonical/ --canonical{ranked}"
@@ -76,7 +72,7 @@ def _blocks(adapter: Adapter) -> set[str]:
 
 def _lora_only(adapter: Adapter, server: str) -> Iterator[Problem]:
     if adapter.method != "lora":
-        yield Problem(f"it is a {adapter.method} adapter; {server} takes LoRA only", _merge(adapter))
+        yield Problem(f"it is a {adapter.method} adapter; {server} takes LoRA only", ship_instead(adapter))
 
 
 def _not_plain(adapter: Adapter, ignored: tuple[str, ...] = (), taken: tuple[str, ...] = ()) -> Iterator[Problem]:
@@ -94,13 +90,13 @@ def _not_plain(adapter: Adapter, ignored: tuple[str, ...] = (), taken: tuple[str
         ("use_bdlora", config.use_bdlora, "it is block-diagonal (use_bdlora)"),
     ):
         if used and option not in taken:
-            yield Problem(what, _merge(adapter), silent=option in ignored)
+            yield Problem(what, ship_instead(adapter), silent=option in ignored)
 
 
 def _moved_base(adapter: Adapter, refused: bool = False) -> Iterator[Problem]:
     init = adapter.config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(RESIDUAL):
-        yield Problem(f"it sits on weights changed by its initialisation ({init})", _merge(adapter), not refused)
+        yield Problem(f"it sits on weights changed by its initialisation ({init})", ship_instead(adapter), not refused)
 
 
 def _wrong_scale(adapter: Adapter, options: tuple[str, ...]) -> Iterator[Problem]:
@@ -147,7 +143,7 @@ def _vllm(adapter: Adapter, limit: int) -> Iterator[Problem]:
         yield Problem(f"rank {largest} is above max_lora_rank = {limit}", start + _canonical(adapter, limit))
     heads = set(config.modules_to_save or ())
     if heads - {"classifier", "score"} or len(heads) > 1:
-        yield Problem(f"it saves whole modules ({', '.join(sorted(heads))})", _merge(adapter))
+        yield Problem(f"it saves whole modules ({', '.join(sorted(heads))})", ship_instead(adapter))
     if not heads and not _variant(adapter):
         yield from _strangers(adapter, "vLLM stops at them")
     yield from _matches_nothing(adapter, "vLLM")
@@ -163,7 +159,7 @@ def _strangers(adapter: Adapter, then: str, silent: bool = False) -> Iterator[Pr
     other = sorted(name for name in adapter.weights if not KEY.match(name))
     if other:
         what = f"{len(other)} tensors are neither lora_A nor lora_B, such as {other[0]!r}: {then}"
-        yield Problem(what, _merge(adapter), silent)
+        yield Problem(what, ship_instead(adapter), silent)
 
 
 def _matches_nothing(adapter: Adapter, server: str) -> Iterator[Problem]:
@@ -184,7 +180,7 @@ def _matches_nothing(adapter: Adapter, server: str) -> Iterator[Problem]:
         yield Problem(
             f"{len(lost)} modules lack the beginning that the base's names have, such as {lost[0]!r}: {server} matches "
             "them with nothing and answers from the base",
-            _merge(adapter),
+            ship_instead(adapter),
             silent=True,
         )
 
@@ -201,7 +197,7 @@ def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
         yield Problem("rank_pattern: its buffers have one rank for all modules, r", _canonical(adapter))
     if config.modules_to_save:
         heads = ", ".join(sorted(config.modules_to_save))
-        yield Problem(f"it saves whole modules ({heads}), which are left out", _merge(adapter), silent=True)
+        yield Problem(f"it saves whole modules ({heads}), which are left out", ship_instead(adapter), silent=True)
     elif not _variant(adapter):
         yield from _strangers(adapter, "SGLang leaves them out", silent=True)
     if isinstance(config.target_modules, str) and config.target_modules not in ("all", "all-linear"):
@@ -211,14 +207,14 @@ def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
         words = _vocabulary(adapter)
         beyond = [token for token, index in read_json(added).items() if words is None or index >= words]
         if beyond:
-            yield Problem(f"added_tokens.json adds {len(beyond)} tokens, such as {beyond[0]!r}", _merge(adapter))
+            yield Problem(f"added_tokens.json adds {len(beyond)} tokens, such as {beyond[0]!r}", ship_instead(adapter))
     for block in sorted(_blocks(adapter)):
         found = _leaves(adapter, block)
         for needed, of in (({"q_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj"}), ({"gate_proj"}, {"up_proj"})):
             if found & of and not needed <= found:
                 here, lacks = ", ".join(sorted(found & of)), ", ".join(sorted(needed - found))
                 what = f"{block} has {here} without {lacks}, which SGLang stacks with it"
-                yield Problem(what, _merge(adapter))
+                yield Problem(what, ship_instead(adapter))
                 return
 
 
@@ -248,7 +244,9 @@ def _takes_factors(adapter: Adapter, server: str) -> Iterator[Problem]:
     yield from _moved_base(adapter)
     other = sorted(name for name in adapter.weights if not KEY.match(name) and "lora_B.bias" not in name)
     if other:
-        yield Problem(f"{len(other)} tensors are neither lora_A nor lora_B, such as {other[0]!r}", _merge(adapter))
+        yield Problem(
+            f"{len(other)} tensors are neither lora_A nor lora_B, such as {other[0]!r}", ship_instead(adapter)
+        )
     yield from _wrong_scale(adapter, ("alpha_pattern", "use_rslora"))
 
 

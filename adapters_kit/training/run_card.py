@@ -76,6 +76,16 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
 
 
 def _load(recipe: Recipe) -> str:
+    if recipe.quantize or recipe.model.endswith(".gguf"):  # transformers alone would load another base
+        options = f', "{recipe.task}"' if recipe.task != "causal-lm" else ""
+        options += f", labels={recipe.labels}" if recipe.labels else ""
+        options += f', quantize="{recipe.quantize}"' if recipe.quantize else ""
+        options += ", trust_remote_code=True" if recipe.trust_remote_code else ""
+        return f"""```python
+import adapters_kit as ak
+
+model = ak.wrap(ak.load("{recipe.model}"{options}), "adapter")
+```"""
     auto = TASKS[recipe.task].auto_class
     options = f", num_labels={len(recipe.labels)}, ignore_mismatched_sizes=True" if recipe.labels else ""
     options += ", trust_remote_code=True" if recipe.trust_remote_code else ""

@@ -1,13 +1,17 @@
 """quantize="keep": the file's blocks are the model's weights, and every method of the linear family trains on them."""
 
+import re
+import shutil
+
 import pytest
 import torch
 
 import adapters_kit as ak
+from adapters_kit import cli
 from adapters_kit.errors import AdapterError, ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.fuse import fuse_report
-from tests.support import tiny
+from tests.support import small, tiny
 
 pytest.importorskip("gguf")
 from tests.support.gguf_files import write
@@ -109,3 +113,37 @@ def test_a_weight_in_blocks_is_not_trained_as_a_whole(tmp_path):
     with pytest.raises(ModelError, match="modules_to_save"):
         ak.wrap(kept, "lora", modules_to_save=["lm_head"])
     assert not hasattr(kept, "peft_config") and type(kept.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("quantize", ["keep", None])
+def test_the_card_s_code_loads_what_was_trained_and_check_s_command_ships_it(quantize, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    write("llama", folder / "model.gguf", "Q4_1")
+    rows = small.write_jsonl(
+        tmp_path / "rows.jsonl", [{"text": f"{row['name']} {row['answer']}"} for row in small.questions(12)]
+    )
+    recipe = {
+        "model": str(folder / "model.gguf"),
+        "quantize": quantize,
+        "task": "causal-lm",
+        "data": {"train": str(rows), "test_size": 4},
+    }
+    recipe |= {
+        "method": "blocks" if quantize else "lora",
+        "training": {"epochs": 1, "learning_rate": 0.05, "batch_size": 4},
+    }
+    run = ak.train(recipe, tmp_path / "run", quiet=True)
+    shutil.copytree(run.adapter, folder / "adapter")
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "adapter/README.md").read_text(), re.DOTALL)
+    found: dict = {}
+    exec(code, found)
+    batch = {"input_ids": torch.arange(3, 12)[None]}
+    with torch.no_grad():
+        ours = ak.wrap(ak.load(folder / "model.gguf", quantize=quantize), run.adapter).eval()(**batch).logits
+        torch.testing.assert_close(found["model"].eval()(**batch).logits, ours)
+    if quantize:
+        fix = ak.check(run, "ollama").problems[0].fix
+        assert fix == f"adapters-kit merge {run.adapter} merged.gguf" and cli.main(fix.split()[1:]) == 0
+        assert (folder / "merged.gguf").stat().st_size >= (folder / "model.gguf").stat().st_size

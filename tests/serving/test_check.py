@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import adapters_kit as ak
 from adapters_kit import cli
-from tests.support.shipping import gap, load, save_base, train_on
+from tests.support.shipping import disturb, gap, load, save_base, train_on
 
 LORA = peft.LoraConfig
 TARGETS = ["peft", "transformers", "vllm", "sglang", "llama.cpp", "ollama"]
@@ -148,6 +148,24 @@ def test_the_fix_fixes(base, tmp_path):
     assert gap(trained, peft.PeftModel.from_pretrained(load(base), tmp_path / "c").eval()) < 1e-5
     ak.merge(folder, tmp_path / "merged", verify="off")
     assert ak.check(tmp_path / "merged", "transformers")
+
+
+@pytest.mark.parametrize("method", ["loha", "dora", "houlsby", "prefix", "p-tuning"])
+def test_the_command_that_is_advised_ships_the_adapter(method, base, tmp_path, monkeypatch):
+    """A merge, or our own server for what no merge can hold."""
+    model = ak.wrap(load(base), method)
+    disturb(model)
+    model.save_pretrained(tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    name, verb, *words = ak.check(tmp_path / "a", "vllm").problems[0].fix.split()
+    assert name == "adapters-kit"
+    if method in ("loha", "dora"):
+        assert verb == "merge" and cli.main([verb, *words, "--base", str(base)]) == 0
+        assert ak.check("merged", "transformers")
+    else:
+        assert (verb, words) == ("serve", [str(tmp_path / "a")])
+        with pytest.raises(ak.AdapterError):
+            ak.merge(tmp_path / "a", tmp_path / "merged", base=base)
 
 
 def test_broken_adapters_are_found_for_every_target(base, tmp_path):
