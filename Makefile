@@ -1,4 +1,5 @@
-# make demo: the main job on a small real model and real data.   make test: the tests.   make quick: a minute of them.
+# make demo: the main job on a small real model and real data.   make demo-gguf: the same on the file that llama.cpp runs.
+# make test: the tests.   make quick: a minute of them.
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of one thread each: the tests are many small models, not a few large ones. A process that has nothing
@@ -6,7 +7,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/methods/test_bottleneck.py
 
-.PHONY: demo test quick lint types docstrings numerics docs package lowest newest fuzz kills clean
+.PHONY: demo demo-gguf test quick lint types docstrings numerics docs package lowest newest fuzz kills clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -16,6 +17,10 @@ NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/method
 
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
+
+# pip install "llama-cpp-python>=0.3.16" into .venv first, and llama.cpp itself answers.
+demo-gguf: .venv/.installed
+	$(BIN)/python examples/demo_gguf.py
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)

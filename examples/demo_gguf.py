@@ -10,7 +10,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import assets
@@ -20,44 +21,41 @@ from rich.table import Table
 
 RUN = Path("runs/demo-gguf")
 RECIPE = Path(__file__).parent / "recipes" / "gguf.yaml"
-ROWS = {"train": 320, "test": 40}
+ROWS = {"train": 160, "test": 40}
+TOKENS = 8  # of an answer; the untuned model would go on
 SENTENCES = [
     "A warm, funny film that I would gladly see again.",
     "Two hours of my life that nobody will give back.",
 ]
 
 
-def some_rows(source: Path, folder: Path) -> Path:
-    """The first rows of each part: a minute's worth."""
+def some_rows(source: Path, folder: Path) -> list[dict[str, str]]:
+    """Write the first rows of each part, a minute's worth; those of the test part."""
     folder.mkdir(parents=True)
     for part, count in ROWS.items():
         with open(source / f"{part}.csv", encoding="utf-8", newline="") as read:
-            lines = [line for line, _ in zip(csv.reader(read), range(count + 1), strict=False)]
+            rows = list(islice(csv.DictReader(read), count))
         with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as written:
-            csv.writer(written).writerows(lines)
-    return folder
+            writer = csv.DictWriter(written, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
 
 
-def llama_cpp(file: Path) -> Callable[[str], str] | None:
-    """What llama.cpp answers with a file, or None where llama-cpp-python is not installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        return None
-    model = Llama(str(file), n_ctx=256, verbose=False)
+def by_llama_cpp(file: Path, texts: list[str]) -> list[str]:
+    """What llama.cpp answers with a file."""
+    from llama_cpp import Llama
 
-    def ask(text: str) -> str:
-        given = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0.0}
-        return model.create_chat_completion(**given)["choices"][0]["message"]["content"].strip()
-
-    return ask
+    model = Llama(str(file), n_ctx=512, verbose=False)
+    given = {"max_tokens": TOKENS, "temperature": 0.0}
+    asked = ([{"role": "user", "content": text}] for text in texts)
+    return [model.create_chat_completion(talk, **given)["choices"][0]["message"]["content"].strip() for talk in asked]
 
 
-def by_this_package(file: Path) -> Callable[[str], str]:
-    """What the file answers when transformers runs it."""
-    return lambda text: json.loads(command("predict", file, text, "--max-new-tokens", "12", capture=True))[
-        "text"
-    ].strip()
+def by_transformers(file: Path, texts: list[str]) -> list[str]:
+    """What the file answers when transformers runs it, unpacked."""
+    lines = command("predict", file, *texts, "--max-new-tokens", str(TOKENS), capture=True).splitlines()
+    return [json.loads(line)["text"].strip() for line in lines]
 
 
 def main() -> None:
@@ -67,36 +65,38 @@ def main() -> None:
     except assets.AssetError as error:
         sys.exit(f"make demo-gguf: {error}")
     shutil.rmtree(RUN, ignore_errors=True)
-    data = some_rows(reviews, RUN / "data")
+    held_out = some_rows(reviews, RUN / "data")
     tuned = RUN / "tuned.gguf"
-    command("train", RECIPE, "--model", base, "--data.train", data, "--out", RUN / "run")
+    command("train", RECIPE, "--model", base, "--data.train", RUN / "data", "--out", RUN / "run")
     command("merge", RUN / "run", tuned)
+
+    ask, by = by_llama_cpp, "llama.cpp"
+    if not find_spec("llama_cpp"):
+        print('\nllama-cpp-python is not installed (pip install "adapters-kit[llama-cpp]": a build of minutes), so')
+        print("transformers is asked for both files' answers.")
+        ask, by = by_transformers, "transformers"
+    texts = SENTENCES + [row["text"] for row in held_out]
+    answers = {file: ask(file, texts) for file in (base, tuned)}
+
+    def right(file: Path) -> str:
+        answered = zip(answers[file][len(SENTENCES) :], held_out, strict=True)
+        return f"{sum(answer == row['label'] for answer, row in answered)} of {len(held_out)}"
 
     before, after = base.read_bytes(), tuned.read_bytes()
     changed = sum(one != other for one, other in zip(before, after, strict=True))
     metrics = json.loads((RUN / "run" / "metrics.json").read_text())
-    by = "llama.cpp"
-    asked = llama_cpp(base), llama_cpp(tuned)
-    if None in asked:
-        by = "transformers"
-        print('llama-cpp-python is not installed (pip install "adapters-kit[llama-cpp]", a build of minutes), so')
-        print("transformers is asked for both files' answers.")
-        asked = by_this_package(base), by_this_package(tuned)
-
     table = Table(title="adapters_kit: the file that you run, tuned", show_header=False)
     rows = {
-        "file": f"{base.name}, {len(before):,} bytes; tuned.gguf, {len(after):,} bytes",
-        "bytes that changed": f"{changed:,} ({changed / len(before):.1%}): two of every 20 of a block",
-        "parameters trained": f"{metrics['trainable_params']:,}",
-        "exact answers before": f"{metrics['base_exact_match']:.2f} of {ROWS['test']} held-out reviews",
-        "exact answers after": f"{metrics['exact_match']:.2f}",
-        "training": f"{metrics['train_seconds']:.0f} s",
+        "file before": f"{base.name}, {len(before):,} bytes",
+        "file after": f"{tuned.name}, {len(after):,} bytes, {changed:,} of them other ones",
+        "training": f"{metrics['train_seconds']:.0f} s, {metrics['trainable_params']:,} parameters",
+        f"right answers before, by {by}": right(base),
+        f"right answers after, by {by}": right(tuned),
     }
     for name, value in rows.items():
         table.add_row(name, value)
-    for text in SENTENCES:
-        for name, ask in zip(("before", "after"), asked, strict=True):
-            table.add_row(f"{by}, {name}: {text}", ask(text))
+    for row, text in enumerate(SENTENCES):
+        table.add_row(text, f"{answers[base][row]!r} → {answers[tuned][row]!r}")
     Console(width=110).print(table)
     print(f"Whole demo: {time.perf_counter() - begun:.0f} s. Everything is under {RUN}; the file to run is {tuned}")
 
