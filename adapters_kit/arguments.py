@@ -162,7 +162,9 @@ def make_parser(recipe_keys: bool = False) -> tuple[Parser, dict[str, Parser]]:
     _looking(verb)
     _training(verb)
     _using(verb)
-    _shipping(verb)
+    _merging(verb)
+    _serving(verb)
+    _moving(verb)
     verb(doctor.doctor)
     made = verb(doctor.completion, json=False)
     made.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="which shell")
@@ -277,8 +279,7 @@ def _using(verb: Adder) -> None:
     made.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made (default: runs)")
 
 
-def _shipping(verb: Adder) -> None:
-    # Longer than a screen: a list of flags, nothing to follow.
+def _merging(verb: Adder) -> None:
     made = verb(shipping.merge)
     made.add_argument("adapters", nargs="+", metavar="ADAPTER", help="run or adapter folder; or several")
     made.add_argument("out", metavar="OUT", help="model folder to write; a .gguf file for an adapter on one")
@@ -314,6 +315,8 @@ def _shipping(verb: Adder) -> None:
     made.add_argument("--rank", type=int, help="of the result (default: the sum of the ranks, exact for a sum)")
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
+
+def _serving(verb: Adder) -> None:
     made = verb(models.check)
     made.add_argument("folder", help="run, adapter or model folder")
     made.add_argument(
@@ -331,6 +334,8 @@ def _shipping(verb: Adder) -> None:
     made.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (default: OPENAI_API_KEY)")
     made.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one answer (default: 120)")
 
+
+def _moving(verb: Adder) -> None:
     made = verb(shipping.export)
     made.add_argument("source", help="run or adapter folder; for GGUF also a model folder")
     made.add_argument("out", help="folder to write; for GGUF the file")

@@ -19,6 +19,7 @@ class Row:
         own_head: whether the head belongs to the user's task, so that it is trained and saved with an adapter.
         labelled: whether the user's classes are the head's outputs, so that `labels` name them.
         keys: dotted keys of a recipe that this task has and others have not.
+        example: a small model of the hub to begin with; any other of the kind will do. None: the user names one.
     """
 
     home: str
@@ -29,6 +30,7 @@ class Row:
     own_head: bool = False
     labelled: bool = False
     keys: tuple[str, ...] = ()
+    example: str | None = None
 
 
 TASKS: dict[str, Row] = {
@@ -39,6 +41,7 @@ TASKS: dict[str, Row] = {
         task_type="CAUSAL_LM",
         pipeline="text-generation",
         keys=("training.packing",),
+        example="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "text-classification": Row(
         "adapters_kit.tasks.text_classification:TextClassification",
@@ -49,6 +52,7 @@ TASKS: dict[str, Row] = {
         own_head=True,
         labelled=True,
         keys=("problem",),
+        example="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "token-classification": Row(
         "adapters_kit.tasks.token_classification:TokenClassification",
@@ -58,6 +62,7 @@ TASKS: dict[str, Row] = {
         pipeline="token-classification",
         own_head=True,
         labelled=True,
+        example="distilbert/distilbert-base-cased",
     ),
     "question-answering": Row(
         "adapters_kit.tasks.question_answering:QuestionAnswering",
@@ -67,6 +72,7 @@ TASKS: dict[str, Row] = {
         pipeline="question-answering",
         own_head=True,
         keys=("unanswerable", "no_answer_threshold"),
+        example="distilbert/distilbert-base-uncased",
     ),
     "seq2seq": Row(
         "adapters_kit.tasks.seq2seq:Seq2Seq",
@@ -75,6 +81,7 @@ TASKS: dict[str, Row] = {
         task_type="SEQ_2_SEQ_LM",
         pipeline="text2text-generation",
         keys=("data.source_lang", "data.target_lang", "data.source_prefix"),
+        example="google/flan-t5-small",
     ),
     "masked-lm": Row(
         "adapters_kit.tasks.masked_lm:MaskedLM",
@@ -82,6 +89,7 @@ TASKS: dict[str, Row] = {
         auto_class="AutoModelForMaskedLM",
         task_type=None,
         pipeline="fill-mask",
+        example="distilbert/distilbert-base-uncased",
     ),
     "image-classification": Row(
         "adapters_kit.tasks.image_classification:ImageClassification",
@@ -91,6 +99,7 @@ TASKS: dict[str, Row] = {
         pipeline="image-classification",
         own_head=True,
         labelled=True,
+        example="google/vit-base-patch16-224-in21k",
     ),
     "audio-classification": Row(
         "adapters_kit.tasks.audio_classification:AudioClassification",
@@ -101,6 +110,7 @@ TASKS: dict[str, Row] = {
         own_head=True,
         labelled=True,
         keys=("data.max_seconds",),
+        example="facebook/wav2vec2-base",
     ),
 }
 

@@ -99,12 +99,12 @@ class FromLength:
         inputs = probe_inputs(self.bare, length)
         inputs.pop("attention_mask", None)
         made = {key: torch.zeros(rows, *value.shape[1:], dtype=value.dtype) for key, value in inputs.items()}
-        task, problem = self.recipe.task, self.recipe.problem
-        if task == "question-answering":
+        head, problem = TASKS[self.recipe.task].auto_class, self.recipe.problem
+        if head.endswith("QuestionAnswering"):
             return {**made, "start_positions": torch.zeros(rows).long(), "end_positions": torch.zeros(rows).long()}
-        if task == "seq2seq":
+        if head.endswith("Seq2SeqLM"):
             made.pop("decoder_input_ids", None)  # made from the labels
-        if task in ("text-classification", "image-classification", "audio-classification"):
+        if head.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
             classes = self.bare.config.num_labels
             target = torch.zeros(rows, classes) if problem == "multi-label" else torch.zeros(rows).long()
             return {**made, "labels": target.float() if problem == "regression" else target}

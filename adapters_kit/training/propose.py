@@ -19,17 +19,6 @@ from adapters_kit.task_table import TASKS
 from adapters_kit.training import data
 from adapters_kit.training.resolve import rows_of
 
-# A small model of each task that the hub has, to begin with. Any other of the kind will do.
-MODELS = {
-    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "text-classification": "sentence-transformers/all-MiniLM-L6-v2",
-    "token-classification": "distilbert/distilbert-base-cased",
-    "question-answering": "distilbert/distilbert-base-uncased",
-    "seq2seq": "google/flan-t5-small",
-    "masked-lm": "distilbert/distilbert-base-uncased",
-    "image-classification": "google/vit-base-patch16-224-in21k",
-    "audio-classification": "facebook/wav2vec2-base",
-}
 # Tried in this order: a conversation is also a list, an article with a summary also a text.
 _ORDER = (
     "question-answering",
@@ -77,14 +66,17 @@ def propose(
         raise DataError(f"task={task!r} is unknown. {did_you_mean(task, TASKS)}")
     columns, guessed = _columns(rows, task)
     chosen = task or guessed
+    base = model or TASKS[chosen].example
+    if base is None:
+        raise DataError(f"Nobody has named a model to begin with for {chosen}: say one with --model.")
     reasons = [f"{source}: {len(rows):,} rows, columns {', '.join(rows.column_names)}"]
     reasons.append(f"task: {chosen} ({'as you said' if task else _why(chosen, columns)})")
     named = ", ".join(f"{role} is {column!r}" for role, column in columns.items())
     reasons.append(f"columns: {named}")
     reasons += _classes(rows, chosen, columns)
-    reasons.append(f"model: {model or MODELS[chosen]} ({'as you said' if model else 'small; change it to yours'})")
+    reasons.append(f"model: {base} ({'as you said' if model else 'small; change it to yours'})")
     fields: dict[str, Any] = {
-        "model": model or MODELS[chosen],
+        "model": base,
         "task": chosen,
         "data": {"train": os.fspath(source), "columns": columns},
         "method": {"name": method or "lora", **({} if method else {"r": 16})},
@@ -153,7 +145,7 @@ def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
         return "text" not in columns  # a text alone may be one to classify
     if task == "text-classification":
         return _is_text(kinds["text"])
-    return all(_is_text(kind) for kind in kinds.values())
+    return all(_is_text(kinds[role]) for role in kinds if role in ("text", "source", "target"))
 
 
 def _why(task: str, columns: Mapping[str, str]) -> str:

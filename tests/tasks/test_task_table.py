@@ -9,9 +9,10 @@ import yaml
 
 import adapters_kit as ak
 from adapters_kit import names, tasks
-from adapters_kit.errors import RecipeError
+from adapters_kit.errors import DataError, RecipeError
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS, Row
+from adapters_kit.training.propose import propose
 from tests.support import small
 
 
@@ -34,6 +35,10 @@ def test_a_task_is_one_row_and_one_file(tmp_path, monkeypatch):
     card = (run.path / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "toy-pipe"
     assert "AutoModelForSequenceClassification" in card
+    assert ak.plan(recipe, length=16).memory.total > 0
+    with pytest.raises(DataError, match="Nobody has named a model to begin with for counting: say one with --model"):
+        propose(data, task="counting")
+    assert propose(data, task="counting", model="m").fields["data"]["columns"] == {"words": "words", "count": "count"}
     with pytest.raises(RecipeError, match=r"'countin' is not one of .*Did you mean counting"):
         Recipe(model="m", task="countin", data="x")
     with pytest.raises(RecipeError, match=r"only text-classification has this key; the task is counting"):

@@ -114,7 +114,7 @@ def _plain(text: str) -> str:
 
 
 @pytest.mark.skipif(not TEMPLATES, reason="TRL, whose chat templates these are, is not installed")
-@pytest.mark.parametrize(("path", "other"), FOR_TRAINING, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("path", "other"), FOR_TRAINING, ids=[path.stem for path, _ in FOR_TRAINING])
 def test_the_tokens_are_those_of_trl_s_training_template(path, other):
     """An answer by itself needs no template of another's: the same words in the same place, with the same end.
 
