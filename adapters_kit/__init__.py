@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.serving.kv_cache import load_cache as load_cache
     from adapters_kit.serving.prove import ProofReport as ProofReport
     from adapters_kit.serving.prove import prove as prove
+    from adapters_kit.training.many.train_many import train_many as train_many
     from adapters_kit.training.plan import Plan as Plan
     from adapters_kit.training.plan import plan as plan
     from adapters_kit.training.run import Run as Run
@@ -80,6 +81,7 @@ _HOME = {
     "compare_runs": "adapters_kit.training.table",
     "sweep": "adapters_kit.training.sweep",
     "train": "adapters_kit.training.train",
+    "train_many": "adapters_kit.training.many.train_many",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
     "compress": "adapters_kit.merging.extract",

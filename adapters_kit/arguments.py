@@ -216,6 +216,12 @@ def _training(verb: Adder) -> None:
     made.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
     made.add_argument("--print-recipe", action="store_true", help="print the effective recipe and stop")
 
+    made = verb(training.train_many, "train-many")
+    made.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE", help="YAML files, of one base model and task")
+    made.add_argument("--out", type=Path, required=True, help="folder of the run folders, named as the recipes")
+    made.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each")
+    made.add_argument("--overwrite", action="store_true", help="replace the runs that are in the folder already")
+
     made = verb(training.compare, takes_keys=True)
     made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one recipe, or two run folders or more")
     made.add_argument("--methods", metavar="A,B", help="methods beside the recipe's data (default: full,lora,dora,…)")

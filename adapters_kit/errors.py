@@ -6,6 +6,7 @@ AdapterError (ValueError)
 ├── DataError            the training data
 ├── ModelError           the base model: missing weights, wrong shapes, a part that is not there
 ├── TrainingError        a run that had to stop: a loss that is not a number, no memory left
+│   └── ManyError        some of many runs that were trained together failed; the others are there
 ├── ShippingError        merging, exporting, checkpoint files
 ├── WriteError           a place that cannot be written: no space, no permission, another process at work
 │                        (also a TrainingError and a ShippingError: both write)
@@ -16,7 +17,8 @@ No torch here: errors must be cheap to raise from the command line.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class AdapterError(ValueError):
@@ -55,6 +57,23 @@ class ModelError(AdapterError):
 
 class TrainingError(AdapterError):
     """A run that cannot start where it should, or had to stop."""
+
+
+class ManyError(TrainingError):
+    """Some of many trainings failed; the others have finished.
+
+    Attributes:
+        runs: of all recipes in their order; None for one that failed.
+        failures: name of a run -> what stopped it.
+    """
+
+    def __init__(self, runs: Sequence[Any], failures: Mapping[str, BaseException]) -> None:
+        self.runs, self.failures = list(runs), dict(failures)
+        told = "\n".join(f"  - {name}: {type(error).__name__}: {error}" for name, error in self.failures.items())
+        super().__init__(
+            f"{len(self.failures)} of {len(self.runs)} trainings failed, the others have finished. What is wrong put "
+            f"right, resume=True (--resume) goes on with those:\n{told}"
+        )
 
 
 class ShippingError(AdapterError):

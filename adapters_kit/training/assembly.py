@@ -20,6 +20,14 @@ from adapters_kit.wrapping import wrap
 
 def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
     """The base model with the task's head, in the recipe's precision, and its processor; the task is bound to both."""
+    model = load_model(recipe, task)
+    processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    task.bind(processor, model)
+    return model, processor
+
+
+def load_model(recipe: Recipe, task: Task) -> nn.Module:
+    """The base model with the task's head, on the device that it is trained on."""
     torch.manual_seed(recipe.training.seed)  # a new head starts from the seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(
@@ -31,11 +39,9 @@ def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
         device_map={"": torch.cuda.current_device()} if recipe.quantize and device.type == "cuda" else None,
         trust_remote_code=recipe.trust_remote_code,
     )
-    processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    task.bind(processor, model)
     if not recipe.quantize:
         model.to(device)
-    return model, processor
+    return model
 
 
 def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:

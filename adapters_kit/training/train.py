@@ -82,11 +82,11 @@ def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bo
         held(out, resume=resume, overwrite=overwrite) as place,
     ):
         if place.is_finished:
-            return _opened(out, asked, console)
-        return _Training(resolved, place, resume, console).run()
+            return opened(out, asked, console)
+        return Training(resolved, place, resume, console).run()
 
 
-def _opened(out: Path, asked: Recipe, console: Console) -> Run:
+def opened(out: Path, asked: Recipe, console: Console) -> Run:
     """The finished run, if it is of the recipe that was to be resumed."""
     run = Run.open(out)
     free = (*_FREE, *left_open(asked), *(_BY_MEMORY if asked.training.auto_batch else ()))
@@ -105,7 +105,7 @@ class _Base:
     samples: list[dict[str, Any]]
 
 
-class _Training:
+class Training:
     """One run while it is made; `run` reads from top to bottom."""
 
     def __init__(self, recipe: Recipe, place: Place, resume: bool, console: Console) -> None:
@@ -113,9 +113,19 @@ class _Training:
         self.tell: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         self.main = PartialState().is_main_process
         self.task, self.splits = prepare(recipe)
-        self.model, self.processor = load_base(recipe, self.task)
+        self.model, self.processor = self.load(recipe)
         recipe = filled_in(recipe, self.task)
         self.recipe = _begun(self.path, recipe) if resume else recipe
+
+    def load(self, recipe: Recipe) -> tuple[nn.Module, Any]:
+        """The base model and its processor, bound to the task."""
+        return load_base(recipe, self.task)
+
+    def trainer(self, recipe: Recipe, train_features: Features, test_features: Features) -> AdapterTrainer:
+        """The loop that trains."""
+        return AdapterTrainer(
+            self.model, self.task, recipe, train_features, test_features, self.processor, self.path, self.console
+        )
 
     def run(self) -> Run:
         """Everything from the rows to the complete folder."""
@@ -304,7 +314,7 @@ def _eval_batch(recipe: Recipe) -> int:
     return recipe.training.eval_batch_size or 2 * recipe.training.batch_size
 
 
-def _fit(job: _Training, train_features: Features, test_features: Features) -> AdapterTrainer:
+def _fit(job: Training, train_features: Features, test_features: Features) -> AdapterTrainer:
     """The training loop; with `auto_batch`, again at half the batch as long as memory runs out."""
     model, path, recipe = job.model, job.path, job.recipe
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -312,9 +322,7 @@ def _fit(job: _Training, train_features: Features, test_features: Features) -> A
     if checkpoint is None and job.main:
         checkpoints.drop(path)
     while True:
-        trainer = AdapterTrainer(
-            model, job.task, recipe, train_features, test_features, job.processor, path, job.console
-        )
+        trainer = job.trainer(recipe, train_features, test_features)
         try:
             with trainer.interruption:
                 trainer.go(checkpoint)
@@ -351,7 +359,7 @@ def _checkpoint(path: Path, tell: Callable[[str], None]) -> Path | None:
     return found
 
 
-def _say_stopped(job: _Training, trainer: AdapterTrainer) -> None:
+def _say_stopped(job: Training, trainer: AdapterTrainer) -> None:
     step, steps = trainer.state.global_step, trainer.state.max_steps
     where = checkpoints.folder_of(job.path, step)
     old = "" if job.path == job.place.out else f" The old run in {job.place.out} is as it was."

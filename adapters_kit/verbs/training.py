@@ -1,4 +1,4 @@
-"""Verbs that train: init, train, compare, sweep."""
+"""Verbs that train: init, train, train-many, compare, sweep."""
 
 from __future__ import annotations
 
@@ -89,6 +89,19 @@ def train(options: argparse.Namespace) -> Shown | None:
     return Shown(
         {"path": run.path, "adapter": run.adapter, "metrics": run.metrics, "better": better, "verdict": sentence},
         f"{sentence}\n{metrics_text(run.metrics)}\nRun folder: {run.path}   adapter: {run.adapter}\n{_next(run)}",
+    )
+
+
+def train_many(options: argparse.Namespace) -> Shown:
+    """Train several recipes of one base in one pass: one base in memory, each adapter as its own run would have it."""
+    from adapters_kit.pages.verdict import verdict
+    from adapters_kit.training.many.train_many import train_many as run_many
+
+    runs = run_many(options.recipes, options.out, resume=options.resume, overwrite=options.overwrite)
+    told = [(run, *verdict(run.metrics)) for run in runs]
+    return Shown(
+        [{"path": run.path, "metrics": run.metrics, "better": better, "verdict": said} for run, said, better in told],
+        "\n".join(f"{run.path}: {said}" for run, said, _ in told),
     )
 
 

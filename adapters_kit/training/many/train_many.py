@@ -1,0 +1,222 @@
+"""train_many(): several recipes of one base, a run folder each, in one pass through the base.
+
+Each training is `train()`'s own, from the rows to the finished folder, in a seat of its own; `conductor.py` lays their
+steps together. What is here: everything is checked and loaded before the first step, and all are ended in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from adapters_kit import system
+from adapters_kit.errors import ManyError, RecipeError, TrainingError
+from adapters_kit.kernels.recompute import recompute_cheap
+from adapters_kit.quantization import keep_layout
+from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.base import Features
+from adapters_kit.training.assembly import set_dropout
+from adapters_kit.training.callbacks import Interruption
+from adapters_kit.training.inputs import Given, recipe_from
+from adapters_kit.training.loop import AdapterTrainer, check_trackers
+from adapters_kit.training.many.base import SharedBase, same_tensors
+from adapters_kit.training.many.body import Body, bodies
+from adapters_kit.training.many.conductor import Conductor, Joined
+from adapters_kit.training.many.fitting import check
+from adapters_kit.training.many.seat import Seat
+from adapters_kit.training.many.trainer import JointTrainer
+from adapters_kit.training.resolve import processes, resolve
+from adapters_kit.training.run import Run
+from adapters_kit.training.run_folder import Place, held
+from adapters_kit.training.train import Training, opened
+
+
+def train_many(
+    recipes: Sequence[Given],
+    out: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[Run]:
+    """Trains several adapters over one frozen base in one pass, each as its own run would have trained it.
+
+    The base is in memory once, and every step is one forward and one backward pass over the rows of all. Each training
+    has its own data, order, optimizer, schedule, clipping, evaluations, checkpoints and run folder; one that ends,
+    diverges or fails leaves the others going on. The recipes have `model`, `task`, `quantize`, `training.precision`,
+    `training.gradient_checkpointing` and `training.recompute` in common; everything else is free.
+
+    Args:
+        recipes: as for `train`.
+        out: folder of the run folders.
+        names: of the run folders; by default those of the YAML files, or `1-lora`, `2-houlsby` by place and method.
+        resume: go on from each training's last checkpoint; finished ones are opened.
+        overwrite: replace the runs that are in `out` already.
+        quiet: print nothing.
+
+    Returns:
+        The runs, in the order of the recipes.
+
+    Raises:
+        RecipeError: what cannot go together, by key and by recipe; before anything is loaded.
+        DataError, ModelError, UnknownNameError, MissingPackageError: as for `train`, before anything is written.
+        ManyError: some failed, once the others have finished.
+        KeyboardInterrupt: all were stopped; what they had trained is saved.
+    """
+    out = Path(out)
+    PartialState(**processes())
+    given = [recipe_from(recipe, out / "data") for recipe in recipes]
+    called = _names(recipes, given, names)
+    asked = dict(zip(called, given, strict=True))
+    resolved = {name: resolve(recipe) for name, recipe in asked.items()}
+    check(resolved)
+    for recipe in resolved.values():
+        check_trackers(recipe)
+    runs: dict[str, Run] = {}
+    with ExitStack() as stack:
+        stack.enter_context(system.lock(out))
+        stack.enter_context(system.writing(out, "What was saved so far is kept: resume=True goes on."))
+        hall = _Hall()
+        for name, recipe in resolved.items():
+            place = stack.enter_context(held(out / name, resume=resume, overwrite=overwrite))
+            console = NamedConsole(name, quiet)
+            if place.is_finished:
+                runs[name] = opened(out / name, asked[name], console)
+            else:
+                hall.jobs[name] = _OfMany(recipe, place, resume, console, hall)
+        failures = hall.train(runs)
+    if hall.stop.name is not None:
+        raise KeyboardInterrupt(hall.stop.name)
+    if failures:
+        raise ManyError([runs.get(name) for name in called], failures) from next(iter(failures.values()))
+    return [runs[name] for name in called]
+
+
+def _names(recipes: Sequence[Given], given: Sequence[Recipe], names: Sequence[str] | None) -> list[str]:
+    if not recipes:
+        raise TrainingError("train_many() was given no recipes.")
+    if names is not None and len(names) != len(recipes):
+        raise TrainingError(f"names has {len(names)} entries for {len(recipes)} recipes; give one for each.")
+    found = list(names) if names is not None else []
+    for number, (recipe, read) in enumerate(zip(recipes, given, strict=True), 1) if names is None else ():
+        by_place = f"{number}-{Path(read.method.label).name}"
+        found.append(Path(recipe).stem if isinstance(recipe, str | Path) else by_place)
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise RecipeError([f"two recipes are named {twice[0]!r}, and a run folder has one"], "names")
+    return found
+
+
+class NamedConsole(Console):
+    """Lines of one training among many, each with its name in front."""
+
+    def __init__(self, name: str, quiet: bool) -> None:
+        super().__init__(stderr=True, quiet=quiet, force_terminal=False, markup=False)
+        self.name = name
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's."""
+        first, *others = objects or ("",)
+        super().print(f"{self.name}: {first}", *others, **options)
+
+
+class _Hall:
+    """What the trainings of one call have in common."""
+
+    def __init__(self) -> None:
+        self.base = SharedBase()
+        self.jobs: dict[str, _OfMany] = {}
+        self.seats: dict[str, Seat] = {}
+        self.stop = _StopAll(self)
+        self._bodies: dict[float | None, list[Body]] = {}
+
+    def train(self, runs: dict[str, Run]) -> dict[str, BaseException]:
+        """Trains all; the finished runs go into `runs`, what stopped the others is returned."""
+        self.seats = {name: Seat(name, partial(_run, job)) for name, job in self.jobs.items()}
+        for name, job in self.jobs.items():
+            job.seat = self.seats[name]
+        with self.stop:
+            Conductor(self.seats.values()).run()
+        runs |= {name: seat.result for name, seat in self.seats.items() if seat.error is None}
+        return {name: seat.error for name, seat in self.seats.items() if seat.error is not None}
+
+    def shared(self, job: _OfMany) -> list[Body]:
+        """The bodies that run for all trainings with this one's base dropout."""
+        dropout = job.recipe.training.base_dropout
+        if dropout not in self._bodies:
+            host = job.bare
+            set_dropout(host, dropout)
+            keep_layout(host)
+            if job.recipe.training.recompute:
+                recompute_cheap(host)
+            host.requires_grad_(False).train()
+            self._bodies[dropout] = [Body(body) for body in bodies(host).values()]
+        return self._bodies[dropout]
+
+    def leave(self, seat: Seat) -> None:
+        """Lets go of a training that has ended."""
+        for shared in self._bodies.values():
+            for body in shared:
+                body.remove(seat)
+
+
+def _run(job: _OfMany, seat: Seat) -> Run:
+    try:
+        return job.run()
+    finally:
+        job.hall.leave(seat)
+
+
+class _StopAll(Interruption):
+    """Ctrl-C and SIGTERM stop all trainings after their step."""
+
+    def __init__(self, hall: _Hall) -> None:
+        super().__init__()
+        self.hall = hall
+
+    def _note(self, number: int, frame: Any) -> None:
+        super()._note(number, frame)
+        for job in self.hall.jobs.values():
+            job.stop(self.name)
+
+
+class _OfMany(Training):
+    """One training, with the base of all."""
+
+    seat: Seat
+
+    def __init__(self, recipe: Recipe, place: Place, resume: bool, console: Console, hall: _Hall) -> None:
+        self.hall = hall
+        self.loop: JointTrainer | None = None
+        super().__init__(recipe, place, resume, console)
+        self.bare = same_tensors(self.model)
+
+    def load(self, recipe: Recipe) -> tuple[nn.Module, Any]:
+        """The base model, its tensors those of the first."""
+        return self.hall.base.load(recipe, self.task)
+
+    def trainer(self, recipe: Recipe, train_features: Features, test_features: Features) -> AdapterTrainer:
+        """The loop, on its way through the shared bodies."""
+        loop = JointTrainer(
+            self.model, self.task, recipe, train_features, test_features, self.processor, self.path, self.console
+        )
+        own, shared = bodies(self.model), self.hall.shared(self)
+        for body, theirs in zip(shared, own.values(), strict=True):
+            body.add(self.seat, theirs)
+        loop.seat, loop.joined = self.seat, Joined(self.seat, list(own.values()), shared)
+        self.loop = loop
+        self.stop(self.hall.stop.name)
+        return loop
+
+    def stop(self, signal: str | None) -> None:
+        """The step that is being made becomes the last."""
+        if self.loop is not None and signal is not None:
+            self.loop.interruption.name = signal

@@ -1,0 +1,90 @@
+"""Several adapters in one pass over one base: each as its own run, and one that fails stops no other."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import adapters_kit as ak
+from adapters_kit.errors import ManyError, RecipeError
+from adapters_kit.recipe import Recipe
+from adapters_kit.training import assembly
+from adapters_kit.training.many.seat import Seat
+from tests.support import small
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    for name, seed, count in (("d", 0, 40), ("e", 5, 32)):
+        small.write_jsonl(tmp_path / name / "train.jsonl", small.sentiment(count, seed=seed))
+        small.write_jsonl(tmp_path / name / "test.jsonl", small.sentiment(12, seed=seed + 1))
+    return tmp_path
+
+
+def recipe(rows: Path, method, data: str = "d", family: str = "bert", **training) -> Recipe:
+    quick = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3, "log_every": 1, "samples": 1}
+    fields = {"model": str(small.model(family)), "task": "text-classification", "data": str(rows / data)}
+    return Recipe(**fields, method=method, training=quick | training)
+
+
+def distance(one: ak.Run, other: ak.Run) -> float:
+    """Largest difference of a tensor, relative to its norm."""
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys()
+    pairs = ((ours[name].double(), theirs[name].double()) for name in ours)
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+
+
+@pytest.fixture
+def seats(monkeypatch) -> list[Seat]:
+    made: list[Seat] = []
+    init = Seat.__init__
+    monkeypatch.setattr(Seat, "__init__", lambda self, *given: made.append(self) or init(self, *given))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("double", "bound"), [(True, 1e-10), (False, 1e-5)])
+def test_each_adapter_has_the_weights_of_its_own_run(rows, tmp_path, monkeypatch, seats, double, bound):
+    if double:
+        load = assembly.load
+        monkeypatch.setattr(assembly, "load", lambda *given, **options: load(*given, **options).double())
+    recipes = [
+        recipe(rows, {"name": "lora", "r": 4, "lora_dropout": 0.1}, base_dropout=0.1),
+        recipe(rows, {"name": "lora", "r": 2}, "e", seed=3, learning_rate=1e-2, batch_size=4, gradient_accumulation=2),
+        recipe(rows, {"name": "houlsby", "dropout": 0.1}, seed=5, base_dropout=0.1),
+        recipe(rows, {"name": "dora", "r": 4}, "e", epochs=2),
+        recipe(rows, "ia3", seed=2, base_dropout=0.1),
+        recipe(rows, "pfeiffer", max_grad_norm=0.1, group_by_length=False),
+        recipe(rows, {"name": "rslora", "lora_dropout": 0.3}, base_dropout=0.1),
+    ]
+    together = ak.train_many(recipes, tmp_path / "many", quiet=True)
+    assert [seat.alone for seat in seats] == [None] * len(recipes)
+    for number, (given, run) in enumerate(zip(recipes, together, strict=True)):
+        assert distance(run, ak.train(given, tmp_path / f"own{number}", quiet=True)) < bound, given.method.label
+        assert double or ak.evaluate(run)["accuracy"] == run.metrics["accuracy"]  # no record holds a float64 base
+
+
+@pytest.mark.slow
+def test_one_that_diverges_leaves_the_others_going_on(rows, tmp_path):
+    recipes = [recipe(rows, "lora"), recipe(rows, "houlsby", learning_rate=1e30), recipe(rows, "lora", seed=4)]
+    with pytest.raises(ManyError, match=r"1 of 3 trainings failed(.|\n)*2-houlsby") as caught:
+        ak.train_many(recipes, tmp_path / "many", quiet=True)
+    first, second, third = caught.value.runs
+    assert second is None and list(caught.value.failures) == ["2-houlsby"]
+    assert distance(first, ak.train(recipes[0], tmp_path / "own", quiet=True)) < 1e-4
+    assert json.loads((third.path / "metrics.json").read_text()) == third.metrics
+
+
+def test_what_cannot_go_together_is_refused_before_anything_is_loaded(rows, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        given = [
+            recipe(rows, "lora"),
+            recipe(rows, "lora", family="distilbert", precision="bf16"),
+            recipe(rows, "prefix"),
+        ]
+        ak.train_many(given, tmp_path / "many", names=["a", "b", "c"], quiet=True)
+    told = str(caught.value)
+    assert "3 problems" in told and "model is" in told and "training.precision is 'bf16' in b" in told
+    assert "method prefix" in told and "houlsby" in told and not list((tmp_path / "many").glob("*/recipe.yaml"))
