@@ -45,11 +45,9 @@ def seats(monkeypatch) -> list[Seat]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("double", "bound"), [(True, 1e-10), (False, 1e-5)])
-def test_each_adapter_has_the_weights_of_its_own_run(rows, tmp_path, monkeypatch, seats, double, bound):
-    if double:
-        load = assembly.load
-        monkeypatch.setattr(assembly, "load", lambda *given, **options: load(*given, **options).double())
+def test_each_adapter_has_the_weights_of_its_own_run(rows, tmp_path, monkeypatch, seats):
+    load = assembly.load
+    monkeypatch.setattr(assembly, "load", lambda *given, **options: load(*given, **options).double())
     recipes = [
         recipe(rows, {"name": "lora", "r": 4, "lora_dropout": 0.1}, base_dropout=0.1),
         recipe(rows, {"name": "lora", "r": 2}, "e", seed=3, learning_rate=1e-2, batch_size=4, gradient_accumulation=2),
@@ -62,8 +60,7 @@ def test_each_adapter_has_the_weights_of_its_own_run(rows, tmp_path, monkeypatch
     together = ak.train_many(recipes, tmp_path / "many", quiet=True)
     assert [seat.alone for seat in seats] == [None] * len(recipes)
     for number, (given, run) in enumerate(zip(recipes, together, strict=True)):
-        assert distance(run, ak.train(given, tmp_path / f"own{number}", quiet=True)) < bound, given.method.label
-        assert double or ak.evaluate(run)["accuracy"] == run.metrics["accuracy"]  # no record holds a float64 base
+        assert distance(run, ak.train(given, tmp_path / f"own{number}", quiet=True)) < 1e-10, given.method.label
 
 
 @pytest.mark.slow
