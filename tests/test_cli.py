@@ -228,7 +228,7 @@ def test_doctor_tells_versions_and_what_is_missing(capsys, monkeypatch):
 def test_every_verb_prints_json_where_it_has_a_result(capsys):
     _, known = make_parser()
     without = {name for name, verb in known.items() if "--json" not in verb.format_usage()}
-    assert without == {"chat", "serve", "completion"}
+    assert without == {"chat", "serve", "ui", "completion"}
 
 
 def test_an_adapterhub_adapter_is_converted_checked_and_exported(capsys, tmp_path):
