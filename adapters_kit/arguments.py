@@ -352,11 +352,29 @@ def _moving(verb: Adder) -> None:
     made.add_argument("--base", help="base model of a GGUF adapter or a KV cache (default: the one that it names)")
     made.add_argument("--overwrite", action="store_true", help="replace what is there")
 
+    made = verb(shipping.extract)
+    made.add_argument("base", help="the base model: folder, .gguf file or hub id")
+    made.add_argument("tuned", help="a full fine-tuning of it: folder or hub id")
+    made.add_argument("out", help="adapter folder to write")
+    made.add_argument("--rank", type=int, default=16, help="of every module, the highest with --energy (default: 16)")
+    _energy(made, "by rank alone")
+    made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+
     made = verb(shipping.convert)
-    made.add_argument("source", help="folder of an AdapterHub adapter")
+    made.add_argument("source", help="adapter folder, peft's or AdapterHub's")
     made.add_argument("base", help="its base model: folder or hub id")
     made.add_argument("out", help="adapter folder to write")
-    made.add_argument("--task", default="causal-lm", help="the head to load the base with (default: causal-lm)")
+    made.add_argument("--task", default="causal-lm", help="AdapterHub: the head of the base (default: causal-lm)")
+    made.add_argument("--rank", type=int, help="of the plain LoRA (default: the adapter's own, twice where needed)")
+    _energy(made, "by rank alone")
+
+    made = verb(shipping.compress)
+    made.add_argument("source", help="adapter folder")
+    made.add_argument("out", help="adapter folder to write")
+    made.add_argument("--rank", type=int, help="the highest that a module may get (default: its own)")
+    _energy(made, "0.99", 0.99)
+    made.add_argument("--base", help="of what is no LoRA yet (default: the one that it names)")
+    made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
     made = verb(shipping.push)
     made.add_argument("folder", help="run folder (its adapter), adapter folder or merged model")
@@ -368,6 +386,12 @@ def _moving(verb: Adder) -> None:
     made.add_argument("repo", help="hub id, OWNER/NAME")
     made.add_argument("out", help="folder to write")
     made.add_argument("--revision", help="branch, tag or commit")
+
+
+def _energy(made: argparse.ArgumentParser, told: str, default: float | None = None) -> None:
+    """The flag that chooses ranks by what they keep."""
+    text = f"choose each rank as the lowest that keeps this share of the update's squared norm (default: {told})"
+    made.add_argument("--energy", type=float, metavar="SHARE", default=default, help=text)
 
 
 def _version() -> str:

@@ -200,17 +200,20 @@ def _check_known(
         return
     if adapter.record.get("tensors"):  # recorded before records told it
         return
-    shown = ""
+    from dataclasses import replace
+
+    from adapters_kit.merging.verify import drift
+
+    drifts = []
     try:
-        from dataclasses import replace
-
-        from adapters_kit.merging.verify import drift
-
-        update = on_model(replace(order, rounding="nf4"), checkpoint, raw).updates[0]
-        shown = f" Outputs of base + adapter on the one and on the other differ by up to {drift(update)}."
+        for kind in ("nf4", "int8"):
+            update = on_model(replace(order, rounding=kind), checkpoint, raw).updates[0]
+            drifts.append(f"{drift(update)} for {kind}")
     except ShippingError:  # it cannot be merged either way, and says so when it is tried
         if adapter.method != "lora":
             raise
+    joined = " and ".join(drifts)
+    shown = f" Outputs of base + adapter on the one and on the other differ by up to {joined}." if drifts else ""
     raise ShippingError(
         f"{adapter.folder} has no record of its base (adapters_kit.json), so nothing tells whether it was trained on "
         f"{source.name} as it is stored or on a quantized copy, and the two merge into different models.{shown} Say "

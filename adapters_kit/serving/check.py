@@ -14,7 +14,8 @@ from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.leaks import Leak, find_leaks
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
-from adapters_kit.serving.rules import RULES, VERSIONS, Problem, missing_base, model_problems
+from adapters_kit.serving.rules import RULES, VERSIONS, VLLM_RANKS, Problem, missing_base, model_problems
+from adapters_kit.serving.start import modelfile, vllm_command
 
 MOST_LEAKS = 20
 """So many are shown; `leaks` has all."""
@@ -32,6 +33,8 @@ class CheckReport:
     """What stands in the way."""
     leaks: list[Leak] = field(default_factory=list)
     """What its text files tell about the machine and the data; it loads in any case."""
+    start: str = ""
+    """How the folder is started there, ready to paste: vLLM's command line, Ollama's Modelfile."""
 
     @property
     def ok(self) -> bool:
@@ -44,7 +47,8 @@ class CheckReport:
     def __str__(self) -> str:
         rules = f"rules of {VERSIONS[self.target]}"
         if self.ok:
-            lines = [f"{self.path} loads in {self.target} ({rules})."]
+            lines = [f"{self.path} loads in {self.target} ({rules}; of other versions it is not known)."]
+            lines += [self.start] * bool(self.start)
         else:
             count = len(self.problems)
             lines = [f"{self.path} in {self.target}: {count} problem{'s' * (count > 1)} ({rules})"]
@@ -79,6 +83,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
         if not (path / "config.json").is_file():
             raise ShippingError(f"{path} holds neither an adapter ({CONFIG}) nor a model (config.json).")
         report.problems += _model_problems(path, target)
+        report.start = _start(path, target, None) if report else ""
         return report
     try:
         adapter = read_adapter(path)
@@ -87,7 +92,14 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
         return report
     report.problems += _common(adapter)
     report.problems += RULES[target](adapter, max_lora_rank)
+    report.start = _start(path, target, adapter) if report else ""
     return report
+
+
+def _start(path: Path, target: str, adapter: Adapter | None) -> str:
+    if target == "vllm":
+        return vllm_command(path, adapter, VLLM_RANKS)
+    return modelfile(path, adapter) if target == "ollama" else ""
 
 
 def _model_problems(path: Path, target: str) -> Iterator[Problem]:

@@ -103,4 +103,5 @@ def check(options: argparse.Namespace) -> Shown:
     report = look(options.folder, options.target, max_lora_rank=options.max_lora_rank)
     data = {"path": str(report.path), "target": report.target, "ok": bool(report), "problems": report.problems}
     data["leaks"] = report.leaks
+    data["start"] = report.start
     return Shown(data, str(report), status=0 if report else 1)

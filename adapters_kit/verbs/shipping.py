@@ -1,10 +1,12 @@
-"""Verbs that ship what was trained: merge, combine, export, convert, push, pull."""
+"""Verbs that ship what was trained: merge, combine, export, prove, extract, convert, compress, push, pull."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from adapters_kit.errors import ShippingError
 from adapters_kit.verbs.display import Shown
 
 
@@ -53,7 +55,6 @@ def export(options: argparse.Namespace) -> Shown:
 def prove(options: argparse.Namespace) -> Shown:
     """Ask a server what proof.json asks: does the tuned model answer there, or something else? Exit status: 0 the tuned
     model, 3 the base, 4 another template, 5 quantized, 6 cannot tell."""
-    from adapters_kit.errors import ShippingError
     from adapters_kit.serving.prove import prove as ask
 
     folder = options.adapter or options.model
@@ -63,13 +64,46 @@ def prove(options: argparse.Namespace) -> Shown:
     return Shown(report, str(report), status=report.status)
 
 
+def extract(options: argparse.Namespace) -> Shown:
+    """Write a LoRA that stands for the difference of two checkpoints, with the error measured."""
+    from adapters_kit.merging.extract import extract as take
+
+    kinds = {"r": options.rank, "energy": options.energy, "overwrite": options.overwrite}
+    report = take(options.base, options.tuned, options.out, **kinds)
+    return Shown(report, str(report))
+
+
 def convert(options: argparse.Namespace) -> Shown:
-    """Turn an adapter saved by AdapterHub's `adapters` into a peft adapter folder."""
+    """Turn an adapter into one that servers take: AdapterHub's into peft's, peft's of any kind into a plain LoRA."""
+    from adapters_kit.artifacts.adapter import CONFIG
+    from adapters_kit.artifacts.json_file import read_json
+
+    config = Path(options.source) / CONFIG
+    if config.is_file() and "peft_type" in read_json(config):
+        from adapters_kit.merging.extract import convert as make
+
+        kinds = {"r": options.rank, "energy": options.energy, "base": options.base}
+        report = make(options.source, "lora", options.out, **kinds)
+        return Shown(report, str(report))
+    if options.rank is not None or options.energy is not None:
+        raise ShippingError(
+            f"{options.source} is AdapterHub's, which is converted exactly, at its own rank: leave out --rank and "
+            "--energy."
+        )
     from adapters_kit.loading import load
     from adapters_kit.methods.adapterhub.folder import convert_folder
 
     path = convert_folder(options.source, load(options.base, task=options.task), options.out)
     return Shown({"path": path}, f"Converted to {path}")
+
+
+def compress(options: argparse.Namespace) -> Shown:
+    """Write a LoRA at the lowest ranks that keep what it learned, with the error measured."""
+    from adapters_kit.merging.extract import compress as shrink
+
+    kinds = {"r": options.rank, "energy": options.energy, "base": options.base, "overwrite": options.overwrite}
+    report = shrink(options.source, options.out, **kinds)
+    return Shown(report, str(report))
 
 
 def push(options: argparse.Namespace) -> Shown:

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import adapters_kit as ak
 from adapters_kit import cli
+from adapters_kit.serving.start import go_template
+from tests.support import small
 from tests.support.shipping import disturb, gap, load, save_base, train_on
 
 LORA = peft.LoraConfig
@@ -239,3 +241,47 @@ def test_what_a_folder_would_tell_is_listed_and_stands_in_no_ones_way(base, tmp_
     assert "a1B2a1B2" not in said, "a token is not shown once more"
     shipped = ak.export(folder, tmp_path / "shipped", base=base)
     assert not ak.check(shipped.path if hasattr(shipped, "path") else tmp_path / "shipped", "peft").leaks
+
+
+def test_what_to_paste(base, tmp_path):
+    """vLLM's command names base, rank and folder; Ollama's Modelfile writes conversations as the tokenizer does."""
+    folder = adapter(base, tmp_path / "mine", LORA(r=12, target_modules=["o_proj"]))
+    report = ak.check(folder, "vllm", max_lora_rank=16)
+    assert report and f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules mine={folder}" in str(report)
+    assert "not known" in str(report) and "--chat-template" not in report.start
+    small.tokenizer(encoder=False, chat=True).save_pretrained(folder)
+    assert f"--chat-template {folder / 'chat_template.jinja'}" in ak.check(folder, "vllm").start
+    made = ak.check(folder, "ollama").start
+    assert made.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n") and 'PARAMETER stop "[EOS]"' in made
+    turn = "{{ range .Messages }}"
+    for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant")):
+        turn += f'{{{{ {word} eq .Role "{role}" }}}}{role} : {{{{ .Content }}}} [EOS] '
+    assert f'TEMPLATE """{turn}{{{{ end }}}}{{{{ end }}}}assistant : """' in made
+
+
+@pytest.mark.parametrize(
+    ("default", "odd", "found"),
+    [("", False, True), ("<s>Be kind.</s>", False, True), ("", True, False)],
+    ids=["plain", "a default system message", "only the last question is marked"],
+)
+def test_a_template_in_gos_language_is_given_only_where_it_is_the_same(default, odd, found):
+    def render(messages, asked):
+        text = "" if messages[0][0] == "system" else default
+        for index, (role, words) in enumerate(messages):
+            last = "!" if odd and role == "user" and index == len(messages) - 1 else ""
+            text += f"<{role[0]}>{words}{last}</{role[0]}>"
+        return text + ("<a>" if asked else "")
+
+    made = go_template(render)
+    assert (made is not None) == found
+    if default:
+        assert made.startswith("{{ if not .System }}" + default + "{{ end }}")
+
+
+def test_a_template_that_refuses_system_messages_gets_none():
+    def render(messages, asked):
+        if messages[0][0] == "system":
+            raise ValueError("no system messages")
+        return "".join(words for _, words in messages)
+
+    assert go_template(render) is None
