@@ -7,13 +7,13 @@ what the dtype rounds, or `merge` refuses in words. Each cell prints its figures
 import pytest
 import torch
 import transformers
+from adapters_kit.artifacts.record_reader import read_record
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import adapters_kit as ak
 from adapters_kit.artifacts.proof import make_proof, read_proof, runner
-from adapters_kit.artifacts.recorded import read_record
 from tests.support import quantized, small, tiny
 
 pytest.importorskip("gguf")

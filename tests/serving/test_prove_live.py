@@ -13,7 +13,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from adapters_kit.merging.base import convert_gguf
+from adapters_kit.merging.base_folder import convert_gguf
 
 import adapters_kit as ak
 from adapters_kit.artifacts.proof import make_proof, runner
