@@ -123,7 +123,9 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     if meant:
         return meant[:1]
     found = difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=0.5)
-    return [by_lower[key] for key in found]
+    near = {key: difflib.SequenceMatcher(None, key, name.lower()).ratio() for key in found}
+    # "trian" is train; that extract has three of its letters in order says nothing beside that.
+    return [by_lower[key] for key in found if near[key] >= near[found[0]] - 0.25]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

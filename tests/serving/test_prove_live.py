@@ -13,10 +13,10 @@ from pathlib import Path
 
 import peft
 import pytest
-from adapters_kit.merging.base_folder import convert_gguf
 
 import adapters_kit as ak
 from adapters_kit.artifacts.proof import make_proof, runner
+from adapters_kit.merging.base_folder import convert_gguf
 from adapters_kit.serving import llama_cpp as gguf
 from tests.support.shipping import load, train_on
 
