@@ -31,7 +31,7 @@ def test_version(capsys):
 
 
 MISTAKES = {
-    "verb": (["trian"], "there is no verb 'trian'. Did you mean train?"),
+    "verb": (["trian"], "there is no verb 'trian'. Did you mean train or train-many?"),
     "flag": (["merge", "a", "b", "--verfy", "off"], "unknown argument '--verfy'. Did you mean --verify"),
     "recipe flag": (["train", "--metod.r", "3"], "unknown argument '--metod.r'. Did you mean"),
     "recipe key": (["train", "{recipe}"], "there is no key 'epoch' in 'training'. Did you mean epochs"),

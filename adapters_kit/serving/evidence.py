@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adapters_kit.artifacts.proof import TOP, Position, Prompt
+from adapters_kit.artifacts.proof import Position, Prompt
 from adapters_kit.serving.client import Reply
 
 ODDS = 20.0
@@ -93,14 +93,9 @@ def measure(answered: list[tuple[Prompt, Reply]]) -> Measured | None:
     if not compared:
         return None
     count = len(compared)
-    divergences = [
-        sum(_divergence(p, q) for p, q in pairs) / count
-        for pairs in (
-            [(position.tuned, top) for position, top in compared],
-            [(position.base, top) for position, top in compared],
-            [(position.tuned, position.base) for position, _ in compared],
-        )
-    ]
+    tuned = sum(_divergence(position.tuned, top) for position, top in compared) / count
+    base = sum(_divergence(position.base, top) for position, top in compared) / count
+    apart = sum(_divergence(position.tuned, position.base) for position, _ in compared) / count
     squares = along = gone = 0.0
     values = 0
     for position, top in compared:
@@ -118,7 +113,7 @@ def measure(answered: list[tuple[Prompt, Reply]]) -> Measured | None:
 
     rest = left(0 if math.isnan(strength) else strength)
     line = squares / (2 * max(values, 1))
-    return Measured(*divergences, strength, count, values, (left(0), left(1), rest), line)
+    return Measured(tuned, base, apart, strength, count, values, (left(0), left(1), rest), line)
 
 
 def _centred(values: list[float]) -> list[float]:
@@ -138,12 +133,14 @@ def _named(position: Position, top: Mapping[str, float]) -> dict[str, float]:
 
 
 def _divergence(p: Mapping[str, float], q: Mapping[str, float]) -> float:
-    """KL of p from q over the tokens that either names, and all others as one. A token that one of them does not name
-    is at most as likely there as the last that it names; of what that allows, the nearest to the other is taken."""
-    least_p, least_q = sorted(p.values(), reverse=True)[:TOP][-1], min(q.values())
+    """KL of p, ours, from q, the server's, over the tokens that either names, and all others as one. A token that the
+    server does not name is at most as likely there as the last that it names; one that we do not name (parts of
+    characters are left out) has at most what our others leave. Of what that allows, the nearest to the other is taken.
+    """
+    free_p, least_q = math.log(max(1 - sum(map(math.exp, p.values())), _LEAST)), min(q.values())
     total, rest_p, rest_q = 0.0, 1.0, 1.0
     for token in p.keys() | q.keys():
-        one = p[token] if token in p else min(least_p, q[token])
+        one = p[token] if token in p else min(free_p, q[token])
         other = q[token] if token in q else min(least_q, p[token])
         total += math.exp(one) * (one - other)
         rest_p, rest_q = rest_p - math.exp(one), rest_q - math.exp(other)

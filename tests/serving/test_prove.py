@@ -11,8 +11,10 @@ import torch
 import transformers
 
 import adapters_kit as ak
-from adapters_kit.artifacts.proof import ASKED, Prompt, make_proof, read_proof, runner
+from adapters_kit.artifacts.proof import ASKED, Position, Prompt, make_proof, read_proof, runner
 from adapters_kit.cli import main
+from adapters_kit.serving.client import Reply
+from adapters_kit.serving.evidence import measure
 from tests.support import small
 from tests.support.shipping import LLAMA_LINEARS, disturb
 
@@ -256,3 +258,15 @@ def test_a_token_that_the_tokenizer_adds_by_itself_is_not_sent_twice():
     tokenizer.chat_template = "[CLS] {{ messages[0]['content'] }}"
     prompt = _rendered(tokenizer, "good film")
     assert isinstance(prompt, Prompt) and not prompt.text.startswith("[CLS]") and prompt.ids[0] == 1
+
+
+@pytest.mark.parametrize("spaces", [True, False], ids=["spaces named", "spaces left out"])
+def test_two_tokens_that_a_space_tells_apart_are_two(spaces):
+    """And a token that we have no name for, a part of a character, is no difference."""
+    tuned, base = {" we": -1.0, "no": -1.5, " so": -3.0}, {" we": -2.0, "no": -0.7, " so": -3.0}
+    prompt = Prompt("x", [5], None, [Position(" we", tuned, base)], ["no"])
+    own = {"we": -3.5} if spaces else {}
+    top = {(token if spaces else token.strip()): value for token, value in tuned.items()} | own
+    for answer in (top, top | {"\N{REPLACEMENT CHARACTER}": -2.6}):
+        found = measure([(prompt, Reply("", [(" we", answer)], None))])
+        assert found.tuned < 1e-3 < found.base and found.strength == pytest.approx(1)
