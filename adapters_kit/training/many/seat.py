@@ -106,6 +106,7 @@ TorchState = tuple[torch.Tensor, list[torch.Tensor]]
 
 
 def torch_state() -> TorchState:
+    """The state of torch's generators as it is now: the CPU's, and each CUDA device's where CUDA has been used."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
 
