@@ -239,9 +239,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if _is_plain(_plain(item))}
+        made = ((key, _plain(item)) for key, item in value.items())
+        return {key: item for key, item in made if _is_plain(item)}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value if item is None or _is_plain(_plain(item))]
+        return [item for item in map(_plain, value) if item is None or _is_plain(item)]
     return value
 
 

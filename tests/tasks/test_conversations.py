@@ -489,3 +489,13 @@ def test_dates_within_results_and_arguments_reach_the_model():
 def test_who_serves_whom_is_told_from_the_words_of_call_centres():
     talk = [{"role": "Customer", "content": ASKED}, {"role": "Agent", "content": TOLD}]
     assert seen({"messages": talk}) == f"{USER}\n{ASSISTANT}"
+
+
+def test_deep_arguments_are_read_once_a_level():
+    """Twice a level would be a billion times at thirty."""
+    deep = {"day": date(2024, 5, 1)}
+    for _ in range(40):
+        deep = {"in": [deep, None]}
+    asks = {"role": "assistant", "tool_calls": [{"function": {"name": "count", "arguments": {"deep": deep}}}]}
+    (call,) = as_turns([PAIR[0], asks, PAIR[1]], "Row 1")[1]["tool_calls"]
+    assert json.dumps(call["function"]["arguments"]).count('"in"') == 40
