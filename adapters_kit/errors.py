@@ -143,3 +143,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return "None exist here."
     shown = ", ".join(known[:30]) + (f" … ({len(known)} in all)" if len(known) > 30 else "")
     return f"There are: {shown}."
+
+
+def gist(error: BaseException) -> str:
+    """What a library's long message says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,9 +17,8 @@ from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.artifacts.source import Source, find
-from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean
+from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean, gist
 from adapters_kit.loading.reader import (
-    gist,
     meta_model,
     needs_trust,
     read,

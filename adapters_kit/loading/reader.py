@@ -8,7 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.artifacts.source import Source
-from adapters_kit.errors import ModelError
+from adapters_kit.errors import ModelError, gist
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading.lazy import read_lazily
 from adapters_kit.noise import without_load_report
@@ -160,8 +160,3 @@ def needs_trust(source: Source) -> ModelError:
         f"{source.name} needs the Python files that come with it, and they are not run unless you say so, since they "
         "can do all that you can. Read them, then give trust_remote_code=True."
     )
-
-
-def gist(error: BaseException) -> str:
-    """What a library's long message says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

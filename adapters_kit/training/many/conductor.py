@@ -10,7 +10,7 @@ All wait at the beginning of a step, at every call of a body, and at the end of 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
+from adapters_kit.errors import gist
 from adapters_kit.training.many.body import Body
 from adapters_kit.training.many.layout import UnjoinableError
 from adapters_kit.training.many.seat import Seat
@@ -98,10 +99,9 @@ class Conductor:
                         seat.run(answer)
                 continue
             behind = [seat for seat in live if seat.request == BACKWARD]
-            if behind:
-                failed = self._backward(behind)
+            failed = self._backward(behind) if behind else None
             for seat in behind or live:
-                seat.run(failed if behind else None)
+                seat.run(failed)
 
     def _forward(self, seats: list[Seat]) -> list[Answer | BaseException]:
         calls = [seat.request for seat in seats]
@@ -112,8 +112,8 @@ class Conductor:
                 layout, outputs = calls[0].body.run(seats, [call.arguments for call in calls])
         except Exception as error:
             # Out of memory is nothing that going alone would mend for all.
-            reason = error if should_reduce_batch_size(error) else UnjoinableError(_short(error))
-            return [reason] * len(seats)
+            told = isinstance(error, UnjoinableError) or should_reduce_batch_size(error)
+            return [error if told else UnjoinableError(f"{type(error).__name__}: {gist(error)}")] * len(seats)
         made = _Pass(seats)
         answers: list[Answer | BaseException] = []
         for output in outputs:
@@ -174,15 +174,6 @@ def _cut_off(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     return value
 
 
-def _short(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return (
-        (text[0] if text else "")
-        if isinstance(error, UnjoinableError)
-        else f"{type(error).__name__}: {(text or [''])[0]}"
-    )
-
-
 class Joined:
     """One training's way to the bodies that it shares, while a step of it is made.
 
@@ -196,7 +187,7 @@ class Joined:
         self.padded = False
 
     @contextmanager
-    def on(self):  # type: ignore[no-untyped-def]
+    def on(self) -> Iterator[None]:
         """In the block, a call of a body waits for those of all trainings."""
         self.count, self.padded = 0, False
         for own, body in zip(self.own, self.shared, strict=True):
