@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,35 +10,24 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import RecipeError
-from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, outputs_of
-from adapters_kit.tasks.hearing import HearingTask, Recordings
-from adapters_kit.tasks.labels import class_numbers, classes_of, labels_of
+from adapters_kit.tasks.hearing import HearingTask
+from adapters_kit.tasks.one_class import OneClassTask
 
 
-class AudioClassification(HearingTask):
+class AudioClassification(OneClassTask, HearingTask):
     """One class for a recording."""
 
     name = "audio-classification"
     needs = (("audio", "label"),)
-    metric = "accuracy"
-    higher_is_better = True
-
-    def unlabelled(self, data: Dataset) -> list[int]:
-        """Rows without a class."""
-        names = labels_of(data, self.columns["label"], self.recipe.labels)
-        return [row for row, name in enumerate(names) if name is None]
+    medium = "audio"
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Learns the classes; opens every recording."""
         if self.recipe.training.max_length is not None:
             raise RecipeError(["training.max_length counts tokens, and recordings have none: set data.max_seconds"])
-        self.labels = classes_of(train, test, self.columns["label"], self.recipe.labels, self.notes)
+        self._learn_classes(train, test)
         self.look(train, test)
-
-    def strata(self, data: Dataset) -> list[Any] | None:
-        """The class of each row."""
-        return labels_of(data, self.columns["label"], self.recipe.labels)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         """Takes the extractor; a checkpoint with a head for these very classes keeps its own order of them."""
@@ -59,8 +47,8 @@ class AudioClassification(HearingTask):
             "positions": [self.positions(min(kind.seconds, self.max_seconds)) for kind in kinds]
         }
         if answers:
-            more["labels"] = class_numbers(data, self.columns["label"], self.recipe.labels, self.labels or [])
-        return Recordings(data, self.columns, range(len(data)), more)
+            more["labels"] = self._numbers(data)
+        return self.opened(data, range(len(data)), more)
 
     def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
         """The model's input, `attention_mask` where its extractor makes one, labels and row, (rows,) int64."""
@@ -83,14 +71,3 @@ class AudioClassification(HearingTask):
             alone = [inputs[self.input][row : row + 1, :length] for row, length in enumerate(lengths)]
             logits = torch.cat([model(**{self.input: one}).logits for one in alone])
         return list(logits.float().softmax(-1).cpu().numpy())
-
-    def score(self, results: Sequence[np.ndarray], features: Features) -> dict[str, float]:
-        """See `metrics.classification`."""
-        assert isinstance(features, Recordings)
-        return metrics.classification(np.stack(results).astype(np.float64), np.asarray(features.more["labels"]))
-
-    def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The class with its probability, and the recording's path where it has one."""
-        value, best = row[self.columns["audio"]], int(result.argmax())
-        shown = {"audio": value} if isinstance(value, str) else {}
-        return {**shown, "label": (self.labels or [])[best], "score": round(float(result[best]), 6)}

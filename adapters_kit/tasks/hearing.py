@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Audio, Dataset
+from datasets import Dataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.tasks.audio import Kind, kind_of, open_audio, resampled
 from adapters_kit.tasks.base import Features, Task
+from adapters_kit.tasks.opened import Opened, undecoded
 
 MAX_SECONDS = 30.0
 """Of a recording, where neither the recipe nor the model says."""
@@ -151,6 +152,11 @@ class HearingTask(Task):
             batch["attention_mask"] = pad_sequence(masks, batch_first=True)
         return batch, [len(one) for one in inputs]
 
+    def opened(self, data: Dataset, rows: Sequence[int], more: Mapping[str, Sequence[Any]]) -> Opened:
+        """Rows that are heard when their batch is made, with what else is known of each."""
+        roles = [role for role in ("audio", "sampling_rate") if role in self.columns]
+        return Opened(data, {role: self.columns[role] for role in roles}, rows, more)
+
     def length(self, feature: Mapping[str, Any]) -> int:
         """Positions of the model."""
         return int(feature["positions"])
@@ -160,39 +166,3 @@ class HearingTask(Task):
         audio, rate = self.columns["audio"], self.columns.get("sampling_rate")
         for row, cells in enumerate(undecoded(data, audio).select_columns([audio, *([rate] if rate else [])])):
             yield row, cells[audio], cells[rate] if rate else None
-
-
-def undecoded(data: Dataset, column: str) -> Dataset:
-    """The rows with recordings as bytes or paths: `datasets` would decode each when it is looked at."""
-    return data.cast_column(column, Audio(decode=False)) if isinstance(data.features[column], Audio) else data
-
-
-class Recordings(Sequence[dict[str, Any]]):
-    """Rows of recordings that are opened when their batch is made: decoded, a data set would not fit in memory.
-
-    Attributes:
-        rows: numbers of the rows in `data`.
-        more: other features of each of them, by name.
-    """
-
-    def __init__(
-        self, data: Dataset, columns: Mapping[str, str], rows: Sequence[int], more: Mapping[str, Sequence[Any]]
-    ) -> None:
-        self.data, self.rows, self.more = undecoded(data, columns["audio"]), list(rows), dict(more)
-        self._columns = {role: columns[role] for role in ("audio", "sampling_rate") if role in columns}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(row, slice):
-            return [self[index] for index in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        cells = self.data[self.rows[row]]
-        named = {role: cells[column] for role, column in self._columns.items()}
-        return {"row": self.rows[row], **named, **{name: values[row] for name, values in self.more.items()}}

@@ -9,6 +9,7 @@ rows[3]   # {"row": 3, "input_ids": array([...])}
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -104,7 +105,29 @@ def _up_to_a_blank(text: str, far: int) -> str:
     return text if blank < 0 else text[:blank]
 
 
-class Encoded(Sequence[dict[str, Any]]):
+class MadeRows(Sequence[dict[str, Any]], ABC):
+    """Features of rows that are put together when they are asked for, by number or by slice."""
+
+    @overload
+    def __getitem__(self, row: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(len(self)))]
+        return self._made(self._place(row))
+
+    def _place(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return row
+
+    @abstractmethod
+    def _made(self, row: int) -> dict[str, Any]:
+        """The features of one row that there is."""
+
+
+class Encoded(MadeRows):
     """Features of many rows, each key in one array: as dictionaries of arrays they take ten times the memory.
 
     A numpy array may have another length in every row. Its whole numbers are kept as int32 (a token id at 4 bytes;
@@ -153,16 +176,10 @@ class Encoded(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self._rows
 
-    @overload
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(row, slice):
-            return [self[index] for index in range(*row.indices(len(self)))]
-        row = row + len(self) if row < 0 else row
-        if not 0 <= row < len(self):
-            raise IndexError(row)
+    def _place(self, row: int) -> int:
+        return super()._place(row + len(self) if row < 0 else row)
+
+    def _made(self, row: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, column in self.columns.items():
             if key not in self.ends:

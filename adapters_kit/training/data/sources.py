@@ -12,6 +12,7 @@ from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.opened import undecoded
 from adapters_kit.training.data.folders import located, medium, read_folder
 from adapters_kit.training.data.row_file import Format, Parts, read_file
 
@@ -132,8 +133,8 @@ def _parted(parts: Mapping[str, Dataset], name: str, folder: Path | None) -> Sou
 
 
 def _undecoded(rows: Dataset) -> Dataset:
-    """Recordings as bytes or paths: `datasets` would decode each whenever its row is looked at."""
+    """Recordings as bytes or paths."""
     for name, kind in rows.features.items():
         if isinstance(kind, Audio):
-            rows = rows.cast_column(name, Audio(decode=False))
+            rows = undecoded(rows, name)
     return rows
