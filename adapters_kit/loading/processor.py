@@ -7,7 +7,7 @@ import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from adapters_kit.artifacts.source import find
-from adapters_kit.errors import ModelError
+from adapters_kit.errors import ModelError, gist
 from adapters_kit.loading.reader import needs_trust
 
 
@@ -36,9 +36,8 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
         # A speech model without a vocabulary, as pretraining leaves it (HuBERT, WavLM), is asked for one all the same.
         if (extractor := _extractor(source.location, options)) is not None:
             return extractor
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"No tokenizer or processor for {source.name}: {reason} Copy the processor files of the original model "
+            f"No tokenizer or processor for {source.name}: {gist(error)} Copy the processor files of the original model "
             "beside the weights, or name the model they come from."
         ) from error
     tokenizer = getattr(processor, "tokenizer", processor)

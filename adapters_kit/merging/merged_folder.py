@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 
 from adapters_kit.artifacts.json_file import read_json
-from adapters_kit.errors import ShippingError
+from adapters_kit.errors import ShippingError, gist
 
 
 def tokenizer_notes(stage: Path) -> list[str]:
@@ -16,8 +16,7 @@ def tokenizer_notes(stage: Path) -> list[str]:
     try:
         size = len(transformers.AutoTokenizer.from_pretrained(stage, trust_remote_code=False))
     except Exception as error:  # tokenizers raises bare Exceptions for what it cannot read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [f"Warning: the tokenizer cannot be opened ({reason[:200]}). Copy its files from where it works."]
+        return [f"Warning: the tokenizer cannot be opened ({gist(error)[:200]}). Copy its files from where it works."]
     raw = read_json(stage / "config.json")
     text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else {}
     rows = raw.get("vocab_size") or (text or {}).get("vocab_size")
@@ -45,8 +44,7 @@ def open_whole(merged: Path, architecture: str) -> None:
             merged, device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # whatever transformers trips over, a user would trip over too
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ShippingError(f"The merged folder cannot be opened: {reason} Nothing was written.") from error
+        raise ShippingError(f"The merged folder cannot be opened: {gist(error)} Nothing was written.") from error
     finally:
         noisy.setLevel(level)
     wrong = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
