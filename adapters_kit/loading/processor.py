@@ -37,8 +37,8 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
         if (extractor := _extractor(source.location, options)) is not None:
             return extractor
         raise ModelError(
-            f"No tokenizer or processor for {source.name}: {gist(error)} Copy the processor files of the original model "
-            "beside the weights, or name the model they come from."
+            f"No tokenizer or processor for {source.name}: {gist(error)} Copy the processor files of the original "
+            "model beside the weights, or name the model they come from."
         ) from error
     tokenizer = getattr(processor, "tokenizer", processor)
     if getattr(tokenizer, "pad_token", "") is None and tokenizer.eos_token is not None:
