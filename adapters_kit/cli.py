@@ -61,7 +61,9 @@ def _run(options: argparse.Namespace, verb: Parser) -> int:
         # Whoever read the output has enough, such as `head`. Python would complain once more while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a library in Rust that panics raises what is no Exception
         gist = next((line for line in str(error).splitlines() if line.strip()), "")
         where = _write_trace()
         sys.stderr.write(
@@ -72,9 +74,12 @@ def _run(options: argparse.Namespace, verb: Parser) -> int:
 
 
 def _write_trace() -> str:
-    handle, name = tempfile.mkstemp(prefix="adapters-kit-trace-", suffix=".txt")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"{sys.argv!r}\n{traceback.format_exc()}")
+    try:
+        handle, name = tempfile.mkstemp(prefix="adapters-kit-trace-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{sys.argv!r}\n{traceback.format_exc()}")
+    except OSError as error:
+        return f"no file ({error.strerror}); it ends with {traceback.format_exc().strip().splitlines()[-3].strip()!r}"
     return name
 
 

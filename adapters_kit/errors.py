@@ -147,4 +147,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def gist(error: BaseException) -> str:
     """What a library's long message says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

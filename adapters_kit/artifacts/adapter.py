@@ -5,7 +5,6 @@ files, values that are not finite.
 """
 
 import dataclasses
-import math
 import os
 import pickle
 import re
@@ -243,18 +242,32 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
             refuse(key, "a list of names")
     for key in ("r", "lora_alpha"):
         value = raw.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not isinstance(value, dict | list) and not number:
             refuse(key, "a finite number")
+    for key, value in raw.items():
+        if not _fits(value):
+            refuse(key, "a finite number, one that float32 holds")
     for key in ("rank_pattern", "alpha_pattern"):
         value = raw.get(key)
         if key == "rank_pattern" and _is_kept_ranks(value):
             continue
         numbers = isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
-        if value is not None and not (numbers and all(map(math.isfinite, value.values()))):
+        if value is not None and not numbers:
             refuse(key, "a table of numbers")
     if "r" in raw and isinstance(raw["r"], int) and raw["r"] < 1 and str(raw.get("peft_type")).lower() == "lora":
         refuse("r", "1 or more")
+
+
+_LARGEST = 3.4e38
+"""About the largest number of float32, in which adapters compute."""
+
+
+def _fits(value: Any) -> bool:
+    """Whether every number in a value of JSON is one that can be computed with: neither NaN, nor infinite, nor huge."""
+    if isinstance(value, dict | list):
+        return all(map(_fits, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or (value == value and abs(value) <= _LARGEST)
 
 
 def _is_kept_ranks(value: Any) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from adapters_kit.recipe_text import parse_yaml
+
 _FRONT = re.compile(r"\A---\r?\n(?P<matter>.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
@@ -32,11 +34,8 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     found = _FRONT.match(text)
     if found is None:
         return {}, text
-    try:
-        matter = yaml.safe_load(found["matter"])
-    except yaml.YAMLError:
-        matter = None
-    return matter if isinstance(matter, dict) else {}, text[found.end() :]
+    matter, _, _ = parse_yaml(found["matter"])  # within limits: a card may come from anybody
+    return matter, text[found.end() :]
 
 
 def with_note(text: str, note: str) -> str:

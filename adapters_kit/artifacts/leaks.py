@@ -11,15 +11,34 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_TEXTS = {".md", ".json", ".jsonl", ".yaml", ".yml", ".txt", ".jinja", ".csv", ".cfg", ".toml", ".py", ".log"}
+_TEXTS = {
+    *("", ".md", ".rst", ".txt", ".log", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".xml", ".html"),
+    *(".csv", ".tsv", ".jinja", ".py", ".sh", ".ipynb"),
+}
 _LARGEST = 16 << 20  # bytes of one file that are looked at; vocabularies are larger and hold no paths
 # Paths that start at the root of a disk and have two parts or more. Addresses and fractions do not look like that.
-_PATH = re.compile(r"""(?<![\w.:/\\])(?:[A-Za-z]:\\|/)(?:[\w.\-+@ ]+[/\\])+[\w.\-+@]+""")
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,}|ghp_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
+# JSON writes each backslash of Windows twice.
+_PATH = re.compile(
+    r"""(?:(?<![\w./\\])|(?<=file://))
+    (?:[A-Za-z]:(?:\\{1,2}|/) | /)(?:[\w.\-+@ ]+(?:/|\\{1,2}))+[\w.\-+@]+
+    | (?<![\w\\])\\{2}[\w.\-]+(?:\\(?!\\)[\w.\-+@$ ]+)+ | (?<![\w\\])\\{4}[\w.\-]+(?:\\{2}[\w.\-+@$ ]+)+
+    | (?<![\w./~])~(?:[A-Za-z_][\w\-]*)?(?:/[\w.\-+@]+)+""",
+    re.VERBOSE,
+)
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w\-]{20,}"
+    r"|xox[abprs]-[\w\-]{10,}|AKIA[A-Z0-9]{16}|AIza[\w\-]{35})|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 _ROOTS = {
-    *("home", "Users", "root", "mnt", "media", "data", "tmp", "var", "srv", "scratch", "workspace", "work", "content")
+    *("home", "Users", "Volumes", "root", "mnt", "media", "data", "datasets", "tmp", "private", "var", "srv", "opt"),
+    *("scratch", "workspace", "work", "content", "gpfs", "lustre", "nfs", "fsx", "efs", "cluster", "storage"),
+    *("project", "projects", "dbfs", "kaggle", "usr", "etc", "run"),
 }
+
+
+ACCESS_TOKEN = "an access token"
 
 
 @dataclass(frozen=True)
@@ -29,7 +48,7 @@ class Leak:
     Attributes:
         file: relative to the folder.
         line: from 1.
-        kind: "a path", "the user's name", "the machine's name" or "an access token".
+        kind: "a path", "the user's name", "the machine's name", "samples of data" or `ACCESS_TOKEN`.
         text: what is there.
     """
 
@@ -39,7 +58,7 @@ class Leak:
     text: str
 
     def __str__(self) -> str:
-        shown = self.text if self.kind != "an access token" else self.text[:6] + "…"
+        shown = self.text if self.kind != ACCESS_TOKEN else self.text[:6] + "…"
         return f"{self.file}:{self.line} holds {self.kind}: {shown}"
 
 
@@ -70,7 +89,7 @@ def _in_text(text: str) -> Iterator[tuple[int, str, str]]:
             if _is_path(match[0]):
                 yield number, "a path", match[0]
         for match in _TOKEN.finditer(line):
-            yield number, "an access token", match[0]
+            yield number, ACCESS_TOKEN, match[0]
         for kind, word in people:
             if re.search(rf"(?<![\w]){re.escape(word)}(?![\w])", line):
                 yield number, kind, word
@@ -85,7 +104,16 @@ def _people() -> list[tuple[str, str]]:
 
 
 def _is_path(text: str) -> bool:
-    return text[1:2] == ":" or text.split("/")[1] in _ROOTS or os.path.exists(text)
+    return text[0] != "/" or text.split("/")[1] in _ROOTS or os.path.exists(text)
+
+
+def scrubbed(value: Any) -> Any:
+    """What JSON holds, with every text in it as `scrub` leaves it."""
+    if isinstance(value, dict):
+        return {key: scrubbed(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [scrubbed(inside) for inside in value]
+    return scrub(value) if isinstance(value, str) else value
 
 
 def scrub(text: str) -> str:

@@ -5,7 +5,6 @@ base and tuned model answer most differently. Every position holds the log-proba
 likeliest tokens of either, behind the same text: the prompt and the tuned model's own tokens.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from adapters_kit.artifacts.files import write_json
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
 
 PROOF, FORMAT = "proof.json", 1
@@ -112,10 +112,12 @@ def read_proof(folder: Path) -> Proof:
             "merge the adapter once more to get one."
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         prompts = [_prompt(one) for one in raw["prompts"]]
         proof = Proof(str(raw["dtype"]), float(raw["tolerance"]), prompts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ShippingError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ShippingError(f"{path} is not a proof: {type(error).__name__}: {str(error)[:120]}") from None
     if raw.get("format") != FORMAT or not prompts or not all(prompt.positions for prompt in prompts):
         raise ShippingError(f"{path} is not a proof of format {FORMAT}, or is empty. Merge or train again.")

@@ -63,8 +63,8 @@ def copy_processor(adapter: Path, stage: Path) -> list[str]:
 
 def copy_card(source: Path, stage: Path) -> None:
     """The README.md of a folder without what shows the user's data or machine, if there is one."""
-    if (source / "README.md").is_file():
-        text = (source / "README.md").read_text(encoding="utf-8", errors="replace")
+    if (own := own_file(source, "README.md")) is not None:
+        text = own.read_text(encoding="utf-8", errors="replace")
         write_text(stage / "README.md", public_card(text))
 
 
@@ -110,11 +110,17 @@ def side_files(folder: Path) -> Iterator[tuple[Path, str]]:
         for path in sorted(place.iterdir()) if place.is_dir() and not place.is_symlink() else ():
             wanted = path.name.endswith(ends) if ends else bool(_WANTED.fullmatch(path.name))
             index = path.name.endswith(".index.json") or path.name == "config.json"
-            if wanted and not index and path.is_file() and _at_home(path, folder):
+            if wanted and not index and path.is_file() and at_home(path, folder):
                 yield path, prefix + path.name
 
 
-def _at_home(path: Path, folder: Path) -> bool:
+def own_file(folder: Path, name: str) -> Path | None:
+    """A file of a folder, if it is there and no link to elsewhere: what a link leads to is not the folder's to give."""
+    path = folder / name
+    return path if path.is_file() and at_home(path, folder) else None
+
+
+def at_home(path: Path, folder: Path) -> bool:
     """Whether a file is what it seems: no link, or one that stays in the folder or in the hub cache that holds it."""
     if not path.is_symlink():
         return True
@@ -128,7 +134,7 @@ def _copy(source: Path, target: Path, left: set[str]) -> None:
     if source.suffix == ".json" and not source.name.startswith(("tokenizer.json", "vocab")):
         try:
             raw = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
             raise ShippingError(f"{source} is not valid JSON ({str(error)[:120]}).") from None
         if isinstance(raw, dict) and any(key in raw for key in _CODE_KEYS):
             write_json(target, _without_code(raw, source.name, left))

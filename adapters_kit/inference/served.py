@@ -14,6 +14,7 @@ import torch
 from adapters_kit.errors import ModelError
 from adapters_kit.inference.session import Sampling, Writer, open_writing
 from adapters_kit.inference.subject import Subject, describe
+from adapters_kit.tasks.generation import positions
 from adapters_kit.wrapping import wrap
 
 
@@ -23,6 +24,7 @@ class Served:
     Attributes:
         names: what a request's `model` may be: the adapters in the order given, then the base.
         writer: the model.
+        positions: how many tokens a prompt and its answer may have.
     """
 
     def __init__(self, adapters: Mapping[str, str | os.PathLike[str]], **recipe_keys: Any) -> None:
@@ -53,6 +55,7 @@ class Served:
             model = wrap(model, str(where), adapter_name=name)
             self._adapters[name] = name
         self.writer = Writer(Subject(recipe, folder, subject.task, model.eval()))
+        self.positions = positions(model)
         base = Path(recipe.model).name or recipe.model
         self.names = [*self._adapters, *([base] if base not in self._adapters else [])]
         self.base = base

@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
-from adapters_kit.errors import DataError
+from adapters_kit.errors import AdapterError, DataError
 from adapters_kit.inference.served import Served
 from adapters_kit.inference.session import Sampling, Turn
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _LARGEST = 32 << 20  # bytes of a request
+_HUGE = 1 << 63  # numbers of a request are below
+_PATIENCE = 60.0  # seconds that a connection may send or take nothing
 
 
 class _Refused(Exception):
@@ -63,13 +69,15 @@ class _Handler(BaseHTTPRequestHandler):
     """One connection: checks the key, finds the route, writes JSON or a stream of events."""
 
     protocol_version = "HTTP/1.1"
+    timeout = _PATIENCE  # of every read and write: a client that says nothing does not keep a thread for ever
 
     def __init__(self, served: Served, api_key: str | None, log: Callable, *connection: Any) -> None:
         self.served, self.api_key, self.log = served, api_key, log
         super().__init__(*connection)  # answers, and returns when the connection is closed
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.log(f"{self.address_string()} {format % args}")
+        line = f"{self.address_string()} {format % args}"
+        self.log("".join(one if one.isprintable() else repr(one)[1:-1] for one in line))  # no codes for the terminal
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -79,13 +87,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, made: Callable[[], None]) -> None:
         try:
+            self._check_host()
             self._check_key()
             made()
-        except _Refused as error:
-            kind = "invalid_request_error" if error.status < 500 else "server_error"
-            self._json({"error": {"message": error.message, "type": kind, "param": error.param}}, error.status)
-        except (BrokenPipeError, ConnectionResetError):
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
+        except Exception as error:
+            self.close_connection = True  # what is left of the request is no request of its own
+            self._json(*_told(error, self.log))
+
+    def _check_host(self) -> None:
+        """Without a key only this machine asks; and a page of the web that its browser shows is not this machine, even
+        if the name of its server leads here."""
+        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        if not self.api_key and host not in (None, *_LOCAL):
+            raise _Refused(HTTPStatus.FORBIDDEN, f"There is no host {host!r} here; without an API key ask localhost.")
 
     def _check_key(self) -> None:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -109,11 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
         if kind is None:
             raise _Refused(HTTPStatus.NOT_FOUND, f"There is no {self.path}; there are {', '.join(_ROUTES)}.")
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _LARGEST:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > _LARGEST:
             raise _Refused(HTTPStatus.BAD_REQUEST, "A request needs a Content-Length of at most 32 MiB.")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
+            body = json.loads(self.rfile.read(int(length)).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, f"The body is not JSON: {error}.") from None
         if not isinstance(body, dict):
             raise _Refused(HTTPStatus.BAD_REQUEST, "The body is not a JSON object.")
@@ -139,12 +155,33 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             for event in events:
-                self.wfile.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
-                self.wfile.flush()
+                self._event(event)
             self.wfile.write(b"data: [DONE]\n\n")
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            pass
+        except Exception as error:  # the answer has begun: there is no other status to be sent
+            self._event(_told(error, self.log)[0])
         finally:
             events.close()  # type: ignore[attr-defined]
             self.close_connection = True
+
+    def _event(self, value: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())
+        self.wfile.flush()
+
+
+def _told(error: Exception, log: Callable) -> tuple[dict[str, Any], HTTPStatus]:
+    """What a client is told, and the status: what was asked is wrong, or something broke here."""
+    param = None
+    if isinstance(error, _Refused):
+        status, message, param = error.status, error.message, error.param
+    elif isinstance(error, AdapterError):
+        status, message = HTTPStatus.BAD_REQUEST, str(error)
+    else:
+        status, message = HTTPStatus.INTERNAL_SERVER_ERROR, f"It broke here: {type(error).__name__}."
+        log("".join(traceback.format_exception(error)))
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param}}, status
 
 
 class _Request:
@@ -162,12 +199,15 @@ class _Request:
         if body.get("n", 1) != 1:
             raise _Refused(HTTPStatus.BAD_REQUEST, "n: one answer a request.", "n")
         stop = body.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop):
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"stop={stop!r}: a text or a list of texts is needed.", "stop")
         self.sampling = Sampling(
             max_new_tokens=self._number("max_completion_tokens", self._number("max_tokens", 256, 0), 0),
             temperature=self._number("temperature", 1.0, 0.0, float),
             top_p=self._number("top_p", 1.0, 0.0, float),
-            seed=body.get("seed"),
-            stop=tuple([stop] if isinstance(stop, str) else stop),
+            seed=self._number("seed", None, 0),
+            stop=tuple(stop),
         )
         self.id = f"{self.kind}-{uuid.uuid4().hex[:24]}"
 
@@ -175,9 +215,19 @@ class _Request:
         value = self.body.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"{name}={value!r}: a number of at least {least} is needed.", name)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value < _HUGE
+        if not fits or (kind is int and value != int(value)):
+            what = "whole number" if kind is int else "number"
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"{name}={value!r}: a {what} of at least {least} is needed.", name)
         return kind(value)
+
+    def _fit(self, ids: Sequence[int]) -> None:
+        """Keeps prompt and answer within what the model has positions for."""
+        asked, most = self.sampling.max_new_tokens, self.served.positions
+        if len(ids) + min(asked, 1) > most:
+            message = f"The prompt has {len(ids):,} tokens; the model has {most:,} positions for it and the answer."
+            raise _Refused(HTTPStatus.BAD_REQUEST, message, "prompt")
+        self.sampling = replace(self.sampling, max_new_tokens=min(asked, most - len(ids)))
 
     def _frame(self, object_: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         frame = {"id": self.id, "object": object_, "created": int(time.time()), "model": self.model}
@@ -205,9 +255,10 @@ class _Chat(_Request):
     def __init__(self, served: Served, body: dict[str, Any]) -> None:
         super().__init__(served, body)
         self.ids = served.writer.ids_of_turns(_turns(body.get("messages")))
+        self._fit(self.ids)
 
     def whole(self) -> dict[str, Any]:
-        top = int(self.body.get("top_logprobs") or 0)
+        top = self._number("top_logprobs", 0, 0)
         new, logs = self.served.tokens(self.model, self.ids, self.sampling, top)
         text, reason = self._text(new)
         choice: dict[str, Any] = {
@@ -244,7 +295,8 @@ class _Completion(_Request):
         given = body.get("prompt", "")
         several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         self.prompts = [self._ids(one) for one in several]
-        self.top = -1 if body.get("logprobs") is None else int(body["logprobs"])
+        self._fit(max(self.prompts, key=len))
+        self.top = self._number("logprobs", -1, 0)
 
     def _ids(self, prompt: Any) -> list[int]:
         size = self.served.writer.model.get_input_embeddings().weight.shape[0]

@@ -14,6 +14,7 @@ from torch import nn
 
 from adapters_kit import tasks
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
+from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.source import named_base
@@ -99,7 +100,7 @@ def task_of_model(path: Path) -> dict[str, Any]:
         return {"task": "causal-lm"}
     if not (path / "config.json").is_file():
         return {}
-    config = read_json(path / "config.json")
+    config = read_base_config(path)
     saved_as = (config.get("architectures") or [""])[0]
     for task, row in TASKS.items():
         names = getattr(transformers, row.auto_class)._model_mapping._model_mapping.values()

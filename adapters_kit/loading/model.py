@@ -14,17 +14,18 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
+from adapters_kit.artifacts.base_config import check_config
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean, gist
 from adapters_kit.loading.reader import (
     meta_model,
-    needs_trust,
     read,
     read_and_quantize,
     read_gguf_and_quantize,
     read_gguf_in_blocks,
+    trusted,
 )
 from adapters_kit.quantization import (
     KEEP,
@@ -268,10 +269,13 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
             from adapters_kit.loading.gguf import read_config
 
             return read_config(source.location, source.gguf_file)
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
+        raw, _ = PreTrainedConfig.get_config_dict(source.location, **options)
+        check_config(raw, f"The config of {source.name}", ModelError)
+        with trusted(source):
+            return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
+    except ModelError:
+        raise
     except Exception as error:  # transformers and gguf raise whatever the fields of a damaged file provoke
-        if "trust_remote_code" in str(error):
-            raise needs_trust(source) from error
         hint = "" if source.local else " If it is a local folder, check the path."
         raise ModelError(f"Cannot read the config of {source.name}: {gist(error)}{hint}") from error
 

@@ -8,7 +8,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 from adapters_kit.artifacts.source import find
 from adapters_kit.errors import ModelError, gist
-from adapters_kit.loading.reader import needs_trust
+from adapters_kit.loading.reader import trusted
 
 
 def load_processor(name: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -29,10 +29,11 @@ def load_processor(name: str | os.PathLike, *, revision: str | None = None, trus
     try:
         file = source.gguf_file
         auto_class = _tokenizer_class(source.location, file) if file else transformers.AutoProcessor
-        processor = auto_class.from_pretrained(source.location, **options)
-    except (OSError, ValueError, TypeError) as error:
-        if "trust_remote_code" in str(error):
-            raise needs_trust(source) from error
+        with trusted(source):
+            processor = auto_class.from_pretrained(source.location, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers and transformers raise whatever the fields of a damaged file provoke
         # A speech model without a vocabulary, as pretraining leaves it (HuBERT, WavLM), is asked for one all the same.
         if (extractor := _extractor(source.location, options)) is not None:
             return extractor

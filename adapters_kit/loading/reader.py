@@ -1,12 +1,14 @@
 """Weights into the model, by transformers, and quantized on the way without a second copy."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTrainedConfig, PreTrainedModel
 
+from adapters_kit.artifacts.base_config import read_as_model
 from adapters_kit.artifacts.source import Source
 from adapters_kit.errors import ModelError, gist
 from adapters_kit.kernels.block_tensor import BlockTensor
@@ -116,15 +118,11 @@ def _needs_transformers(options: Mapping[str, Any]) -> bool:
 def _from_pretrained(
     model_class: Any, location: str | None, source: Source, labels: Sequence[str] | None, options: Mapping[str, Any]
 ) -> Loaded:
-    try:
-        with without_load_report():  # `load` looks at what is missing
-            return model_class.from_pretrained(
-                location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        if "trust_remote_code" in str(error):
-            raise needs_trust(source) from error
-        raise ModelError(f"Cannot load {source.name}: {gist(error)}") from error
+    # `load` looks at what is missing.
+    with read_as_model(source.name, ModelError), trusted(source), without_load_report():
+        return model_class.from_pretrained(
+            location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
+        )
 
 
 def _leave_fresh_linears(auto_class: Any, source: Source, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
@@ -150,13 +148,23 @@ def _leave_fresh_linears(auto_class: Any, source: Source, config: PreTrainedConf
 
 def meta_model(auto_class: Any, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The model without memory for its weights."""
-    with torch.device("meta"):
+    with read_as_model(config.name_or_path or "the model", ModelError), torch.device("meta"):
         return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def needs_trust(source: Source) -> ModelError:
-    """The error for a model that is made by Python files of its own."""
-    return ModelError(
-        f"{source.name} needs the Python files that come with it, and they are not run unless you say so, since they "
-        "can do all that you can. Read them, then give trust_remote_code=True."
-    )
+@contextmanager
+def trusted(source: Source) -> Iterator[None]:
+    """Inside, transformers reads something that may need Python files of the model's own.
+
+    Raises:
+        ModelError: it does, and nobody said that they may run.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{source.name} needs the Python files that come with it, and they are not run unless you say so, since "
+            "they can do all that you can. Read them, then give trust_remote_code=True."
+        ) from error

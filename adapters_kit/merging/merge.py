@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.artifacts.identity import base_hashes, check_bases
-from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.proof import GENERATES, PROOF
-from adapters_kit.artifacts.side_files import write_side_files
+from adapters_kit.artifacts.side_files import own_file, write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
@@ -166,7 +166,7 @@ def merge(
     ):
         begin = time.perf_counter()
         hashing = beside.submit(base_hashes, source)
-        raw = read_json(folder / "config.json")
+        raw = read_base_config(folder)
         _check_known(order, source, base, checkpoint, raw)
         job = plan(order, checkpoint, raw)
         if job.updates:  # the plain road hashes while it writes
@@ -280,7 +280,7 @@ def _prove(order: Order, job: Job, checkpoint: Checkpoint, raw: Mapping[str, Any
 
 def _write_card(stage: Path, order: Order, job: Job, report: MergeReport, source: Path) -> None:
     first = order.adapters[0]
-    own = first.folder / "README.md"
+    own = own_file(first.folder, "README.md")
     verified = next((note for note in report.notes if note.startswith("Verified")), "Not verified.")
     text = model_card(
         kind=job.architecture,
@@ -289,7 +289,7 @@ def _write_card(stage: Path, order: Order, job: Job, report: MergeReport, source
         method=first.method,
         check=verified if report.check is None else str(report.check),
         notes=[*([str(report.survival)] if report.survival else []), *(n for n in report.notes if n != verified)],
-        own=own.read_text(encoding="utf-8", errors="replace") if own.is_file() else "",
+        own=own.read_text(encoding="utf-8", errors="replace") if own else "",
     )
     write_text(stage / "README.md", text)
 

@@ -125,7 +125,8 @@ def find_direct(adapter: Adapter, checkpoint: Checkpoint, config: dict[str, Any]
 
 def _same_class(adapter: Adapter, config: dict[str, Any]) -> bool:
     """Whether the adapter was trained on the class that the base's config names."""
-    names = config.get("architectures") or [""]
+    found = config.get("architectures")
+    names = [str(name) for name in found] if isinstance(found, list) and found else [""]
     trained = {adapter.record.get("model_class"), (adapter.raw.get("auto_mapping") or {}).get("base_model_class")}
     task = adapter.raw.get("task_type")
     fits = task is None or (task == "CAUSAL_LM" and names[0].endswith(("ForCausalLM", "LMHeadModel")))

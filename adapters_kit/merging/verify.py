@@ -169,7 +169,7 @@ def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, Value
 
 
 def _run(model: nn.Module, batch: Outputs) -> Outputs:
-    output = model(**batch)
+    output = model(**batch, return_dict=True)
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
     logits = {key: value.float() for key, value in tensors.items() if "logits" in key}
     return logits or dict(list({key: value.float() for key, value in tensors.items()}.items())[:1])

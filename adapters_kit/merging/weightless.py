@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.base_config import read_as_model, read_base_config
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
 from adapters_kit.task_table import TASKS
@@ -44,7 +45,8 @@ def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:
             (adapter.config.auto_mapping or {}).get("base_model_class"),
             _AUTO.get(task),
         ]
-    names += (config.architectures or [])[:1]
+    named = config.architectures
+    names += [name for name in named[:1] if isinstance(name, str)] if isinstance(named, list) else []
     for name in filter(None, names):
         found = getattr(transformers, name, None)
         model = isinstance(found, type) and (issubclass(found, PreTrainedModel) or name.startswith("AutoModel"))
@@ -58,7 +60,7 @@ def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:
 
 def empty_model(kind: Any, config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with every parameter on the meta device (no memory) and real buffers, in float32 and eval mode."""
-    with init_empty_weights(include_buffers=False):
+    with read_as_model(config.name_or_path or kind.__name__, ShippingError), init_empty_weights(include_buffers=False):
         if kind.__name__.startswith("AutoModel"):
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         else:
@@ -81,7 +83,10 @@ def _make_fixed(model: PreTrainedModel) -> None:
 def base_config(folder: Path, adapter: Adapter | None = None) -> PretrainedConfig:
     """The base's config, with what the adapter's training changed in it (labels, vocabulary) applied."""
     try:
+        read_base_config(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ShippingError:
+        raise
     except Exception as error:
         raise ShippingError(f"{folder} has no config that transformers understands: {error}") from error
     for key, value in (adapter.record.get("config") or {}).items() if adapter is not None else ():

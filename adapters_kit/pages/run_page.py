@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.files import write_text
+from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.pages import html, plots
 from adapters_kit.pages.verdict import main_score, verdict
 
@@ -209,10 +210,8 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else otherwise
+    return read_json(path) if path.is_file() else otherwise
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_json_lines(path) if path.is_file() else []

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, adapter_folder, read_adapter
+from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.checkpoint import open_checkpoint
-from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.leaks import Leak, find_leaks
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.serving.rules import RULES, VERSIONS, VLLM_RANKS, Problem, missing_base, model_problems
@@ -109,7 +109,7 @@ def _model_problems(path: Path, target: str) -> Iterator[Problem]:
     except ShippingError as error:
         yield Problem(str(error), "merge or save the model again")
         return
-    yield from model_problems(path, target, read_json(path / "config.json"))
+    yield from model_problems(path, target, read_base_config(path))
 
 
 def _common(adapter: Adapter) -> Iterator[Problem]:

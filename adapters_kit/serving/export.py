@@ -15,11 +15,11 @@ from adapters_kit.artifacts.adapter import CONFIG, PICKLE, WEIGHTS, Adapter, ada
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors, write_text
-from adapters_kit.artifacts.leaks import scrub
+from adapters_kit.artifacts.leaks import scrub, scrubbed
 from adapters_kit.artifacts.manifest import describe, write_manifest
 from adapters_kit.artifacts.proof import PROOF
 from adapters_kit.artifacts.record_reader import RECORD
-from adapters_kit.artifacts.side_files import copy_card, copy_processor
+from adapters_kit.artifacts.side_files import copy_card, copy_processor, own_file
 from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged
 from adapters_kit.errors import ShippingError
@@ -106,8 +106,8 @@ def export(
     weights = {name: tensor.to(target) for name, tensor in weights.items()}
     with staged(Path(out), overwrite=overwrite, keep=[adapter.folder]) as stage:
         _write_side_files(adapter, stage)
-        config["base_model_name_or_path"] = portable_base(config.get("base_model_name_or_path"), Path(out))
-        write_json(stage / CONFIG, config, sort_keys=True)
+        base = portable_base(config.get("base_model_name_or_path"), Path(out))
+        write_json(stage / CONFIG, scrubbed(config) | {"base_model_name_or_path": base}, sort_keys=True)
         write_tensors(stage / WEIGHTS, weights)
         write_manifest(stage, {"adapter": describe(adapter.folder), "base": describe(adapter.base or "")})
     return ExportReport(Path(out), config["r"], errors)
@@ -119,10 +119,9 @@ def _ship(source: Path, out: Path, overwrite: bool) -> ExportReport:
     with staged(out, overwrite=overwrite, keep=[source]) as stage:
         _write_side_files(adapter, stage)
         base = portable_base(adapter.base, out)
-        write_json(stage / CONFIG, adapter.raw | {"base_model_name_or_path": base}, sort_keys=True)
-        for name in (WEIGHTS, PICKLE):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, stage / name)
+        write_json(stage / CONFIG, scrubbed(adapter.raw) | {"base_model_name_or_path": base}, sort_keys=True)
+        weights = WEIGHTS if (source / WEIGHTS).is_file() else PICKLE  # the one that was looked at
+        shutil.copyfile(source / weights, stage / weights)
         write_manifest(stage, {"adapter": describe(source), "base": describe(adapter.base or "")})
     return ExportReport(out)
 
@@ -133,9 +132,9 @@ def _write_side_files(adapter: Adapter, stage: Path) -> None:
     source = adapter.folder
     copy_processor(source, stage)
     copy_card(source, stage)
-    if (source / PROOF).is_file():
-        shutil.copyfile(source / PROOF, stage / PROOF)
-    if (source / "recipe.yaml").is_file():
-        write_text(stage / "recipe.yaml", scrub((source / "recipe.yaml").read_text(encoding="utf-8", errors="replace")))
+    if proof := own_file(source, PROOF):
+        shutil.copyfile(proof, stage / PROOF)
+    if recipe := own_file(source, "recipe.yaml"):
+        write_text(stage / "recipe.yaml", scrub(recipe.read_text(encoding="utf-8", errors="replace")))
     if adapter.record:
         write_json(stage / RECORD, adapter.record | {"base": describe(adapter.record.get("base", ""))}, indent=1)

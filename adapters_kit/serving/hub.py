@@ -14,13 +14,17 @@ from typing import Any
 import yaml
 
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
+from adapters_kit.artifacts.card import split
 from adapters_kit.artifacts.hub_ping import endpoint, reachable
-from adapters_kit.artifacts.leaks import find_leaks, scrub
+from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts.leaks import ACCESS_TOKEN, find_leaks, scrub
+from adapters_kit.artifacts.side_files import at_home
 from adapters_kit.errors import ShippingError
+from adapters_kit.recipe_text import parse_yaml
 from adapters_kit.task_table import TASKS
 
 # What only training needed, or tells of the machine it ran on.
-_KEPT_BACK = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", ".")
+_KEPT_BACK = ("optimizer", "scheduler", "rng_state", "trainer_state", "training_args", "samples.jsonl", ".")
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,15 @@ def push(
     with tempfile.TemporaryDirectory(prefix="adapters_kit-push-") as made:
         stage = Path(made)
         for path in sorted(source.iterdir()):
-            if path.is_file() and not path.name.startswith(_KEPT_BACK):
+            if path.is_file() and at_home(path, source) and not path.name.startswith(_KEPT_BACK):
                 _link(path, stage / path.name)
         card = stage / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo.partition('/')[2]}\n"
         card.unlink(missing_ok=True)
         card.write_text(_with_metadata(text, source, license), encoding="utf-8")
         _keep_to_ourselves(stage)
+        if secrets := [leak for leak in find_leaks(stage) if leak.kind == ACCESS_TOKEN]:
+            raise ShippingError(f"{secrets[0]}. Whoever reads it can use it: take it out. Nothing was sent.")
         files = sorted(path.name for path in stage.iterdir())
         api = HfApi(endpoint=endpoint(), token=token)
         try:
@@ -154,17 +160,17 @@ def _keep_to_ourselves(stage: Path) -> None:
     """
     for name in {leak.file for leak in find_leaks(stage) if leak.kind == "a path"}:
         path = stage / name
-        text = path.read_text(encoding="utf-8")
-        path.unlink()
+        text = path.read_text(encoding="utf-8", errors="replace")
         if name == CONFIG:
-            raw = json.loads(text)
+            raw = read_json(path)
             text = json.dumps(raw | {"base_model_name_or_path": _public(raw.get("base_model_name_or_path"))}, indent=2)
+        path.unlink()
         path.write_text(scrub(text), encoding="utf-8")
 
 
 def _with_metadata(card: str, source: Path, license: str | None) -> str:
     """The card with the front matter that the hub reads, what it says already kept."""
-    front, body = _split(card)
+    front, body = split(card)
     if license:
         front["license"] = license
     facts = _facts(source)
@@ -182,24 +188,16 @@ def _with_metadata(card: str, source: Path, license: str | None) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
 
 
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    if card.startswith("---\n") and "\n---" in card[4:]:
-        front, _, body = card[4:].partition("\n---")
-        found = yaml.safe_load(front)
-        return (found if isinstance(found, dict) else {}), body.lstrip("-")
-    return {}, f"\n{card}"
-
-
 def _facts(source: Path) -> dict[str, Any]:
     """What the folder, and the run around it, tell: base, recipe and scores."""
     found: dict[str, Any] = {}
     if (source / CONFIG).is_file():
-        found["base"] = json.loads((source / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        found["base"] = read_json(source / CONFIG).get("base_model_name_or_path")
     if (source / "recipe.yaml").is_file():
-        found["recipe"] = yaml.safe_load((source / "recipe.yaml").read_text(encoding="utf-8")) or {}
+        found["recipe"], _, _ = parse_yaml((source / "recipe.yaml").read_text(encoding="utf-8", errors="replace"))
     metrics = source.parent / "metrics.json"
     if source.name == "adapter" and metrics.is_file():
-        told = json.loads(metrics.read_text(encoding="utf-8"))
+        told = read_json(metrics)
         names = [name.removeprefix("base_") for name in told if name.startswith("base_")]
         found["scores"] = {name: told[name] for name in names if isinstance(told.get(name), int | float)}
     return found

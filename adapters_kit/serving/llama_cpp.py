@@ -18,10 +18,10 @@ import transformers
 
 from adapters_kit import system
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
+from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
-from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.errors import MissingPackageError, ShippingError
@@ -115,7 +115,7 @@ def clean_folder(source: Path, folder: Path) -> Path:
     """
     if not (source / "config.json").is_file():
         raise ShippingError(f"{source} holds no model (config.json), which the conversion needs.")
-    raw = read_json(source / "config.json")
+    raw = read_base_config(source)
     names = raw.get("architectures") or []
     if raw.get("auto_map") and not any(isinstance(name, str) and hasattr(transformers, name) for name in names):
         raise ShippingError(

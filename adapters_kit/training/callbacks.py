@@ -119,7 +119,7 @@ class Record(TrainerCallback):
         kept = []
         if state.global_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            kept = [line for line in lines if line.endswith("\n") and _step(line) <= state.global_step]
         write_text(self.path, "".join(kept))  # written beside, then renamed: killed here, the old lines are still there
 
     def on_log(
@@ -134,6 +134,14 @@ class Record(TrainerCallback):
             line["memory_bytes"] = peak_memory()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where a crash has left something else."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return float("inf")
 
 
 class Meter(TrainerCallback):

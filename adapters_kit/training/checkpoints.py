@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from adapters_kit.artifacts.files import write_json, write_tensors
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.errors import TrainingError
 
@@ -41,12 +42,15 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole. Those of earlier versions have no seal: their last file is
     Trainer's own."""
     try:
-        step = json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
+        step = read_json(folder / STATE)["global_step"]
         if step != int(folder.name.rpartition("-")[2]):
             return f"{STATE} is of step {step}"
         if not (folder / SEAL).is_file():
             return "it was never completed" if (folder / TRAINED).exists() else None
-        for name, (size, sha256) in json.loads((folder / SEAL).read_text(encoding="utf-8")).items():
+        listed = read_json(folder / SEAL)
+        if TRAINED not in listed:
+            return f"{SEAL} does not list {TRAINED}"
+        for name, (size, sha256) in listed.items():
             file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -54,8 +58,8 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
             if file_sha256(file) != sha256:
                 return f"{name} was changed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its files cannot be read ({type(error).__name__})"
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ShippingError, of `read_json`, is a ValueError
+        return f"its files cannot be read ({type(error).__name__}: {error})"
     return None
 
 

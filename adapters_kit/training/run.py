@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, read_json
+from adapters_kit.artifacts.adapter import CONFIG
+from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import TrainingError
 from adapters_kit.pages.run_page import PAGE, scores_table
 from adapters_kit.pages.verdict import verdict
@@ -68,7 +68,7 @@ class Run:
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.path / "metrics.jsonl")
 
 
 def recipe_of(adapter: Path) -> Recipe | None:

@@ -82,7 +82,10 @@ def curves(run: Path) -> list[dict[str, Any]]:
     for line in lines:
         if not line.endswith("\n"):  # being written
             continue
-        found = json.loads(line)
+        try:
+            found = json.loads(line)
+        except ValueError:  # what a crash left
+            continue
         for name, value in found.items():
             if name == "loss" or (name.startswith("eval_") and isinstance(value, int | float)):
                 series = "training loss" if name == "loss" else f"held-out {name.removeprefix('eval_')}"

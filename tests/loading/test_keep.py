@@ -2,11 +2,9 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 import adapters_kit as ak
 from adapters_kit import cli
@@ -149,14 +147,3 @@ def test_the_card_s_code_loads_what_was_trained_and_check_s_command_ships_it(qua
         fix = ak.check(run, "ollama").problems[0].fix
         assert fix == f"adapters-kit merge {run.adapter} merged.gguf" and cli.main(fix.split()[1:]) == 0
         assert (folder / "merged.gguf").stat().st_size >= (folder / "model.gguf").stat().st_size
-
-
-def test_the_example_recipe_trains_a_file_and_merges_into_one_of_its_size(tmp_path):
-    write("llama", tmp_path / "model.gguf", "Q4_1")
-    rows = [{"text": row["name"], "label": row["answer"]} for row in small.questions(12)]
-    recipe = yaml.safe_load((Path(__file__).parents[2] / "examples/recipes/gguf.yaml").read_text())
-    recipe["model"] = str(tmp_path / "model.gguf")
-    recipe["data"] |= {"train": str(small.write_jsonl(tmp_path / "rows.jsonl", rows)), "test_size": 4}
-    run = ak.train(recipe, tmp_path / "run", quiet=True)
-    assert ak.merge(run, tmp_path / "tuned.gguf")
-    assert (tmp_path / "tuned.gguf").is_file()

@@ -5,7 +5,6 @@ Its folders hold `adapter_config.json` (`{"config": {...}, "model_class": ..., "
 is renamed with transformers' own table for old checkpoints.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from adapters_kit import anatomy
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ModelError, ShippingError
 from adapters_kit.methods.adapterhub.heads import head_file, head_state
 from adapters_kit.methods.adapterhub.placement import check_placement
@@ -53,10 +53,10 @@ def is_adapterhub(folder: str | Path) -> bool:
     if not path.is_file():
         return False
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = read_json(path)
+    except ShippingError:  # said by whoever reads it
         return False
-    return isinstance(saved, dict) and "peft_type" not in saved and isinstance(saved.get("config"), dict)
+    return "peft_type" not in saved and isinstance(saved.get("config"), dict)
 
 
 def convert(source: str | Path, base_model: nn.Module) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -77,7 +77,7 @@ def convert(source: str | Path, base_model: nn.Module) -> tuple[PeftConfig, dict
     source = Path(source)
     if not is_adapterhub(source):
         raise ShippingError(f"{source} holds no adapter saved by AdapterHub's adapters: no {CONFIG} with a 'config'.")
-    saved = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    saved = read_json(source / CONFIG)
     options, name = saved["config"], saved["name"]
     for key in ("model_type", "hidden_size"):
         here = getattr(base_model.config, key, None)

@@ -1,11 +1,11 @@
 """The trained head that AdapterHub's library saves beside an adapter, and its folders of several adapters."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
 from adapters_kit.names import ADAPTER_CONFIG
 
@@ -61,9 +61,9 @@ def told(folder: Path) -> str | None:
     if not (folder / _SETUP).is_file():
         return f"{folder} is a folder of {len(inner)} adapters: {', '.join(map(repr, inner))}. {first}"
     try:
-        setup = json.loads((folder / _SETUP).read_text(encoding="utf-8")).get("adapter_setup") or {}
+        setup = read_json(folder / _SETUP).get("adapter_setup") or {}
         how = str(setup.get("type", "composition")) if isinstance(setup, dict) else "composition"
-    except (OSError, ValueError, AttributeError):
+    except ShippingError:
         how = "composition"
     several = (
         f"To stack them, load each under its name (adapter_name=...), then ak.activate(model, {inner})."

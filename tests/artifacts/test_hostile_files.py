@@ -1,0 +1,222 @@
+"""Files that somebody else wrote: configs with impossible numbers, JSON that is none, links to elsewhere, pickles."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapters_kit as ak
+from adapters_kit import cli
+from adapters_kit.artifacts.base_config import check_config
+from adapters_kit.artifacts.card import split
+from adapters_kit.artifacts.json_file import read_json, read_json_lines
+from adapters_kit.errors import AdapterError, ModelError, ShippingError
+from adapters_kit.training import checkpoints
+from tests.support import small
+
+DEEP = '{"a":' * 100_000
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return Path(shutil.copytree(small.model("llama"), tmp_path / "base"))
+
+
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    ak.wrap(ak.load(base), "lora", r=2).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+# --- a base's config ---
+
+
+@pytest.mark.parametrize("number", [10**7, 10**12, 10**30])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels", "num_attention_heads"])
+def test_counts_that_no_model_has_are_refused_before_anything_is_built(key, number, base, adapter, tmp_path):
+    change(base / "config.json", **{key: number})
+    with pytest.raises(ModelError, match=f"{key} is .*which no model has"):
+        ak.load(base)
+    with pytest.raises(ShippingError, match=f"{key} is .*which no model has"):
+        ak.merge(adapter, tmp_path / "merged", base=base)
+
+
+def test_counts_of_real_models_are_taken():
+    real = {
+        "num_hidden_layers": 126,
+        "vocab_size_per_layer_input": 262_144,
+        "max_position_embeddings": 10_485_760,
+        "num_experts": 512,
+        "rope_theta": 500_000_000,
+        "tokenizer_model_max_length": 10**30,
+        "num_labels": 21_843,
+        "text_config": {"num_local_experts": 128, "sliding_window": 2**31 - 1},
+    }
+    check_config(real, "config.json", ModelError)
+    with pytest.raises(ModelError, match="num_local_experts"):
+        check_config({"text_config": {"num_local_experts": 10**6}}, "config.json", ModelError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", 7),
+        ("hidden_act", "no such"),
+        ("head_dim", 0),
+        ("hidden_size", 10**30),
+        ("num_key_value_heads", 0),
+        ("pad_token_id", 10**6),
+        ("vocab_size", 0),
+        ("attn_implementation", [1]),
+        ("text_config", "x"),
+    ],
+)
+def test_whatever_a_config_provokes_is_one_sentence(key, value, base):
+    change(base / "config.json", **{key: value})
+    with pytest.raises(ModelError, match=r"Cannot (load|read)|another shape|heads|no model has"):
+        ak.load(base)
+
+
+@pytest.mark.parametrize("value", [7, "LlamaForCausalLM", {}, [1], [["LlamaForCausalLM"]]])
+def test_architectures_of_a_wrong_type(value, base, adapter, tmp_path):
+    change(base / "config.json", architectures=value)
+    for use in (
+        lambda: ak.load(base),
+        lambda: ak.merge(adapter, tmp_path / "merged", base=base, verify="off"),
+        lambda: ak.check(base),
+        lambda: ak.export(base, tmp_path / "m.gguf", format="gguf"),
+        lambda: ak.predict(base, ["a"], task="causal-lm"),
+    ):
+        with pytest.raises(AdapterError, match="architectures is"):
+            use()
+
+
+def test_a_pickle_with_code_is_no_base(base):
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {base}/ran",))
+
+    (base / "model.safetensors").unlink()
+    torch.save({"a": Bomb()}, base / "pytorch_model.bin")
+    with pytest.raises(AdapterError, match="needs to run code"):
+        ak.load(base)
+    assert not (base / "ran").exists()
+
+
+# --- an adapter's config ---
+
+
+@pytest.mark.parametrize("value", [1e308, 10**300, float("inf"), -1e39])
+@pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout", "alpha_pattern"])
+def test_numbers_that_nothing_computes_with(key, value, base, adapter, tmp_path):
+    change(adapter / "adapter_config.json", **{key: {"q_proj": value} if key == "alpha_pattern" else value})
+    for use in (lambda: ak.wrap(ak.load(base), adapter), lambda: ak.merge(adapter, tmp_path / "merged", base=base)):
+        with pytest.raises(AdapterError, match=rf"{key} is .*float32"):
+            use()
+
+
+@pytest.mark.parametrize("text", [DEEP, "[1]", "{", "\ufeff7", '{"r": 1' + "0" * 5000 + "}"], ids=list("abcde"))
+def test_json_that_is_none_is_told_everywhere(text, base, adapter, tmp_path):
+    (adapter / "adapter_config.json").write_text(text)
+    for use in (
+        lambda: ak.wrap(ak.load(base), adapter),
+        lambda: ak.merge(adapter, tmp_path / "merged", base=base),
+        lambda: ak.check(adapter, "peft") or pytest.fail("taken"),
+    ):
+        try:
+            use()
+        except AdapterError as error:
+            assert "adapter_config.json" in str(error)
+        except pytest.fail.Exception:
+            pass
+
+
+def test_lines_name_theirs(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n\n{"step": 2}\n')
+    assert read_json_lines(file) == [{"step": 1}, {"step": 2}]
+    for bad in ("[1]", DEEP, "\0"):
+        file.write_text('{"step": 1}\n' + bad)
+        with pytest.raises(ShippingError, match="line 2"):
+            read_json_lines(file)
+    with pytest.raises(ShippingError, match="cannot be read"):
+        read_json(tmp_path / "none.json")
+
+
+# --- cards ---
+
+
+def test_a_card_cannot_be_a_bomb():
+    laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+    )
+    for front in (laughs, "a: &a [*a]\n", "x: " + "[" * 5000 + "\n", "- 1\n", "x: !!python/name:os.system\n"):
+        found, body = split(f"---\n{front}---\nText\n")
+        assert found == {} and body == "Text\n"
+
+
+# --- checkpoints ---
+
+
+SEALS = ["[]", "{}", '{"trained.safetensors": 7}', DEEP, '{"trained.safetensors": [1, 2, 3]}']
+
+
+@pytest.mark.parametrize("seal", SEALS, ids=range(5))
+def test_a_seal_that_is_none_confirms_nothing(seal, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / checkpoints.STATE).write_text('{"global_step": 3}')
+    (folder / checkpoints.TRAINED).write_bytes(b"x")
+    (folder / checkpoints.SEAL).write_text(seal)
+    assert checkpoints.damage(folder)
+
+
+# --- links ---
+
+
+def test_what_a_link_leads_to_is_not_shipped(base, adapter, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("-----private-----")
+    for name in ("README.md", "recipe.yaml", "proof.json", "tokenizer_config.json", "LICENSE", "chat_template.jinja"):
+        (adapter / name).unlink(missing_ok=True)
+        (adapter / name).symlink_to(secret)
+    ak.export(adapter, tmp_path / "exported", base=base)
+    ak.export(adapter, tmp_path / "canonical", canonical=True)
+    (adapter / "proof.json").unlink()
+    ak.merge(adapter, tmp_path / "merged", base=base)
+    for folder in ("exported", "canonical", "merged"):
+        for path in (tmp_path / folder).rglob("*"):
+            assert b"-private-" not in path.read_bytes(), path
+
+
+def test_a_pickle_beside_the_weights_is_not_shipped(base, adapter, tmp_path):
+    (adapter / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    ak.export(adapter, tmp_path / "exported", base=base)
+    assert not (tmp_path / "exported" / "adapter_model.bin").exists()
+
+
+# --- the last net ---
+
+
+class Panic(BaseException):
+    """What a library in Rust raises is no Exception."""
+
+
+def test_the_last_net_holds_what_is_no_exception(monkeypatch, capsys, tmp_path):
+    def broken(*_, **__):
+        raise Panic("regex over its limit")
+
+    monkeypatch.setattr("adapters_kit.serving.check.check", broken)
+    assert cli.main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "check broke: Panic: regex over its limit" in said and "The whole trace is in" in said
+    monkeypatch.setattr("tempfile.mkstemp", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert cli.main(["check", str(tmp_path)]) == 1
+    assert "no file (No space left)" in capsys.readouterr().err
