@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, GgufConfig, PreTr
 
 from adapters_kit.artifacts.base_config import read_as_model
 from adapters_kit.artifacts.source import Source
-from adapters_kit.errors import ModelError, gist
+from adapters_kit.errors import ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.loading.lazy import read_lazily
 from adapters_kit.noise import without_load_report

@@ -16,7 +16,7 @@ def tokenizer_notes(stage: Path) -> list[str]:
     try:
         size = len(transformers.AutoTokenizer.from_pretrained(stage, trust_remote_code=False))
     except Exception as error:  # tokenizers raises bare Exceptions for what it cannot read
-        return [f"Warning: the tokenizer cannot be opened ({gist(error)[:200]}). Copy its files from where it works."]
+        return [f"Warning: the tokenizer cannot be opened ({gist(error)}). Copy its files from where it works."]
     raw = read_json(stage / "config.json")
     text = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else {}
     rows = raw.get("vocab_size") or (text or {}).get("vocab_size")
