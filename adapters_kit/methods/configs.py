@@ -8,6 +8,7 @@ from peft import PeftConfig, PromptLearningConfig, TaskType
 from torch import nn
 
 from adapters_kit.anatomy import base_model, head, pooler
+from adapters_kit.artifacts.patterns import unusable
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.methods.catalogue import find_method
 from adapters_kit.methods.targets import check_targets
@@ -47,12 +48,12 @@ def build(model: nn.Module, method: str | PeftConfig, options: dict[str, Any], f
     if isinstance(method, PeftConfig):
         config_class = type(method)
         options = {**config_to_options(method), **options}
-        check_targets(model, options)
+        _check(model, options)
     else:
         declared = find_method(method)
         config_class = declared.config_class
         options = {**declared.defaults, **options}
-        check_targets(model, options)
+        _check(model, options)
         if declared.prepare is not None:
             options = declared.prepare(model, options)
     if for_task:
@@ -62,6 +63,13 @@ def build(model: nn.Module, method: str | PeftConfig, options: dict[str, Any], f
     except (TypeError, ValueError) as error:  # what peft's configs raise for values that do not go together
         raise AdapterError(f"{label(method)} cannot be set up so for {type(model).__name__}: {error}") from error
     return config
+
+
+def _check(model: nn.Module, options: dict[str, Any]) -> None:
+    slow = unusable(options, [path for path, _ in model.named_modules()])
+    if slow is not None:  # before anything is matched, which nothing could stop
+        raise UnknownNameError(f"The expression {slow}. For module names, pass a list.")
+    check_targets(model, options)
 
 
 def _for_task(model: nn.Module, config_class: type, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import adapters_kit as ak
 from adapters_kit import cli
@@ -62,6 +64,15 @@ def test_counts_of_real_models_are_taken():
     check_config(real, "config.json", ModelError)
     with pytest.raises(ModelError, match="num_local_experts"):
         check_config({"text_config": {"num_local_experts": 10**6}}, "config.json", ModelError)
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIG_MAPPING_NAMES)[::25])
+def test_the_config_of_no_kind_of_model_is_refused(kind):
+    try:
+        made = CONFIG_MAPPING[kind]()
+    except ValueError:  # a few kinds have no defaults
+        pytest.skip("no defaults")
+    check_config(json.loads(made.to_json_string(use_diff=False)), kind, ModelError)
 
 
 @pytest.mark.parametrize(
