@@ -1,4 +1,4 @@
-"""Expressions that take for ever to fail: nothing could stop them, so they are refused, the user's own as an adapter's."""
+"""Expressions that take for ever to fail, which nothing could stop: refused, the user's own as an adapter's."""
 
 import json
 import shutil
@@ -56,11 +56,13 @@ def test_an_adapter_s(place, tmp_path):
 
 
 def test_an_expression_of_another_kind_of_size():
-    with pytest.raises(UnknownNameError, match="it has 6,00. characters"):
+    with pytest.raises(UnknownNameError, match=r"it has 6,00\d characters"):
         ak.wrap(tiny.build("llama"), "lora", target_modules="(" + "a|" * 3000 + "q_proj)")
 
 
-@pytest.mark.parametrize("expression", [r".*\.layers\.[01]\.self_attn\.[qv]_proj", r".*(q|k|v)_proj", r"(.+\.)+up_proj"])
+@pytest.mark.parametrize(
+    "expression", [r".*\.[01]\.self_attn\.[qv]_proj", r".*(q|k|v)_proj", r"(.+\.)+up_proj"]
+)
 def test_what_people_write_is_taken(expression):
     model = ak.wrap(tiny.build("llama"), "lora", target_modules=expression)
     assert model.get_nb_trainable_parameters()[0] > 0
