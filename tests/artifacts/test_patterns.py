@@ -60,9 +60,7 @@ def test_an_expression_of_another_kind_of_size():
         ak.wrap(tiny.build("llama"), "lora", target_modules="(" + "a|" * 3000 + "q_proj)")
 
 
-@pytest.mark.parametrize(
-    "expression", [r".*\.[01]\.self_attn\.[qv]_proj", r".*(q|k|v)_proj", r"(.+\.)+up_proj"]
-)
+@pytest.mark.parametrize("expression", [r".*\.[01]\.self_attn\.[qv]_proj", r".*(q|k|v)_proj", r"(.+\.)+up_proj"])
 def test_what_people_write_is_taken(expression):
     model = ak.wrap(tiny.build("llama"), "lora", target_modules=expression)
     assert model.get_nb_trainable_parameters()[0] > 0
