@@ -206,7 +206,13 @@ def _training(verb: Adder) -> None:
     made.add_argument("--overwrite", action="store_true", help="replace the runs that are in the folder already")
 
     made = verb(training.compare, takes_keys=True)
-    made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one recipe, or two run folders or more")
+    made.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="one recipe, one data file with --task and --model, or two run folders or more",
+    )
     made.add_argument("--methods", metavar="A,B", help="methods beside the recipe's data (default: full,lora,dora,…)")
     made.add_argument("--seeds", type=int, default=3, help="seeds of each method (default: 3)")
     made.add_argument("--metric", help="score to compare (default: the task's own)")

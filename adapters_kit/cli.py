@@ -99,6 +99,7 @@ def _asked_about(arguments: Sequence[str]) -> str | None:
     return None
 
 
+_OPTIONS = ("r", "lora_alpha", "lora_dropout", "target_modules")  # of a method, that are asked for as flags elsewhere
 _ARGUMENT = re.compile(r"(?<![\w.])([a-z_]+)=(True|None|\.\.\.|[A-Z]+\b|'[^']*'|\"[^\"]*\"|[\w.]*\w)?(?![\w(])")
 _CALL = re.compile(r"\w\([^()]*(?:\([^()]*\)[^()]*)*$")  # an opened call at the end of a text
 
@@ -147,7 +148,8 @@ def _take_recipe_flags(verb: Parser, arguments: list[str]) -> list[str]:
         if spelled[2:] in keys:
             word, name = spelled + word[len(name) :], spelled
         if name[2:].partition(".")[0] not in keys:
-            verb.error(f"unknown argument {name!r}. {did_you_mean(name, [*own, *(f'--{key}' for key in keys)])}")
+            there = [*own, *(f"--{key}" for key in keys), *(f"--method.{option}" for option in _OPTIONS)]
+            verb.error(f"unknown argument {name!r}. {did_you_mean(name, there)}")
         has_value = "=" not in word and position + 1 < len(arguments) and not arguments[position + 1].startswith("--")
         taken += [word, *arguments[position + 1 : position + 1 + has_value]]
         del arguments[position : position + 1 + has_value]

@@ -90,10 +90,17 @@ class MissingPackageError(AdapterError, ImportError):
 
 # What other libraries call the things that we have, where spelling alone leads to something else ("rank_pattern").
 _ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "rank": ("r", "method.r", "reduction_factor"),
+    "r": ("method.r", "bottleneck_dim"),
+    "rank": ("r", "method.r", "bottleneck_dim"),
+    "lora_r": ("r", "method.r"),
+    "lora_rank": ("r", "method.r"),
     "alpha": ("lora_alpha", "method.lora_alpha"),
-    "dropout": ("lora_dropout", "dropout"),
-    "targets": ("target_modules",),
+    "lora_alpha": ("method.lora_alpha",),
+    "dropout": ("lora_dropout", "method.lora_dropout", "dropout"),
+    "lora_dropout": ("method.lora_dropout",),
+    "targets": ("target_modules", "method.target_modules"),
+    "target_modules": ("method.target_modules",),
+    "lora_target": ("target_modules", "method.target_modules"),
     "lr": ("learning_rate", "training.learning_rate", "--learning-rates"),
     "num_train_epochs": ("epochs", "training.epochs"),
     "num_epochs": ("epochs", "training.epochs"),
@@ -118,8 +125,10 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
 def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """The known names that `name` may stand for, best first: what other libraries call them, then close spellings."""
     by_lower = {candidate.lower(): candidate for candidate in known}
+    flags = {key.removeprefix("--"): candidate for key, candidate in by_lower.items()}
     bare = name.lower().lstrip("-").replace("-", "_")
-    meant = [by_lower[other] for other in _ELSEWHERE.get(bare.rpartition(".")[2], ()) if other in by_lower]
+    others = [other.removeprefix("--") for other in _ELSEWHERE.get(bare.rpartition(".")[2], ())]
+    meant = [flags[other] for other in others if other in flags]
     if meant:
         return meant[:1]
     found = difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=0.5)

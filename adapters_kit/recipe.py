@@ -35,6 +35,9 @@ from adapters_kit.recipe_sections import (
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 from adapters_kit.task_table import TASKS, tasks_with
 
+RECIPE = "recipe.yaml"
+"""The recipe in a run folder."""
+
 
 class Recipe(BaseModel):
     """One training run, completely described.
@@ -92,7 +95,8 @@ class Recipe(BaseModel):
         """The recipe of a YAML file, with command-line flags laid over it.
 
         Args:
-            path: the file; None starts from nothing, all fields coming from the flags.
+            path: the file, or a run folder, whose recipe is meant; None starts from nothing, all fields coming from the
+                flags.
             flags: as typed, e.g. ["--method.r", "16", "--training.packing"]. `--key=value` works too, and a flag
                 without a value is true.
 
@@ -104,6 +108,8 @@ class Recipe(BaseModel):
         problems: list[tuple[Place, str]] = []
         if path is not None:
             path = Path(path)
+            if (path / RECIPE).is_file():
+                path = path / RECIPE
             if not path.is_file():
                 near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
                 raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
@@ -111,8 +117,8 @@ class Recipe(BaseModel):
                 raise RecipeError(
                     [
                         f"{path} is data, not a recipe. Say what to learn from it and with which model: "
-                        f"adapters-kit train {path} --task TASK --model MODEL, TASK being one of {', '.join(TASKS)}; "
-                        f"or let adapters-kit init {path} write a recipe."
+                        f"{{'data': {str(path)!r}, 'task': TASK, 'model': MODEL}}, TASK being one of "
+                        f"{', '.join(TASKS)}; or let `adapters-kit init {path}` write a recipe."
                     ],
                     source=f"the recipe {path}",
                 )

@@ -43,6 +43,14 @@ MISTAKES = {
     "a file as text": (["predict", "runs/x", "{data}"], "--input {data} --out"),
     "grid": (["compare", "r.yaml", "--grid", "a,b"], "'a,b' is no list of numbers"),
     "no run": (["predict", "runs/x/adapter", "a"], "There is no run, adapter or model at 'runs/x/adapter'"),
+    "a folder of data to compare": (
+        ["compare", "{folder}", "--methods", "full,lora"],
+        "is data, so say what to learn",
+    ),
+    "data to compare, without a task": (["compare", "{data}"], "is data, so say what to learn, --task causal-lm|"),
+    "rank": (["train", "{data}", "--rank", "8"], "Did you mean --method.r?"),
+    "alpha": (["train", "{data}", "--lora-alpha", "8"], "Did you mean --method.lora_alpha?"),
+    "lr": (["train", "{data}", "--lr", "8"], "Did you mean --training.learning_rate?"),
     "key of help": (["train", "--help", "training.epoch"], "Did you mean training.epochs"),
 }
 
@@ -62,7 +70,7 @@ def files(tmp_path):
     """Names for the words in braces."""
     (tmp_path / "wrong.yaml").write_text("model: m\ntask: text-classification\ndata: d.csv\ntraining:\n  epoch: 3\n")
     (tmp_path / "data.csv").write_text("text,label\na,b\n")
-    return {"recipe": str(tmp_path / "wrong.yaml"), "data": str(tmp_path / "data.csv")}
+    return {"recipe": str(tmp_path / "wrong.yaml"), "data": str(tmp_path / "data.csv"), "folder": str(tmp_path)}
 
 
 @pytest.mark.parametrize("case", MISTAKES)

@@ -14,6 +14,8 @@ from adapters_kit.names import is_adapter_folder, looks_like_path
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".ot"}
 
+_SAY = "Say where it is: base=FOLDER to merge or export, model=FOLDER to ask or score."
+
 
 def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
     """The folder (or .gguf file) of a model.
@@ -33,7 +35,7 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
     try:
         kept = copy_without_hub(str(name), revision)
     except UnknownNameError as error:
-        raise ShippingError(f"The base model: {error} Say where it is with base=.") from error
+        raise ShippingError(f"The base model: {error} {_SAY}") from error
     if kept is not None:
         return kept
     try:
@@ -42,11 +44,11 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
         except LocalEntryNotFoundError:
             return Path(snapshot_download(str(name), revision=revision, allow_patterns=_WANTED))
     except HFValidationError:
-        raise ShippingError(f"The base model {str(name)!r} does not exist. Say where it is with base=.") from None
+        raise ShippingError(f"The base model {str(name)!r} does not exist. {_SAY}") from None
     except Exception as error:
         raise ShippingError(
             f"The base model {str(name)!r} is neither a folder here nor in the hub cache, and fetching it failed: "
-            f"{error}. Say where it is with base=."
+            f"{error}. {_SAY}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES
 from adapters_kit.tasks.base import Task
 from adapters_kit.training.data import labelled
+from adapters_kit.training.inputs import listed
 from adapters_kit.training.resolve import prepare, rows_of
 
 Name = str | os.PathLike[str]
@@ -73,7 +74,8 @@ def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **re
     Args:
         name: as for `evaluate`.
         data_source: one text or a list of texts, where the task reads one text; a path; a hub id with its owner
-            ("owner/name"); a list of dicts, a frame or a Dataset. A text that is the name of a file here is that file.
+            ("owner/name"); a list of dicts, a dict of columns, a frame, a Series or a Dataset. A text that is the name
+            of a file here is that file.
         batch_size: rows in a forward pass.
         **recipe_keys: as for `evaluate`.
 
@@ -141,9 +143,10 @@ def generates(name: Name, **recipe_keys: Any) -> bool:
 
 def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[Subject, Dataset]:
     """The subject and the rows that it is asked about, whatever they were given as."""
+    data_source = listed(data_source)
     if isinstance(data_source, str) and not _names_data(data_source):
         data_source = [data_source]
-    if isinstance(data_source, list | tuple) and data_source and all(isinstance(item, str) for item in data_source):
+    if isinstance(data_source, list) and data_source and all(isinstance(item, str) for item in data_source):
         data_source = [text_row(recipe, text, adapter) for text in data_source]
     rows = rows_of(data_source, recipe.data)
     task = make_task(recipe, rows, answers=False)

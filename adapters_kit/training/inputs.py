@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -22,15 +23,19 @@ from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.json_rows import tables
 
+_OWN: Mapping[str, str] = MappingProxyType({})  # each role's column is called as the role
+_LISTS = ("tokens", "tags", "messages")  # roles whose value in one row is a list
+
 Given = Recipe | Mapping[str, Any] | str | Path
 
 
-def rows_from(value: Any) -> Dataset | None:
+def rows_from(value: Any, columns: Mapping[str, str] = _OWN) -> Dataset | None:
     """Rows in memory as a data set; None for a name, which has to be read.
 
     Args:
-        value: a `datasets.Dataset`; a frame of pandas or polars; a pyarrow table; one dict, which is one row; or any
-            iterable of dicts.
+        value: a `datasets.Dataset`; a frame of pandas or polars; a pyarrow table; one dict, which is one row or a
+            column under each name; or any iterable of dicts.
+        columns: role to column name, as in a recipe.
 
     Raises:
         DataError: something else, or nothing in it.
@@ -46,7 +51,7 @@ def rows_from(value: Any) -> Dataset | None:
     elif hasattr(value, "columns") and hasattr(value, "to_dict"):  # pandas
         rows = _from_pandas(value)
     elif isinstance(value, Mapping):
-        rows = Dataset.from_list([dict(value)])
+        rows = _from_list(_from_columns(value, columns) or [dict(value)])
     elif isinstance(value, Iterable):
         rows = _from_list(list(value))
     else:
@@ -82,6 +87,19 @@ def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
     return _made({**plain, "data": _named(plain["data"], folder or cache())}, dotted)
 
 
+def default_folder(given: Given) -> Path:
+    """Where a recipe's run goes that nobody named a folder for: `runs/` and the name of the recipe or data file.
+
+    Args:
+        given: as for `recipe_from`; a run folder is its own.
+    """
+    if isinstance(given, str | Path):
+        return Path(given) if Path(given).is_dir() else Path("runs") / Path(given).stem
+    data = given.data if isinstance(given, Recipe) else given.get("data") if isinstance(given, Mapping) else None
+    file = data.train if isinstance(data, DataSpec) else data.get("train") if isinstance(data, Mapping) else data
+    return Path("runs") / (Path(file).stem if isinstance(file, str | Path) else "run")
+
+
 def _made(plain: Mapping[str, Any], dotted: Mapping[str, Any]) -> Recipe:
     recipe = Recipe(**plain)
     return recipe.changed(**dotted) if dotted else recipe
@@ -94,7 +112,11 @@ def cache() -> Path:
 
 def _named(value: Any, folder: Path) -> Any:
     """`data` of a recipe with files in place of rows."""
-    if isinstance(value, Mapping) and not isinstance(value, DatasetDict) and "train" in value:
+    if (
+        isinstance(value, Mapping)
+        and not isinstance(value, DatasetDict)
+        and ("train" in value or not _from_columns(value))
+    ):
         parts = {name: value[name] for name in ("train", "test") if value.get(name) is not None}
         return {**value, **{name: _file(part, folder) for name, part in parts.items()}}
     if isinstance(value, DatasetDict):
@@ -131,6 +153,30 @@ def _from_pandas(frame: Any) -> Dataset:
     if twice:
         raise DataError(f"The frame has two columns named {twice[0]!r}.")
     return Dataset.from_pandas(frame.set_axis(names, axis=1), preserve_index=False)
+
+
+def _from_columns(value: Mapping[str, Any], names: Mapping[str, str] = _OWN) -> list[dict[str, Any]] | None:
+    """The rows of a dict of columns; None if the dict is one row, in which words, turns and labels are lists too."""
+    held = {name: listed(column) for name, column in value.items()}
+    if not all(isinstance(column, list) for column in held.values()) or len({len(one) for one in held.values()}) != 1:
+        return None
+    words = {names.get(role, role) for role in _LISTS} & held.keys()
+    if any(not isinstance(one, list) for name in words for one in held[name]):
+        return None
+    if any(isinstance(one, Mapping) for column in held.values() for one in column):
+        return None
+    return [dict(zip(held, row, strict=True)) for row in zip(*held.values(), strict=True)]
+
+
+def listed(value: Any) -> Any:
+    """What holds values one by one (a Series, an array, an iterator, a column of a Dataset) as a list."""
+    whole = isinstance(value, str | os.PathLike | Mapping | Dataset | list) or hasattr(value, "columns")
+    if whole or not isinstance(value, Iterable):
+        return value
+    for plain in ("to_pylist", "tolist"):  # of pyarrow; of numpy and pandas, whose numbers become Python's
+        if hasattr(value, plain):
+            return getattr(value, plain)()
+    return list(value)
 
 
 def _from_list(rows: list[Any]) -> Dataset:

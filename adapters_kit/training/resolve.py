@@ -154,5 +154,5 @@ def rows_of(source: Any, spec: DataSpec | None = None) -> Dataset:
     Args:
         spec: a recipe's, whose encoding and delimiter hold for a file too.
     """
-    rows = rows_from(source)
+    rows = rows_from(source, spec.columns if spec else {})
     return data.read_rows(source, spec) if rows is None else rows

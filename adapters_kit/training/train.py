@@ -38,7 +38,7 @@ from adapters_kit.training import checkpoints, pictures
 from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.data import Splits
 from adapters_kit.training.details import details, majority, write_confusion
-from adapters_kit.training.inputs import Given, recipe_from
+from adapters_kit.training.inputs import Given, default_folder, recipe_from
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
 from adapters_kit.training.run import Run, environment
@@ -50,16 +50,25 @@ _FREE = ("training.log_every", "training.log_to", "training.samples", "card.")
 _BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
 
 
-def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> Run:
+def train(
+    recipe: Given,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Trains what the recipe describes and writes the run folder.
 
     The base model is scored on the held-out data before training, the adapter after it. Ctrl-C and SIGTERM end the step
     that is being made and save it.
 
     Args:
-        recipe: a `Recipe`, the path of its YAML file, or a dict of its keys. In a dict, `data` may be rows in memory: a
-            frame, a `datasets.Dataset`, a list of dicts; they are written to `data/HASH.parquet` beside the run folder.
-        out: the run folder, made here, locked as long as the run is written.
+        recipe: a `Recipe`, the path of its YAML file or of a run folder, or a dict of its keys. In a dict, `data` may
+            be rows in memory: a frame, a `datasets.Dataset`, a list of dicts; they are written to `data/HASH.parquet`
+            beside the run folder.
+        out: the run folder, made here, locked as long as the run is written. By default `runs/` and the name of the
+            recipe or data file, as on the command line; a run folder given as the recipe is its own.
         resume: go on from the last checkpoint in `out`; the run ends as if it had never stopped. Starts from the
             beginning if there is no checkpoint yet; a finished run is opened.
         overwrite: replace a run that is in `out` already, once the new one is complete.
@@ -71,7 +80,7 @@ def train(recipe: Given, out: str | Path, *, resume: bool = False, overwrite: bo
         WriteError: `out` cannot be written: no space, no permission, or another process writes there.
         KeyboardInterrupt: the run was stopped; what it had trained is saved.
     """
-    out = Path(out)
+    out = Path(out) if out is not None else default_folder(recipe)
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
     asked = recipe_from(recipe, out.parent / "data")

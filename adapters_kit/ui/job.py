@@ -72,6 +72,10 @@ def _stop_all() -> None:
         job.forget()
 
 
+def _shown(score: str) -> str:
+    return "held-out loss" if score == "loss" else score
+
+
 def curves(run: Path) -> list[dict[str, Any]]:
     """The numbers in a run's metrics.jsonl so far, one row each: step, series, value."""
     try:
@@ -88,6 +92,6 @@ def curves(run: Path) -> list[dict[str, Any]]:
             continue
         for name, value in found.items():
             if name == "loss" or (name.startswith("eval_") and isinstance(value, int | float)):
-                series = "training loss" if name == "loss" else f"held-out {name.removeprefix('eval_')}"
+                series = "training loss" if name == "loss" else _shown(name.removeprefix("eval_"))
                 rows.append({"step": found["step"], "series": series, "value": value})
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError, RecipeError, did_you_mean
-from adapters_kit.recipe import Recipe
+from adapters_kit.recipe import RECIPE, Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES
 from adapters_kit.verbs.display import Shown, metrics_text
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_data(path: Path) -> bool:
     """Whether a path given where a recipe is expected is the data itself."""
-    return path.suffix.lower() in DATA_SUFFIXES or path.is_dir()
+    return path.suffix.lower() in DATA_SUFFIXES or (path.is_dir() and not (path / RECIPE).is_file())
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -52,8 +52,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def default_out(options: argparse.Namespace, otherwise: str) -> Path:
-    """`runs/` and the name of the recipe or data file."""
-    return options.out or Path("runs") / (options.recipe.stem if options.recipe else otherwise)
+    """`runs/` and the name of the recipe or data file; a run folder is its own."""
+    recipe: Path | None = options.recipe
+    if options.out is None and recipe and recipe.is_dir() and not is_data(recipe):
+        return recipe
+    return options.out or Path("runs") / (recipe.stem if recipe else otherwise)
 
 
 def init(options: argparse.Namespace) -> Shown:
@@ -113,10 +116,10 @@ def _next(run: Run) -> str:
 
 def compare(options: argparse.Namespace) -> Shown:
     """Methods beside full fine-tuning on one recipe, several seeds; or finished runs beside each other, best first."""
-    recipes = [path for path in options.paths if path.suffix in (".yaml", ".yml")]
-    if recipes:
-        if len(options.paths) > 1:
-            raise DataError(f"Give one recipe, or run folders: here are {', '.join(map(str, options.paths))}.")
+    files = any(path.suffix.lower() in (".yaml", ".yml", *DATA_SUFFIXES) for path in options.paths)
+    if files and len(options.paths) > 1:
+        raise DataError(f"Give one recipe, or run folders: here are {', '.join(map(str, options.paths))}.")
+    if files or (len(options.paths) == 1 and (options.flags or options.methods)):
         return _compare_methods(options)
     folders = [path for path in options.paths if path.is_dir()]
     if missing := [path for path in options.paths if path not in folders]:
@@ -131,7 +134,8 @@ def compare(options: argparse.Namespace) -> Shown:
 
 
 def _compare_methods(options: argparse.Namespace) -> Shown:
-    recipe = Recipe.read(options.paths[0], options.flags)
+    options.recipe = options.paths[0]
+    recipe = recipe_of(options)
     out = options.out or Path("runs") / f"{options.paths[0].stem}-comparison"
     given: dict[str, Any] = {
         "methods": options.methods.split(",") if options.methods else None,

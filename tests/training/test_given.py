@@ -17,6 +17,8 @@ KINDS = {
     "dataset": lambda: Dataset.from_list(ROWS),
     "dicts": lambda: ROWS,
     "generator": lambda: (row for row in ROWS),
+    "columns": lambda: {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    "columns of other kinds": lambda: {"text": [row["text"] for row in ROWS], "label": pandas.DataFrame(ROWS)["label"]},
 }
 
 
@@ -34,6 +36,25 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_in_memory_are_rows(kind):
     assert rows_from(KINDS[kind]()).to_list() == ROWS
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"tokens": ["Ada", "sleeps"], "tags": ["B-PER", "O"]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        {"text": "fine", "label": ["a", "b"]},
+    ],
+)
+def test_a_dict_with_lists_inside_one_row_is_one_row(row):
+    assert rows_from(row).to_list() == [row]
+    assert rows_from({name: [value, value] for name, value in row.items()}).to_list() == [row, row]
+
+
+def test_a_dict_that_is_neither_rows_nor_places_of_rows_is_refused_by_its_keys(tmp_path):
+    with pytest.raises(RecipeError, match=r"data\.tran"):
+        recipe_from({"model": "m", "task": "text-classification", "data": {"tran": "x.csv"}}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,3 +146,48 @@ def test_a_multi_label_run_answers_with_labels(tmp_path):
     for path in (run.path / "recipe.yaml", run.adapter / "recipe.yaml"):
         path.write_text(path.read_text().replace("problem: multi-label", "problem: null"))
     assert ak.predict(run, "a fine film") == answer
+
+
+ONE_BY_ONE = {
+    "series": lambda texts: pandas.Series(texts, index=range(7, 7 + len(texts))),
+    "array": lambda texts: pandas.Series(texts).to_numpy(),
+    "iterator": iter,
+    "tuple": tuple,
+    "column of a dataset": lambda texts: Dataset.from_dict({"text": texts})["text"],
+    "arrow": pa.array,
+    "columns": lambda texts: {"text": list(texts)},
+    "columns with another": lambda texts: {"text": list(texts), "number": list(range(len(texts)))},
+}
+
+
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_a_column_of_texts_is_so_many_texts(kind, run):
+    texts = ["a fine film", "a dull film", "five"]
+    assert ak.predict(run, ONE_BY_ONE[kind](texts)) == ak.predict(run, texts)
+
+
+def test_a_run_folder_is_its_recipe_and_goes_on(run, tmp_path, monkeypatch):
+    assert recipe_from(run.path) == recipe_from(run.path / "recipe.yaml") == run.recipe
+    again = ak.train(run.path, resume=True, quiet=True)
+    assert again.path == run.path and again.metrics == run.metrics
+    with pytest.raises(ak.AdapterError, match="finished run"):
+        ak.train(str(run.path), quiet=True)
+
+
+def test_a_run_without_a_folder_goes_where_the_command_line_puts_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.write_jsonl(tmp_path / "reviews.jsonl", ROWS)
+    recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": "reviews.jsonl"}
+    assert ak.train({**recipe, "training.max_steps": 1}, quiet=True).path.resolve() == tmp_path / "runs" / "reviews"
+    with pytest.raises(RecipeError, match=r"nofile\.yaml"):
+        ak.train("nofile.yaml")
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "meant"),
+    [("lora", "rank", "r"), ("houlsby", "rank", "bottleneck_dim"), ("houlsby", "r", "bottleneck_dim"),
+     ("lora", "alpha", "lora_alpha"), ("lora", "targets", "target_modules")],
+)  # fmt: skip
+def test_what_other_libraries_call_it_leads_to_our_name(method, option, meant):
+    with pytest.raises(UnknownNameError, match=rf"Did you mean {meant}\?"):
+        ak.wrap(ak.load(small.model("bert")), method, **{option: 8})
