@@ -1,5 +1,6 @@
 """wrap(): freeze a model and put a trainable module on it, as a `peft.PeftModel`."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import nn
 from adapters_kit import registry
 from adapters_kit.anatomy.rescaling import keep_weights
 from adapters_kit.artifacts import foreign
+from adapters_kit.artifacts.adapter import adapter_folder
 from adapters_kit.artifacts.identity import check_loaded
 from adapters_kit.artifacts.record_reader import OURS
+from adapters_kit.artifacts.unread import other_adapters
 from adapters_kit.errors import ModelError, UnknownNameError
 from adapters_kit.kernels.fuse import fuse as fuse_layers
 from adapters_kit.kernels.recompute import recompute_cheap
-from adapters_kit.methods.adapterhub.heads import told
 from adapters_kit.methods.configs import build
 from adapters_kit.methods.saved_adapter import fill, read_saved
 from adapters_kit.methods.together.build import combine
@@ -115,15 +117,17 @@ def _adapter_folder(method: Any) -> Path | None:
     """`method` as the folder of a saved adapter, if that is what it is."""
     if isinstance(method, PeftConfig | list | tuple):
         return None
-    folder = Path(method)
+    folder = adapter_folder(method)
     if is_adapter_folder(folder):
+        for note in other_adapters(folder):
+            warnings.warn(note, UserWarning, stacklevel=3)
         return folder
     if not looks_like_folder(method) or registry.canonical(str(method)) in registry.known_names():
         return None  # "compacter++" is a name
     if not folder.exists():
         raise UnknownNameError(f"{str(method)!r} is neither a method nor an existing adapter folder.")
     raise UnknownNameError(
-        told(folder) or foreign.told(folder, {}) or f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter."
+        foreign.told(folder, {}) or f"{folder} holds no {ADAPTER_CONFIG}, so it is not a saved adapter."
     )
 
 

@@ -20,11 +20,11 @@ from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.record_reader import read_record
+from adapters_kit.artifacts.unread import PICKLE, WEIGHTS, check_all_read
 from adapters_kit.errors import ShippingError, did_you_mean
 from adapters_kit.names import ADAPTER_CONFIG
 
 CONFIG = ADAPTER_CONFIG
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 @dataclass
@@ -121,6 +121,8 @@ def check_options(folder: Path, raw: Mapping[str, Any]) -> None:
 
 def _read_raw(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
+        if not folder.exists():
+            raise ShippingError(f"There is no {folder}.")
         hint = " It looks like a whole model." if (folder / "config.json").is_file() else ""
         told = foreign.told(folder, {})
         raise ShippingError(told or f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
@@ -142,10 +144,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors, checked finite.
 
     Raises:
-        ShippingError: no weights, damaged weights, a pickle that would run code, NaN or infinite values.
+        ShippingError: no weights, damaged weights, a pickle that would run code, NaN or infinite values; or weights
+            in other files of the folder, which would be lost.
     """
     folder = adapter_folder(folder)
-    if (folder / WEIGHTS).is_file():
+    read = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE
+    if read == WEIGHTS:
         with open_file(folder / WEIGHTS) as file:
             weights = {name: file.read(name) for name in file.tensors}
     elif (folder / PICKLE).is_file():
@@ -154,7 +158,15 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ShippingError(told)
     else:
         raise ShippingError(f"Neither {WEIGHTS} nor {PICKLE} in {folder}: the adapter has no weights.")
+    check_all_read(folder, {read}, weights)
     weights = foreign.unnamed(weights)
+    empty = [name for name, tensor in weights.items() if not tensor.numel()]
+    if empty:
+        raise ShippingError(
+            f"{len(empty)} of {len(weights)} tensors in {folder} are empty, such as {empty[0]!r}: under DeepSpeed's "
+            "ZeRO-3 each process holds a part, and the file was written without gathering them. Save it again with "
+            "stage3_gather_16bit_weights_on_model_save, or get the weights with zero_to_fp32.py."
+        )
     broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if broken:
         raise ShippingError(

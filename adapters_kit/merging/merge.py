@@ -21,6 +21,7 @@ from adapters_kit.artifacts.proof import GENERATES, PROOF
 from adapters_kit.artifacts.side_files import own_file, write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.artifacts.staging import staged
+from adapters_kit.artifacts.unread import other_adapters
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.base_folder import as_checkpoint
 from adapters_kit.merging.job import Job, Order, on_model, plan
@@ -172,7 +173,8 @@ def merge(
         if job.updates:  # the plain road hashes while it writes
             check_bases(order.adapters, source, hashing.result(), force)
         hashes = write(job.layout, checkpoint, job.changed(), stage)
-        notes = [*job.notes, *check_bases(order.adapters, source, hashing.result(), force)]
+        others = [note for one in order.adapters for note in other_adapters(one.folder)]
+        notes = [*job.notes, *others, *check_bases(order.adapters, source, hashing.result(), force)]
         notes += write_side_files(folder, first.folder, job.config, stage)
         report = _counted(Path(out), job, time.perf_counter() - begin)
         if verify != "off":

@@ -149,7 +149,7 @@ def test_folders_of_several_adapters_are_named(tmp_path):
     several.mkdir()
     for name in ("a", "b"):
         saved(several / name, bert(), AFTER, BERT_PLACES)
-    with pytest.raises(UnknownNameError, match=r"a folder of 2 adapters: 'a', 'b'\. Load one"):
+    with pytest.raises(UnknownNameError, match=r"a folder of 2 adapters: 'a', 'b'\. Name one"):
         ak.wrap(bert(), several)
     (several / "adapter_setup.json").write_text(json.dumps({"adapter_setup": {"type": "Stack", "children": []}}))
     with pytest.raises(UnknownNameError, match=r"Stack of the adapters 'a', 'b'.*ak\.activate"):

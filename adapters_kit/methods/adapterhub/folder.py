@@ -21,8 +21,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from adapters_kit import anatomy
 from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts.unread import check_all_read
 from adapters_kit.errors import ModelError, ShippingError
-from adapters_kit.methods.adapterhub.heads import head_file, head_state
+from adapters_kit.methods.adapterhub.heads import HEADS, head_file, head_state
 from adapters_kit.methods.adapterhub.placement import check_placement
 from adapters_kit.methods.adapterhub.prefix import convert_prefix
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
@@ -130,7 +131,9 @@ def convert_folder(source: str | Path, base_model: nn.Module, out: str | Path) -
 def _read_weights(source: Path) -> dict[str, torch.Tensor]:
     for name in WEIGHTS:
         if (source / name).is_file():
-            return _open(source / name)
+            weights = _open(source / name)
+            check_all_read(source, {name, *HEADS}, weights)
+            return weights
     raise ShippingError(f"{source} holds no weights: looked for {' and '.join(WEIGHTS)}.")
 
 

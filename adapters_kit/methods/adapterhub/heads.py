@@ -1,16 +1,13 @@
-"""The trained head that AdapterHub's library saves beside an adapter, and its folders of several adapters."""
+"""The trained head that AdapterHub's library saves beside an adapter."""
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
-from adapters_kit.names import ADAPTER_CONFIG
 
 HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
-_SETUP, _FUSION = "adapter_setup.json", "adapter_fusion_config.json"
 
 
 def head_file(source: Path) -> Path | None:
@@ -45,29 +42,3 @@ def head_state(
         "equal for it. Load the model with the same head and number of labels; or, to have the adapter without its "
         f"head, copy the folder without {file.name} and load the copy."
     )
-
-
-def told(folder: Path) -> str | None:
-    """What a folder without an adapter of its own is, if AdapterHub's library wrote it, and what to load instead."""
-    if (folder / _FUSION).is_file():
-        return (
-            f"{folder} holds an AdapterFusion layer of AdapterHub's library, which mixes several adapters by attention "
-            "and has no equal here. The adapters that it mixes lie in folders of their own, and each can be loaded."
-        )
-    inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}")) if folder.is_dir() else []
-    if not inner:
-        return None
-    first = f"Load one: wrap(model, {str(folder / inner[0])!r})."
-    if not (folder / _SETUP).is_file():
-        return f"{folder} is a folder of {len(inner)} adapters: {', '.join(map(repr, inner))}. {first}"
-    try:
-        setup = read_json(folder / _SETUP).get("adapter_setup") or {}
-        how = str(setup.get("type", "composition")) if isinstance(setup, dict) else "composition"
-    except ShippingError:
-        how = "composition"
-    several = (
-        f"To stack them, load each under its name (adapter_name=...), then ak.activate(model, {inner})."
-        if how == "Stack"
-        else f"A {how} of them has no equal here."
-    )
-    return f"{folder} is AdapterHub's {how} of the adapters {', '.join(map(repr, inner))}. {first} {several}"
