@@ -120,8 +120,8 @@ _FORMATS = (
     _Format(
         ("*.gguf",),
         (),
-        "{folder} holds {file}, which is llama.cpp's form. A model is named by its file; an adapter in that form is for "
-        "llama.cpp alone: take the folder that it was made from.",
+        "{folder} holds {file}, which is llama.cpp's form. A model is named by its file; an adapter in that form is "
+        "for llama.cpp alone: take the folder that it was made from.",
     ),
     _Format(
         ("lora.ckpt", "*lora*.ckpt", "*lora*.pt", "*lora*.pth", "ggml-adapter-model.*"),

@@ -75,7 +75,7 @@ both = pytest.mark.parametrize("verb", ["wrap", "merge"])
 def test_weights_that_nobody_reads_are_refused(saved, tmp_path, verb, file, tensors, words):
     folder = shutil.copytree(saved[0], tmp_path / "a")
     write(folder / file, tensors)
-    with pytest.raises(AdapterError, match=f"(?s){file}.*{words}|{words}"):
+    with pytest.raises(AdapterError, match=rf"(?s){file}.*{words}|{words}"):
         read_by(verb, folder, tmp_path / "out")
     (folder / file).unlink()  # as the message advises
     torch.testing.assert_close(read_by(verb, folder, tmp_path / "out"), saved[1], rtol=1e-4, atol=1e-4)
@@ -162,7 +162,7 @@ def test_folders_of_other_kinds_are_named(saved, tmp_path, verb, file, config, w
 def test_the_state_of_a_whole_peft_model_is_named(saved, tmp_path, verb, file):
     state = {name.replace(".weight", ".default.weight"): t for name, t in load_file(saved[0] / WEIGHTS).items()}
     write(tmp_path / "a" / file, state)
-    with pytest.raises(AdapterError, match=f"whole peft model.*{file}|{file}.*save_pretrained"):
+    with pytest.raises(AdapterError, match=rf"whole peft model.*{file}|{file}.*save_pretrained"):
         read_by(verb, tmp_path / "a", tmp_path / "out")
 
 
@@ -170,7 +170,7 @@ def test_the_state_of_a_whole_peft_model_is_named(saved, tmp_path, verb, file):
 def test_a_folder_of_checkpoints_names_the_last(saved, tmp_path, verb):
     for step in (90, 100):
         shutil.copytree(saved[0], tmp_path / "a" / f"checkpoint-{step}")
-    with pytest.raises(AdapterError, match="Name one: '.*checkpoint-100'"):
+    with pytest.raises(AdapterError, match=r"Name one: '.*checkpoint-100'"):
         read_by(verb, tmp_path / "a", tmp_path / "out")
 
 
@@ -181,7 +181,7 @@ def test_a_run_folder_stands_for_its_adapter(saved, tmp_path, verb):
 
 
 def test_a_file_and_nothing_are_told_apart(saved, tmp_path):
-    with pytest.raises(AdapterError, match="is a file.*name the folder"):
+    with pytest.raises(AdapterError, match=r"is a file.*name the folder"):
         ak.merge(saved[0] / WEIGHTS, tmp_path / "out", base="unused")
     with pytest.raises(AdapterError, match="There is no"):
         ak.merge(tmp_path / "nowhere", tmp_path / "out", base="unused")
