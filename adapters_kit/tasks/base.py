@@ -259,15 +259,25 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, side: str = "rig
 
 
 def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and, where the tokenizer makes them, token_type_ids of a batch."""
-    ids = [feature["input_ids"] for feature in features]
+    """input_ids, attention_mask and, where the tokenizer makes them, token_type_ids of a batch.
+
+    A row without any token, as an empty text has where a tokenizer adds none, gets one: a model reads something.
+    """
+    ids = [feature["input_ids"] if len(feature["input_ids"]) else [first_token(processor)] for feature in features]
     batch = {
         "input_ids": pad(ids, processor.pad_token_id or 0, side),
         "attention_mask": pad([np.ones(len(row), dtype=np.int64) for row in ids], 0, side),
     }
     if "token_type_ids" in features[0]:
-        batch["token_type_ids"] = pad([feature["token_type_ids"] for feature in features], 0, side)
+        types = [row if len(row) else [0] for row in (feature["token_type_ids"] for feature in features)]
+        batch["token_type_ids"] = pad(types, 0, side)
     return batch
+
+
+def first_token(tokenizer: Any) -> int:
+    """The token that stands where there is no other: of the beginning, the end, or padding."""
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in special if token is not None), 0)
 
 
 def of_the_text(logits: torch.Tensor, length: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
-from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, pad, pad_inputs
+from adapters_kit.tasks.base import IGNORED, Features, Task, compact, first_token, of_the_text, pad, pad_inputs
 from adapters_kit.tasks.conversation import (
     Conversation,
     as_text,
@@ -194,12 +194,7 @@ class CausalLM(Task):
             before.insert(0, system)
         ids = list(self.processor("\n\n".join([*before, text]))["input_ids"])
         ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
-        return ids or [self._first_token()]
-
-    def _first_token(self) -> int:
-        """Stands before an answer to nothing: a model continues something."""
-        special = (self.processor.bos_token_id, self.processor.eos_token_id, self.processor.pad_token_id)
-        return next((token for token in special if token is not None), 0)
+        return ids or [first_token(self.processor)]  # a model continues something
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self.processor.eos_token_id

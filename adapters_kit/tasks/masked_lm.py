@@ -137,6 +137,14 @@ class MaskedLM(Task):
             "accuracy": sum(right for _, _, right, _ in results) / tokens,
         }
 
+    def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
+        """Of every row the text and the words for its masks, those of a long text from all of its pieces."""
+        features = self.encode(data, answers=False)
+        guesses: dict[int, list[int]] = {}
+        for result, feature in zip(self.run(model, features, batch_size), features, strict=True):
+            guesses.setdefault(feature["row"], []).extend(result[-1])
+        return [self.show((guesses[row],), data[row]) for row in range(len(data))]
+
     def show(self, result: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         """The words for each mask token in the text."""
         return {"text": row[self.columns["text"]], "masks": self.processor.convert_ids_to_tokens(result[-1])}

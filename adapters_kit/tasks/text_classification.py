@@ -46,6 +46,8 @@ class TextClassification(Task):
         super().__init__(recipe, columns, labels, notes)
         self.problem: str = recipe.problem or "single-label"
         self._apart: Callable[[str], list[str]] | None = None
+        self._end: str | None = None
+        self._side = "right"
         self._set_metric()
 
     def _set_metric(self) -> None:
@@ -118,9 +120,15 @@ class TextClassification(Task):
         self.labels = outputs_of(model)
 
     def adapt(self, model: nn.Module) -> None:
-        """The loss, and one padding token for tokenizer and model: a decoder reads the token before the padding."""
+        """The loss, and one padding token for tokenizer and model: a decoder reads the token before the padding.
+
+        An encoder-decoder reads the end of the text, which no row may have more often than others; and some encoders
+        (XLNet) the very last token, padding or not.
+        """
         model.config.problem_type = _LOSSES[self.problem]
         same_padding(self.processor, model, self.recipe.model)
+        self._end = self.processor.eos_token if model.config.is_encoder_decoder else None
+        self._side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids, token types of pairs, and the target: a class number, (classes,) zeros and ones, or a number."""
@@ -129,12 +137,15 @@ class TextClassification(Task):
         small = len(self.processor) < 2**16
         features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
         targets = self._targets(data) if answers else None
-        cut = 0
+        cut = ends = 0
         for start, part in in_parts(data, names):
             texts = [
                 check_text(part[name], start, name, role, data.column_names)
                 for role, name in zip(roles, names, strict=True)
             ]
+            if self._end:
+                ends += sum(any(self._end in text for text in row) for row in zip(*texts, strict=True))
+                texts = [[text.replace(self._end, " ") for text in column] for column in texts]
             if len(texts) == 1:
                 encoded = {"input_ids": truncated_ids(self.processor, texts[0], self.max_length)}
             else:
@@ -147,6 +158,12 @@ class TextClassification(Task):
                 if targets is not None:
                     feature["labels"] = targets[start + offset]
                 features.append(feature)
+        if ends:
+            self.notes.say(
+                f"{ends:,} of {len(data):,} texts hold {self._end!r}, by which the model's head finds the end of a "
+                "text: it was left out of them.",
+                ends_left_out=ends,
+            )
         if cut:
             more = " training.max_length can be raised." if self.longest > self.max_length else ""
             side = "beginning" if getattr(self.processor, "truncation_side", "right") == "left" else "end"
@@ -197,7 +214,7 @@ class TextClassification(Task):
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
         """Ids, mask and labels: (rows,) int64, or float32 of (rows, classes) or (rows,)."""
-        batch = pad_inputs(features, self.processor)
+        batch = pad_inputs(features, self.processor, self._side)
         if "labels" in features[0]:
             kind = torch.long if self.problem == "single-label" else torch.float32
             batch["labels"] = torch.as_tensor(np.asarray([f["labels"] for f in features]), dtype=kind)

@@ -78,16 +78,20 @@ class TokenClassification(Task):
         number = {name: index for index, name in enumerate(self.labels or [])}
         read = label_reader(data, tags, self.recipe.labels) if answers else None
         features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
-        empty = cut = 0
+        empty = cut = unread = 0
         for start, part in in_parts(data, [words, tags] if answers else [words]):
             for row, (ids, owner) in enumerate(self._tokens(part[words]), start):
                 feature: dict[str, Any] = {"row": row, "input_ids": compact(ids)}
+                missing = set(range(len(part[words][row - start]))) - set(owner)
+                behind = {word for word in missing if word > max((w for w in owner if w is not None), default=-1)}
+                behind = behind if len(ids) >= self.max_length else set()
+                cut += bool(behind)
+                unread += len(missing - behind)
                 if read is not None:
                     own = [number[str(read(tag, row))] for tag in part[tags][row - start]]
-                    before = [None, *owner[:-1]]
+                    before = [None, *owner][: len(owner)]
                     firsts = [w if w is not None and w != b else None for w, b in zip(owner, before, strict=True)]
                     feature["labels"] = compact([IGNORED if word is None else own[word] for word in firsts])
-                    cut += len({word for word in owner if word is not None}) < len(own)
                     if not (feature["labels"] != IGNORED).any():
                         empty += 1
                         continue
@@ -96,9 +100,15 @@ class TokenClassification(Task):
             self.notes.say(f"{empty:,} of {len(data):,} rows have no words and are left out.", rows_left_out=empty)
         if cut:
             self.notes.say(
-                f"{cut:,} of {len(data):,} rows are longer than max_length {self.max_length}; the tags behind it do "
-                "not count.",
+                f"{cut:,} of {len(data):,} rows are longer than max_length {self.max_length}; the words behind it "
+                f"{'do not count' if answers else 'get no tag'}.",
                 rows_cut=cut,
+            )
+        if unread:
+            self.notes.say(
+                f"{unread:,} words are empty to the tokenizer (blanks, signs that it drops): they "
+                f"{'do not count' if answers else 'get no tag'}.",
+                words_not_read=unread,
             )
         if not len(features):
             raise DataError(f"No row has a word in column {words!r}.")
@@ -146,7 +156,7 @@ class TokenClassification(Task):
         }
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The words and their tags; words behind `max_length` have an empty one."""
+        """The words and their tags; words behind `max_length`, or empty to the tokenizer, have an empty one."""
         names, words = self.labels or [], row[self.columns["tokens"]]
         ((_, owner),) = self._tokens([words])
         tags = ["" for _ in words]

@@ -74,7 +74,9 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
     train, test = data.usable_parts(found, task)
     seed = recipe.training.seed
     if test is None:
+        task.notes = Notes()  # the parts are looked at again when they are made, and then told of
         task.fit(train, None)
+        task.notes = notes
         train, test = data.split(train, recipe.data.test_size, seed, task.strata(train), notes)
         notes.say(
             f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows are "

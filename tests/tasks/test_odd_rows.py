@@ -1,0 +1,73 @@
+"""Rows that a tokenizer or a head takes in its own way: nothing, the end of a text inside one, signs that are dropped."""
+
+import warnings
+
+import pytest
+import torch
+
+import adapters_kit as ak
+from adapters_kit.inference.answer_file import predict_file
+from tests.support import small
+
+
+def run_of(tmp_path, rows, task="text-classification", family="bert", **training):
+    recipe = {"model": str(small.model(family)), "task": task, "data": rows}
+    training = {"max_steps": 2, "samples": 0, "learning_rate": 0.1, **training}
+    return ak.train({**recipe, "training": training}, tmp_path / "run", quiet=True)
+
+
+def scores(run, texts, size):
+    found = ak.predict(run, [{"text": text} for text in texts], batch_size=size)
+    return torch.tensor([row["score"] if row["label"] == "good" else 1 - row["score"] for row in found])
+
+
+@pytest.mark.parametrize("family", ["xlnet", "t5", "bart", "llama", "gpt2"])
+def test_a_row_is_answered_as_alone_whatever_it_holds(tmp_path, family):
+    """XLNet reads the last token, T5 and BART the end of the text, a decoder needs one token at least."""
+    run = run_of(tmp_path, small.sentiment(24), family=family)
+    texts = ["fine", "a the was is with and very quite one two three dull", "", "grim [EOS] cast", "[EOS] [EOS]", " "]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        together = scores(run, texts, 6)
+    assert any("2 of 6 texts hold" in str(note.message) for note in told) == (family in ("t5", "bart"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone = torch.cat([scores(run, [text], 1) for text in texts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_a_batch_of_such_rows_is_trained_on_and_told(tmp_path, family):
+    odd = "fine [EOS] film" if family == "bart" else ""
+    rows = [{"text": odd if i % 3 == 0 else "a dull film", "label": "ab"[i % 2]} for i in range(24)]
+    run = run_of(tmp_path, {"train": rows, "test": rows[:6]}, family=family, batch_size=1, max_steps=6)
+    assert run.metrics["counts"] == {"ends_left_out" if family == "bart" else "empty_texts": 8 + 2}
+
+
+def test_what_is_found_in_rows_that_are_set_aside_is_counted_once(tmp_path):
+    rows = [{"text": "" if i % 3 == 0 else "a dull film", "label": "ab"[i % 2]} for i in range(24)]
+    assert run_of(tmp_path, rows).metrics["counts"]["empty_texts"] == 8
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_words_that_give_no_token_are_no_words_behind_the_end(tmp_path, family):
+    rows = [{"tokens": ["a", " ", "fine", ""], "tags": ["X", "O", "O", "X"]}] * 24
+    rows = [*rows, *([{"tokens": [], "tags": []}] * 6)]
+    run = run_of(tmp_path, {"train": rows, "test": rows}, "token-classification", family, batch_size=1)
+    assert run.metrics["counts"] == {"rows_left_out": 12, "words_not_read": 2 * 2 * 24}
+    asked = [{"tokens": ["a", " ", "film"]}, {"tokens": []}, {"tokens": ["a"] * 80}]
+    with pytest.warns(UserWarning) as told:
+        found = ak.predict(run, asked)
+    assert [[bool(tag) for tag in row["tags"]] for row in found[:2]] == [[True, False, True], []]
+    behind = found[2]["tags"].count("")
+    assert behind == (80 - 62 if family == "bert" else 80 - 64)
+    said = "\n".join(str(note.message) for note in told)
+    assert "1 of 3 rows are longer than max_length" in said and "1 words are empty to the tokenizer" in said
+
+
+def test_the_masks_of_a_text_in_several_pieces_are_one_answer(tmp_path):
+    run = run_of(tmp_path, [{"text": "a fine film " * 9}] * 24, "masked-lm", max_length=16)
+    asked = [{"text": "[MASK] film " + "a fine film " * 9 + "[MASK]"}, {"text": "a fine film"}, {"text": "a [MASK]"}]
+    assert [len(row["masks"]) for row in ak.predict(run, asked)] == [2, 0, 1]
+    source = small.write_jsonl(tmp_path / "asked.jsonl", asked)
+    assert predict_file(run.path, source, tmp_path / "out.jsonl").rows == 3
