@@ -29,7 +29,7 @@ def new_proof(update: Update, merged: Path) -> Proof | None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none there, or none that loads
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):  # none there, or none that loads
         return None
     if not len(tokenizer) or len(tokenizer) > bare.config.get_text_config().vocab_size:
         return None
