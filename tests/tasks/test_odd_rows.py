@@ -1,4 +1,4 @@
-"""Rows that a tokenizer or a head takes in its own way: nothing, the end of a text inside one, signs that are dropped."""
+"""Rows that a tokenizer or a head takes in its own way: nothing, the end of a text inside one, signs dropped."""
 
 import warnings
 
