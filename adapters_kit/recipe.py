@@ -31,6 +31,7 @@ from adapters_kit.recipe_sections import (
     MethodSpec,
     TaskName,
     TrainingSpec,
+    rows_suffix,
 )
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
 from adapters_kit.task_table import TASKS, tasks_with
@@ -113,7 +114,7 @@ class Recipe(BaseModel):
             if not path.is_file():
                 near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
                 raise RecipeError([f"No file {str(path)!r}. {near}".rstrip()], source=f"the recipe {path}")
-            if path.suffix.lower() in DATA_SUFFIXES:
+            if rows_suffix(path) in DATA_SUFFIXES:
                 raise RecipeError(
                     [
                         f"{path} is data, not a recipe. Say what to learn from it and with which model: "

@@ -18,6 +18,14 @@ DATA_SUFFIXES = (
     *(".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather"),
     *(".txt", ".md", ".conll", ".conllu", ".iob", ".bio", ".ft"),
 )
+PACKED_SUFFIXES = (".gz", ".bz2", ".zst", ".lz4")  # of one such file, compressed
+
+
+def rows_suffix(path: Path) -> str:
+    """What says how a file's rows are read, in small letters: of `rows.CSV.gz` it is `.csv`."""
+    packed = path.suffix.lower() in PACKED_SUFFIXES
+    return (Path(path.stem) if packed else path).suffix.lower()
+
 
 STRICT = ConfigDict(
     extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False

@@ -16,7 +16,7 @@ from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.inference.subject import NO_DATA, Subject, describe, load_subject, make_task
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
-from adapters_kit.recipe_sections import DATA_SUFFIXES
+from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
 from adapters_kit.tasks.base import Task
 from adapters_kit.training.data import labelled
 from adapters_kit.training.inputs import listed
@@ -165,7 +165,7 @@ def _names_data(text: str) -> bool:
     path = Path(text).expanduser()
     if path.exists():
         return True
-    if path.suffix.lower() in DATA_SUFFIXES or text.startswith(("./", "../", "/", "~")):
+    if rows_suffix(path) in DATA_SUFFIXES or text.startswith(("./", "../", "/", "~")):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"No data file {text!r}. {did_you_mean(path.name, beside)}")
     owner, slash, rest = text.partition("/")

@@ -21,7 +21,7 @@ from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.names import looks_like_path
 from adapters_kit.recipe import Recipe
-from adapters_kit.recipe_sections import DATA_SUFFIXES
+from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
@@ -116,7 +116,7 @@ def _check_name(name: str | os.PathLike[str], path: Path) -> None:
         if path.is_dir() and (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():
             raise ModelError(f"{text} is a run that has not finished and has no adapter yet: go on with resume=True.")
         return
-    if looks_like_path(name) or path.suffix in (".gguf", *DATA_SUFFIXES):
+    if looks_like_path(name) or rows_suffix(path) in (".gguf", *DATA_SUFFIXES):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, beside) if beside else f"The folder {path.parent} does not exist either."
         raise UnknownNameError(f"There is no run, adapter or model at {text!r}. {hint}")

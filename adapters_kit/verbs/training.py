@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError, RecipeError, did_you_mean
 from adapters_kit.recipe import RECIPE, Recipe
-from adapters_kit.recipe_sections import DATA_SUFFIXES
+from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
 from adapters_kit.verbs.display import Shown, metrics_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_data(path: Path) -> bool:
     """Whether a path given where a recipe is expected is the data itself."""
-    return path.suffix.lower() in DATA_SUFFIXES or (path.is_dir() and not (path / RECIPE).is_file())
+    return rows_suffix(path) in DATA_SUFFIXES or (path.is_dir() and not (path / RECIPE).is_file())
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -116,7 +116,7 @@ def _next(run: Run) -> str:
 
 def compare(options: argparse.Namespace) -> Shown:
     """Methods beside full fine-tuning on one recipe, several seeds; or finished runs beside each other, best first."""
-    files = any(path.suffix.lower() in (".yaml", ".yml", *DATA_SUFFIXES) for path in options.paths)
+    files = any(rows_suffix(path) in (".yaml", ".yml", *DATA_SUFFIXES) for path in options.paths)
     if files and len(options.paths) > 1:
         raise DataError(f"Give one recipe, or run folders: here are {', '.join(map(str, options.paths))}.")
     if files or (len(options.paths) == 1 and (options.flags or options.methods)):

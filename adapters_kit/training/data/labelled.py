@@ -10,7 +10,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
 from adapters_kit.training.data.columns import header_is_a_row, recognise, unused
-from adapters_kit.training.data.folders import located
+from adapters_kit.training.data.media import located
 from adapters_kit.training.data.sources import Source
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from pyarrow import parquet
 
 from adapters_kit.artifacts.mapped_table import on_disk
 from adapters_kit.errors import DataError
+from adapters_kit.recipe_sections import PACKED_SUFFIXES, rows_suffix
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.delimited import read_delimited
 from adapters_kit.training.data.json_rows import read_json, read_json_lines
@@ -78,12 +81,24 @@ READERS: dict[str, Reader] = {
 }
 
 
+_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".xz", ".7z", ".rar", *PACKED_SUFFIXES)
+_OTHER_ROWS = (".pkl", ".pickle", ".db", ".sqlite", ".xml", ".h5", ".hdf5", ".dta", ".sav", ".rds", ".orc", ".avro")
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a file is meant to hold rows, by its name; not all of them can be read."""
+    return rows_suffix(path) in READERS or path.suffix.lower() in (*_SHEETS, *_ARCHIVES, *_OTHER_ROWS)
+
+
 def read_file(path: Path, form: Format) -> Parts:
     """The parts of a file as data sets: `train` alone, or those that a JSON document names.
 
     Raises:
         DataError: unknown suffix, or content that does not parse (with the line, where it is known).
     """
+    if path.suffix.lower() in PACKED_SUFFIXES and rows_suffix(path) in READERS:
+        return _unpacked(path, form)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -104,6 +119,21 @@ def read_file(path: Path, form: Format) -> Parts:
         raise DataError(f"Cannot read {path}: {reason[:300]}") from error
 
 
+def _unpacked(path: Path, form: Format) -> Parts:
+    """The parts of a compressed file, which is unpacked beside the system's other temporary files while it is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        try:
+            with pa.input_stream(str(path), compression="detect") as packed, plain.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"Cannot unpack {path}: {(str(error).splitlines() or ['it is damaged'])[0]}") from error
+        try:
+            return read_file(plain, form)
+        except DataError as error:
+            raise DataError(str(error).replace(str(plain), str(path))) from error
+
+
 def read_table(path: Path, form: Format | None = None) -> Dataset:
     """As `read_file`, of a file with one part, or its training part."""
     parts = read_file(Path(path), form or Format())
@@ -113,9 +143,9 @@ def read_table(path: Path, form: Format | None = None) -> Dataset:
 def _other(path: Path) -> str:
     """What to do about kinds of files that are common elsewhere."""
     suffix = path.suffix.lower()
-    if suffix in (".xlsx", ".xls", ".ods"):
+    if suffix in _SHEETS:
         return " Save the sheet as CSV."
-    if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz"):
+    if suffix in _ARCHIVES:
         return " Unpack it first."
     return " Rename it if it is one of these."
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from datasets import Audio, Dataset, DatasetDict, load_dataset
 
@@ -13,7 +15,8 @@ from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.opened import undecoded
-from adapters_kit.training.data.folders import located, medium, read_folder
+from adapters_kit.training.data.folders import read_folder
+from adapters_kit.training.data.media import located, medium
 from adapters_kit.training.data.row_file import Format, Parts, read_file
 
 TRAIN_NAMES = ("train", "training")
@@ -90,8 +93,12 @@ def read_rows(source: str | Path, spec: DataSpec | None = None, notes: Notes | N
 
 
 def _source(name: str, subset: str | None, form: Format) -> Source:
+    if address := _ADDRESS.match(name):
+        raise DataError(f"{name} is an address, and no file here. {_to_fetch(name, address['scheme'])}")
     path = Path(name).expanduser()
     try:
+        if subset is not None and path.exists():
+            path = _subset(path, subset)
         if path.is_dir():
             return _parted(read_folder(path, form), name, path)
         if path.is_file() and (role := medium(path)) is not None:
@@ -109,6 +116,39 @@ def _source(name: str, subset: str | None, form: Format) -> Source:
         hint = did_you_mean(path.name, siblings) if siblings else f"The folder {path.parent} does not exist either."
         raise DataError(f"No data file {name!r}. {hint}")
     return _parted(_from_hub(name, subset), name, None)
+
+
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_HUB = re.compile(
+    r"(?:hf://|https?://(?:huggingface\.co|hf\.co)/)datasets/(?P<id>[\w.-]+/[\w.-]+|[\w.-]+(?=/?$))"
+    r"(?:/?$|(?:@[\w.-]+|/(?:resolve|blob|tree|raw)/[\w.%-]+)?/(?P<file>[^?]*))",
+    re.IGNORECASE,
+)
+
+
+def _to_fetch(name: str, scheme: str) -> str:
+    """How rows at an address become something that a recipe can name."""
+    if hub := _HUB.match(name):
+        whole = f"The data set itself: data: {hub['id']}"
+        if not hub["file"]:
+            return whole
+        fetched = f"hf download --repo-type dataset {hub['id']} {hub['file']} --local-dir data"
+        return f"{whole}. That file of it: {fetched}, then data: data/{hub['file']}"
+    file = Path(urlsplit(name).path).name or "data.csv"
+    if scheme.lower() in ("http", "https"):
+        return f"Fetch it first: curl -L -o {file} '{name}', then data: {file}"
+    if scheme.lower() == "file":
+        return f"Name its path: data: {urlsplit(name).path}"
+    return f"Copy it here with the tool of that service, then data: {file}"
+
+
+def _subset(path: Path, subset: str) -> Path:
+    """The folder of a configuration inside the folder of a data set."""
+    if (path / subset).is_dir():
+        return path / subset
+    inside = [entry.name for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
+    hint = did_you_mean(subset, inside) if inside else "Leave data.subset out: it chooses among the folders in one."
+    raise DataError(f"data.subset: {path} has no folder {subset!r}. {hint}")
 
 
 def _from_hub(name: str, subset: str | None) -> Parts:

@@ -1,5 +1,6 @@
 """Folders: all shards of every part, nothing that only begins like one; images by class or by list; other formats."""
 
+import io
 import json
 
 import numpy as np
@@ -133,10 +134,123 @@ def test_parquet_of_every_kind(tmp_path):
 
 
 def test_files_of_other_kinds_say_what_to_do(tmp_path):
-    for name, advice in (("a.xlsx", "Save the sheet as CSV"), ("a.jsonl.gz", "Unpack it")):
+    for name, advice in (("a.xlsx", "Save the sheet as CSV"), ("a.zip", "Unpack it"), ("a.jsonl.gz", "Cannot unpack")):
         (tmp_path / name).write_text("x")
         with pytest.raises(DataError, match=advice):
             read(tmp_path / name)
     (tmp_path / "a.json").write_text(json.dumps({"train": [], "test": []}))
     with pytest.raises(DataError, match="no rows"):
         read(tmp_path / "a.json")
+
+
+TABLE = "text,label\n" + "".join(f"film {i},{'ab'[i % 2]}\n" for i in range(6))
+
+
+def lay(folder, **files):
+    """Files by path, of text or bytes."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+class _Kept(io.BytesIO):
+    def close(self) -> None:
+        """Its bytes are still to be read."""
+
+
+def packed(text, kind):
+    made = _Kept()
+    with pa.CompressedOutputStream(pa.PythonFile(made, mode="w"), kind) as stream:
+        stream.write(text.encode())
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd"), ("lz4", "lz4")])
+def test_compressed_files(tmp_path, suffix, kind):
+    content = packed(TABLE, kind)
+    lay(tmp_path / "a", **{"train.csv": TABLE, f"test.csv.{suffix}": content})
+    assert read(tmp_path / "a") == (6, 6, "")
+    assert read(tmp_path / "a" / f"test.csv.{suffix}")[0] == 6
+    bad = lay(tmp_path / "b", **{f"x.csv.{suffix}": packed("text,label\na,b,c\n", kind)}) / f"x.csv.{suffix}"
+    with pytest.raises(DataError, match=rf"x\.csv\.{suffix}, line 2: 3 fields"):
+        read(bad)
+    bad.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=rf"x\.csv\.{suffix}"):
+        read(bad)
+
+
+def test_parts_as_files_and_as_folders(tmp_path):
+    assert read(lay(tmp_path / "a", **{"train.csv": TABLE, "test/one.csv": TABLE}))[:2] == (6, 6)
+    assert read(lay(tmp_path / "b", **{"train/one.csv": TABLE, "test.csv": TABLE}))[:2] == (6, 6)
+    train, test, notes = read(lay(tmp_path / "c", **{"train.csv": TABLE, "pictures/a.txt": "x", "README.md": "x"}))
+    assert (train, test) == (6, None) and "pictures/ belong to no part" in notes and "README" not in notes
+    with pytest.raises(DataError, match=r"train\.csv, train/ could each be the same part") as told:
+        read(lay(tmp_path / "d", **{"train.csv": TABLE, "train/one.csv": TABLE}))
+    assert f"data: {{train: {tmp_path / 'd' / 'train.csv'}}}" in str(told.value)
+    with pytest.raises(DataError, match=r"test\.xlsx: .* Save the sheet as CSV"):
+        read(lay(tmp_path / "e", **{"train.csv": TABLE, "test.xlsx": "PK"}))
+    with pytest.raises(DataError, match=r"several kinds: a\.csv, b\.zip"):
+        read(lay(tmp_path / "f", **{"train/a.csv": TABLE, "train/b.zip": "PK"}))
+    with pytest.raises(DataError, match=r"name it: data: .*reviews\.csv") as told:
+        read(lay(tmp_path / "g", **{"reviews.csv": TABLE, "README.md": "x"}))
+    assert read(str(told.value).split("name it: data: ")[1])[0] == 6
+
+
+def test_texts_in_a_folder_a_class(tmp_path):
+    texts = {
+        f"{part}/{kind}/{i}.txt": f"{kind}\n\nfilm {i}" for part in ("train", "test") for kind in "pn" for i in "123"
+    }
+    lay(tmp_path, **texts, **{"train/unsup/1.txt": "hm", "train/urls.txt": "x", "README": "x"})
+    (tmp_path / "test" / "n" / "1.txt").write_bytes("mal gemütlich und hübsch".encode("cp1252"))
+    notes = Notes()
+    found = data.read(DataSpec(train=str(tmp_path)), notes)
+    assert found.train.to_list()[0] == {"text": "n\n\nfilm 1", "label": "n"}
+    assert found.train["label"][:] == ["n"] * 3 + ["p"] * 3 and found.test["text"][0] == "mal gemütlich und hübsch"
+    told = " ".join(notes.sentences)
+    assert "train/unsup: 1 texts without a class" in told and notes.counts == {"rows_left_out": 1}
+    assert "urls.txt lie beside" in told and "1 of 6 files are not UTF-8 and are read as cp1252" in told
+    assert "n (3), p (3)" in told
+
+
+def test_folders_named_after_values_are_a_column(tmp_path):
+    lay(tmp_path / "a", **{"label=good/a.csv": "text\nx\n", "label=not%20good/b.csv": "text\ny\n", "_SUCCESS": ""})
+    rows = data.read(DataSpec(train=str(tmp_path / "a"))).train.to_list()
+    assert rows == [{"text": "x", "label": "good"}, {"text": "y", "label": "not good"}]
+    lay(tmp_path / "b", **{"split=train/a.csv": TABLE, "split=test/b.csv": TABLE})
+    assert read(tmp_path / "b")[:2] == (6, 6)
+    lay(tmp_path / "c", **{"train/label=1/a.csv": "text\nx\n", "train/label=0/b.csv": "text\ny\n"})
+    assert data.read(DataSpec(train=str(tmp_path / "c"))).train["label"][:] == ["0", "1"]
+
+
+def test_a_configuration_of_a_data_set_in_a_folder(tmp_path):
+    lay(tmp_path, **{"small/train.csv": TABLE, "small/test.csv": TABLE, "large/train.csv": TABLE})
+    assert read(tmp_path, subset="small")[:2] == (6, 6)
+    with pytest.raises(DataError, match=r"no folder 'smal'\. Did you mean small"):
+        read(tmp_path, subset="smal")
+    with pytest.raises(DataError, match=r"Leave data\.subset out"):
+        read(tmp_path / "small" / "train.csv", subset="small")
+
+
+@pytest.mark.parametrize(
+    ("address", "advice"),
+    [
+        (
+            "https://x.org/a/rows.csv?raw=1",
+            r"curl -L -o rows\.csv 'https://x\.org/a/rows\.csv\?raw=1', then data: rows\.csv",
+        ),
+        ("hf://datasets/org/name", "data: org/name$"),
+        ("https://huggingface.co/datasets/name", "data: name$"),
+        (
+            "hf://datasets/org/name@main/x/y.csv",
+            r"org/name x/y\.csv --local-dir data, then data: data/x/y\.csv",
+        ),
+        ("https://huggingface.co/datasets/org/name/resolve/main/y.csv", r"dataset org/name y\.csv --local-dir data"),
+        ("file:///tmp/x.csv", r"data: /tmp/x\.csv$"),
+        ("s3://bucket/x.parquet", "tool of that service"),
+    ],
+)
+def test_addresses_say_how_to_fetch_them(address, advice):
+    with pytest.raises(DataError, match=advice):
+        read(address)
