@@ -41,7 +41,7 @@ def recipe_keys() -> str:
     for section, model in _SECTIONS.items():
         parts += [f"## {section or 'At the top'}", "", "| key | default | meaning |", "|---|---|---|"]
         for key, field in model.model_fields.items():
-            default = field.get_default(call_default_factory=True)
+            default = field.get_default(call_default_factory=True, validated_data={})
             shown = "" if default is PydanticUndefined or key in _SECTIONS else f"`{_plain(default)}`"
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             parts.append(f"| `{f'{section}.' if section else ''}{key}` | {shown} | {meaning} |")
