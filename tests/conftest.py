@@ -1,7 +1,9 @@
 """What all tests share: a quiet environment without hub, tests/support/tiny.py and examples/assets.py importable."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and transformers are imported.
@@ -23,6 +25,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if test not in seen and item.get_closest_marker("slow") is None:
             item.add_marker("quick")
         seen.add(test)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: no full collection, of which each training does one, looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A tiny run takes longer to draw than to train: only tests marked `pictures` draw (and what a test starts)."""
+    if item.get_closest_marker("pictures") is not None:
+        return (yield)
+    loaded = sys.modules.get("matplotlib")
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # imports of it fail, and nothing finds it
+    try:
+        return (yield)
+    finally:
+        del sys.modules["matplotlib"]
+        if loaded is not None:
+            sys.modules["matplotlib"] = loaded
 
 
 @pytest.fixture(scope="session")

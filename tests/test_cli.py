@@ -163,6 +163,7 @@ def test_no_colour_where_none_is_wanted(monkeypatch, capsys):
         assert "\x1b[3" not in run(capsys, *words)[1]
 
 
+@pytest.mark.slow
 def test_whoever_reads_only_the_beginning_gets_no_complaint():
     command = f"{sys.executable} -m adapters_kit methods | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)

@@ -26,6 +26,7 @@ from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
 from tests.support import small
 
+pytestmark = pytest.mark.pictures
 TRAINING = {"epochs": 1, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0, "keep_best": False}
 
 

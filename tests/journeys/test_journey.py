@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adapters_kit import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.pictures]
 SENTENCES = ["A warm, funny film that I would gladly see again.", "Two hours of my life that nobody will give back."]
 
 
@@ -36,7 +36,7 @@ def test_the_run_folder(run):
     wanted = "base_accuracy accuracy f1 trainable_params total_params train_seconds peak_memory_bytes"
     assert set(wanted.split()) <= set(metrics)
     assert 0 < metrics["trainable_params"] < metrics["total_params"] / 10
-    for name in ("recipe.yaml", "metrics.jsonl", "README.md", "environment.json"):
+    for name in ("recipe.yaml", "metrics.jsonl", "README.md", "environment.json", "report.html", "curves.png"):
         assert (run / name).stat().st_size > 0
     assert (run / "adapter" / "adapter_config.json").is_file()
 

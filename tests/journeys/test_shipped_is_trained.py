@@ -33,13 +33,6 @@ STEPS |= {"disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging
 BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
-@pytest.fixture(autouse=True)
-def _undrawn(monkeypatch):
-    """Pages and pictures are another test's, and half of a short run's time."""
-    monkeypatch.setattr("adapters_kit.training.train.write_run_page", lambda *_, **__: None)
-    monkeypatch.setattr("adapters_kit.training.pictures.curves", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Kind of base -> the folder or file that it is loaded from."""

@@ -44,6 +44,7 @@ def test_after_running_out_of_memory_the_graph_can_be_freed(family, monkeypatch)
     assert model(**batch).loss.isfinite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype", "backend"),
     [("llama", torch.float32, "eager"), ("llama", torch.bfloat16, "aot_eager"), ("gemma", torch.bfloat16, "eager")],

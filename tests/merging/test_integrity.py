@@ -106,6 +106,7 @@ with staged(Path(sys.argv[1]), overwrite=True) as stage:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 10, 49])
 def test_kill_9_leaves_the_old_folder(after, tmp_path):
     """Really killed while it writes; at the last part it may be just before or just after the rename."""

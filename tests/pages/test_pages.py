@@ -15,6 +15,7 @@ from adapters_kit.pages.verdict import verdict
 from adapters_kit.training import pictures
 from tests.support import small
 
+pytestmark = pytest.mark.pictures
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if Path(path).exists()), None)  # fmt: skip
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -188,6 +189,7 @@ def test_a_run_that_got_worse_says_so_first():
     assert verdict({"base_perplexity": 9.0, "perplexity": 7.0})[1] and not verdict({"base_loss": 1.0, "loss": 1.1})[1]
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_page_and_shows_itself_in_a_notebook(tmp_path):
     recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": small.sentiment(32),
               "training": {"max_steps": 2, "log_every": 1}}  # fmt: skip

@@ -48,6 +48,7 @@ def test_curves_leave_out_a_line_that_is_being_written(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_job_tells_what_to_type_and_how_it_ended():
     job = Job(["init", "no such file.csv"])
     said = list(job.follow(0.05))[-1]
@@ -115,6 +116,7 @@ def served(tmp_path) -> Iterator:
             process.stdout.close()
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_with_a_token_nothing_is_told_without_it(served):
     address = served("--token", "s3cret")

@@ -134,6 +134,7 @@ def test_a_quantizer_on_path_goes_first_and_its_words_are_repeated(tmp_path, mon
         quantizer()
 
 
+@pytest.mark.slow
 def test_a_model_that_the_converter_refuses(llama_cpp, tmp_path):
     base = save_base("bert", tmp_path / "base")
     with pytest.raises(ak.AdapterError, match="converter refuses"):

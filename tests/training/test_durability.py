@@ -67,6 +67,7 @@ def test_every_method_resumes(rows, tmp_path, method, step):
     assert resumed.history()[-1]["step"] == expected.history()[-1]["step"]
 
 
+@pytest.mark.slow
 def test_killed_at_a_write_and_resumed(rows, whole, tmp_path):
     """A few of the writes; tests/kills.py takes every one."""
     given = recipe(rows)
@@ -128,6 +129,7 @@ def test_a_moved_run_folder_goes_on(rows, whole, tmp_path):
     assert stopping.digest(resumed.path) == stopping.digest(whole.path)
 
 
+@pytest.mark.pictures
 def test_a_failure_after_training_loses_no_metric(rows, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
 

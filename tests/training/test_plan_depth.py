@@ -62,6 +62,7 @@ def config(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_a_config_and_a_length_are_enough(config, quantize, monkeypatch):
     asked = {"model": config, "task": "causal-lm", "quantize": quantize, "training": {"batch_size": 2}}
@@ -92,6 +93,7 @@ def test_a_model_that_cannot_be_cut_is_run_whole(config, monkeypatch):
     assert ak.plan(asked, length=64).memory == expected.memory
 
 
+@pytest.mark.slow
 def test_advice_is_worked_out(config):
     asked = {"model": config, "task": "causal-lm", "training": {"batch_size": 64, "precision": "fp32"}}
     roomy = ak.plan(asked, "24GB", length=1024)

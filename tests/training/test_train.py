@@ -79,6 +79,7 @@ def test_a_run_learns_and_leaves_a_complete_folder(rows, tmp_path):
     assert [set(sample) for sample in samples] == [{"base", "tuned"}] * 2
 
 
+@pytest.mark.slow
 def test_the_adapter_alone_gives_the_run_s_scores_and_loads_with_peft(rows, tmp_path):
     run = train(recipe(rows), tmp_path / "run")
     for name in (run.path, run.adapter):
@@ -186,6 +187,7 @@ def test_a_loss_that_is_not_finite_names_the_rows(rows, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_lower_or_halves_the_batch(rows, tmp_path, monkeypatch):
     kind = transformers.BertForSequenceClassification
     original = kind.forward
@@ -326,6 +328,7 @@ def test_open_a_run(rows, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 def test_pictures_and_the_confusion_matrix(rows, tmp_path):
     run = train(recipe(rows), tmp_path / "run")
     for name in ("curves.png", "confusion.png"):
