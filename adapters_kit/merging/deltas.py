@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -27,6 +27,7 @@ from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.roundtrip import Rounding
 from adapters_kit.merging.weightless import empty_model, fill, hollow, is_hollow, make_hollow
+from adapters_kit.methods.moved import names_now, targets_now
 from adapters_kit.peft_plugin import parameter_prefixes
 
 # Initialisations of LoRA that move a part of the base weight into the adapter. Only the deterministic ones can be
@@ -184,7 +185,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     tied = tied_names(base)
     computed = {id(parameter) for parameter in base.parameters() if not parameter.is_meta}
     make_hollow(base)
-    peft_config = copy.deepcopy(adapter.config)
+    peft_config = copy.deepcopy(targets_now(adapter.config, adapter.weights, bare))
     peft_config.inference_mode = True
     if getattr(peft_config, "init_lora_weights", None) is not None:
         peft_config.init_lora_weights = False  # the weights come from the file; `residual` repeats what matters
@@ -192,6 +193,8 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     try:
         model = wrapper(base, peft_config).eval()
         weights = {name: _single(tensor) for name, tensor in adapter.weights.items()}
+        own = get_peft_model_state_dict(model)
+        weights = dict(names_now(weights, model, "default", own, bare))
         result = set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)  # assigns instead of copying
     except Exception as error:  # peft raises KeyError, RuntimeError, ValueError, TypeError for what does not fit
         raise ShippingError(f"{adapter.folder} does not fit {kind.__name__}: {error}") from error

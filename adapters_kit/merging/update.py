@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig
 
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.artifacts.adapter import Adapter
@@ -82,7 +83,9 @@ def match(
             f"{checkpoint.folder} holds quantized weights; an update cannot be added to them. Give the original "
             "16-bit or 32-bit model with base=."
         )
-    attached = deltas.attach(adapter, model_class(adapter, config), config)
+    kind = model_class(adapter, config)
+    _check_class(adapter, kind, config, checkpoint)
+    attached = deltas.attach(adapter, kind, config)
     bare = attached.bare
     if isinstance(rounding, str):
         rounding = deltas.usual_rounding(rounding, bare, checkpoint)
@@ -126,6 +129,19 @@ def match(
         dropped=dropped,
     )
     return replace(draft, layout=layout, notes=_told(resized, shapes))
+
+
+def _check_class(adapter: Adapter, kind: type, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a base that is more than what was trained: a model with a vision part, of which that was the language."""
+    made_of = getattr(kind, "config_class", None)
+    if made_of is None or isinstance(config, made_of):
+        return
+    whole = ", ".join(config.architectures or [type(config).__name__])
+    raise ShippingError(
+        f"{adapter.folder} was trained on a {kind.__name__}, and {checkpoint.folder} holds a {whole}. If that is a "
+        "part of it, save the part as it was trained, model.save_pretrained(PART), and merge with base=PART, "
+        "force=True: the record names the tensors of the whole."
+    )
 
 
 def _told(resized: Shapes, shapes: Shapes) -> tuple[str, ...]:

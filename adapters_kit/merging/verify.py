@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from adapters_kit.anatomy import blocks, expert_parameters, probe_inputs, routers
@@ -18,7 +19,7 @@ from adapters_kit.anatomy.rescaling import keep_weights
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.dtypes import STORED
 from adapters_kit.artifacts.heap import Trimmer
-from adapters_kit.errors import ShippingError
+from adapters_kit.errors import ShippingError, gist
 from adapters_kit.merging.deltas import Unit, empty_unit, fill_unit, tied_names
 from adapters_kit.merging.output import Layout
 from adapters_kit.merging.update import Update
@@ -93,6 +94,7 @@ def compare(update: Update, merged: Path, batches: int = 2) -> tuple[Comparison,
 
     Raises:
         ShippingError: the outputs differ by more than rounding explains, or the merged folder is incomplete.
+        CannotRun: there are no outputs to compare.
     """
     bare, notes = update.attached.bare, []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -168,8 +170,21 @@ def recheck(base: Checkpoint, layout: Layout, changed: Iterable[tuple[str, Value
                     raise ShippingError(f"{tensor.name} is not the base's. Nothing was written; check the disk.")
 
 
+class CannotRun(ShippingError):
+    """A model that does not run on inputs that are made up: it wants a picture of its own size, or tokens that stand
+    for one."""
+
+
 def _run(model: nn.Module, batch: Outputs) -> Outputs:
-    output = model(**batch, return_dict=True)
+    try:
+        output = model(**batch, return_dict=True)
+    except ShippingError:
+        raise
+    except Exception as error:  # whatever a model's own code trips over
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise CannotRun(
+            f"{type(inner).__name__} does not run on inputs that are made up here ({gist(error)[:160]})."
+        ) from error
     tensors = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
     logits = {key: value.float() for key, value in tensors.items() if "logits" in key}
     return logits or dict(list({key: value.float() for key, value in tensors.items()}.items())[:1])

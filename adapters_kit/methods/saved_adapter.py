@@ -25,6 +25,7 @@ from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ModelError, ShippingError, did_you_mean
 from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.configs import config_to_options, infer_task_type, task_heads
+from adapters_kit.methods.moved import names_now, targets_now
 from adapters_kit.names import ADAPTER_CONFIG
 from adapters_kit.peft_plugin import peft_methods
 
@@ -78,7 +79,7 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / ADAPTER_CONFIG} is not a usable peft config: {error}") from error
     check_options(folder, raw)
-    config = as_trained(config)
+    config = targets_now(as_trained(config), state, base)
     # Trained for another task, such as a language adapter under a classifier: the head is the model's own.
     lends_head = config.task_type not in (None, task) and not isinstance(config, PromptLearningConfig)
     if lends_head:
@@ -107,20 +108,21 @@ def fill(model: PeftModel, adapter_name: str, saved: Saved) -> None:
         ModelError: tensors that are missing, have no place or another shape.
     """
     own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = names_now(saved.state, model, adapter_name, own, model.get_base_model())
     heads = getattr(model.peft_config[adapter_name], "modules_to_save", None) or () if saved.lends_head else ()
-    missing = [key for key in own.keys() - saved.state.keys() if not any(f".{head}." in key for head in heads)]
+    missing = [key for key in own.keys() - state.keys() if not any(f".{head}." in key for head in heads)]
     problems = [f"{key} is missing from the file" for key in missing]
-    problems += [f"{key} fits no place in the model" for key in saved.state.keys() - own.keys()]
+    problems += [f"{key} fits no place in the model" for key in state.keys() - own.keys()]
     if problems:
         raise misfit(saved.folder, model, "; ".join(sorted(problems)[:3]))
     problems = [
-        f"{key} has shape {tuple(saved.state[key].shape)}, and the model needs {tuple(own[key].shape)}"
-        for key in sorted(saved.state)
-        if saved.state[key].shape != own[key].shape
+        f"{key} has shape {tuple(state[key].shape)}, and the model needs {tuple(own[key].shape)}"
+        for key in sorted(state)
+        if state[key].shape != own[key].shape
     ]
     if problems:
         raise misfit(saved.folder, model, f"{problems[0]} ({len(problems)} such tensors)")
-    set_peft_model_state_dict(model, merged(own, saved.state), adapter_name=adapter_name)
+    set_peft_model_state_dict(model, merged(own, state), adapter_name=adapter_name)
 
 
 def merged(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

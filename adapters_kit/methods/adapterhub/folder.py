@@ -16,8 +16,6 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from adapters_kit import anatomy
 from adapters_kit.artifacts.json_file import read_json
@@ -30,6 +28,7 @@ from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.layer import CHILD
 from adapters_kit.methods.bottleneck.sites import find_sites
 from adapters_kit.methods.configs import task_heads
+from adapters_kit.methods.moved import paths_now
 from adapters_kit.names import ADAPTER_CONFIG
 
 CONFIG, WEIGHTS = ADAPTER_CONFIG, ("adapter.safetensors", "pytorch_adapter.bin")
@@ -296,11 +295,11 @@ def _convert_lora(
             f"{source / CONFIG}: composition_mode={options['composition_mode']!r} is (IA)³, which cannot be converted."
         )
     rank, alpha = options["r"], options["alpha"]
-    modules = dict(model.named_modules())
+    modules, now = dict(model.named_modules()), paths_now(model)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in weights.items():
         location, found, part = key.partition(f".loras.{name}.")
-        path = _path_now(location, model, modules) if found else None
+        path = now(location) if found else None
         if path is None or part not in ("lora_A", "lora_B"):
             raise ModelError(f"{source}: {key} has no place in this {type(model).__name__}.")
         pairs.setdefault(path, {})[part] = value
@@ -338,17 +337,3 @@ def _merged_up(b: torch.Tensor, rank: int, enabled: list[bool], out_features: in
             merged[part * size : (part + 1) * size, column : column + rank] = next(blocks)
             column += rank
     return merged
-
-
-def _path_now(old: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str | None:
-    """Where the module that transformers 4.57 called `old` is in this model; None if it is nowhere."""
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    prefix = getattr(model, "base_model_prefix", "")
-    weights = {f"{path}.weight": None for path in modules}
-    for candidate in (old, f"{prefix}.{old}", old.removeprefix(f"{prefix}.")):
-        if candidate in modules:
-            return candidate
-        renamed = rename_source_key(f"{candidate}.weight", renamings, [], prefix, weights)[0].removesuffix(".weight")
-        if renamed in modules:
-            return renamed
-    return None
