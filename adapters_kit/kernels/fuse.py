@@ -98,7 +98,7 @@ class _Fused(nn.Module):
     """Mixed in before one of peft's LoRA layers."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = _plan(self, x) if not args and not any(value is not None for value in kwargs.values()) else None
+        call = plan_call(self, x) if not args and not any(value is not None for value in kwargs.values()) else None
         if not isinstance(call, Call):
             return super().forward(x, *args, **kwargs)
         return _compute(self, x, call)
@@ -299,7 +299,7 @@ def _inspect(layer: Any) -> _Parts | str:
     return name, base, down, up, dropout, magnitude
 
 
-def _plan(layer: Any, x: Any) -> "Call | str":
+def plan_call(layer: Any, x: Any) -> "Call | str":
     """What to compute on `x`, or why peft's forward has to run."""
     found = _inspect(layer)
     if isinstance(found, str):
@@ -328,6 +328,11 @@ def _plan(layer: Any, x: Any) -> "Call | str":
     return Call(projection, magnitude, layer.scaling[name], p, *settled)
 
 
+def draws_alone(layer: nn.Module) -> bool:
+    """Whether nothing but its call decides what `layer` computes: no hook, no mask that siblings share."""
+    return not (layer._forward_hooks or layer._forward_pre_hooks or layer.__dict__.get(_SHARED_MASK, True))
+
+
 def _compute(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
     group: Siblings | None = layer.__dict__.get(_GROUP)
     # The compiler sees the whole graph, and a group's state would break it.
@@ -340,7 +345,7 @@ def _compute(layer: nn.Module, x: Tensor, call: Call) -> Tensor:
         return _run(layer, x, [call])[0]
     layers, calls = [layer], [call]
     for member in group.members[1:]:
-        other = _plan(member, x)
+        other = plan_call(member, x)
         if isinstance(other, Call) and other.joins(call):
             layers.append(member)
             calls.append(other)

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adapters_kit.kernels import reference
-from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, dropped, is_mask, zero_dropped
+from adapters_kit.kernels.dropout import cut, draw_pattern, draw_seeds, zero_dropped
+from adapters_kit.kernels.low_rank import add_down_part, dropped_source, factor_of
 from adapters_kit.kernels.products import blocks, cast, narrow, narrow_sum, wide_dtype, widen_
 from adapters_kit.kernels.projection import TENSORS, Projection
 
@@ -150,7 +151,7 @@ def _forward_part(
         for span, source, positions in _sources(x, seeds, patterns, p, len(projections))
     ]
     low = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # (tokens, r_1 + r_2 + …)
-    factor = _factor(scale, p)
+    factor = factor_of(scale, p)
     outputs, start = [], 0
     for one in projections:
         stop, added = start + one.up.shape[1], None
@@ -200,7 +201,7 @@ def _backward(ctx: Any, saved: tuple[Any, ...], grads: tuple[Tensor | None, ...]
             sums = [_added(a, b) for a, b in zip(sums, found, strict=True)] if sums else found
         dx = torch.cat(pieces) if pieces else None
     totals, d_downs, d_ups = sums
-    factor = _factor(ctx.scale, ctx.p)
+    factor = factor_of(ctx.scale, ctx.p)
     result: list[Tensor | None] = []
     for i, (one, need) in enumerate(zip(projections, needs, strict=True)):
         d_bias = d_up_bias = d_gain = None
@@ -239,7 +240,7 @@ def _backward_part(
 
     The sums lack their constant factors, and that of Bᵀ its gain.
     """
-    count, factor = len(projections), _factor(ctx.scale, ctx.p)
+    count, factor = len(projections), factor_of(ctx.scale, ctx.p)
     totals: list[Tensor | None] = [None] * count
     d_downs, d_ups, d_lows = list(totals), list(totals), list(totals)
     dx: Tensor | None = None
@@ -270,38 +271,13 @@ def _backward_part(
         downs = [projections[i].down for i in live]
         if dx is not None:
             pattern = None if patterns is None else patterns[which]
-            _add_down_part(dx, d_low, _stacked(downs), factor, seeds, which, ctx.p, pattern)
+            add_down_part(dx, d_low, _stacked(downs), factor, seeds, which, ctx.p, pattern)
         if any(needs[i].down for i in live):
-            source, positions = _source(cast(rows, wide), seeds, patterns, which, ctx.p)
+            source, positions = dropped_source(cast(rows, wide), seeds, patterns, which, ctx.p)
             stacked = narrow_sum(d_low, source, positions)  # (r_1 + …, in)
             for i, piece in zip(live, stacked.split([down.shape[0] for down in downs]), strict=True):
                 d_downs[i] = piece if needs[i].down else None
     return None if dx is None else cast(dx, rows.dtype), totals, d_downs, d_ups
-
-
-def _add_down_part(
-    dx: Tensor,
-    d_low: Tensor,
-    matrix: Tensor,
-    factor: float,
-    seeds: Tensor | None,
-    which: int,
-    p: float,
-    pattern: Tensor | None,
-) -> None:
-    """Add `factor · d_low · matrix` to `dx`, where the input was not dropped."""
-    if seeds is None:
-        widen_(dx, d_low, matrix, factor)
-    elif pattern is None:
-        dx.add_(dropped(torch.mm(d_low, cast(matrix, dx.dtype)), seeds, which, p), alpha=factor)
-    elif is_mask(pattern):
-        wide = torch.mm(cast(d_low, dx.dtype), cast(matrix, dx.dtype))
-        dx.addcmul_(wide, cast(pattern, dx.dtype), value=factor)
-    else:
-        flat = dx.view(-1)
-        before = flat.index_select(0, pattern)
-        widen_(dx, d_low, matrix, factor)
-        flat.put_(pattern, before)
 
 
 def _spans(seeds: Tensor | None, count: int) -> list[range]:
@@ -323,25 +299,9 @@ def _cut(patterns: list[Tensor] | None, part: slice, rows: Tensor) -> list[Tenso
 def _sources(
     x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, p: float, count: int
 ) -> Iterable[tuple[range, Tensor, Tensor | None]]:
-    """Which projections, and `_source` of each."""
+    """Which projections, and `dropped_source` of each."""
     for which, span in enumerate(_spans(seeds, count)):
-        yield span, *_source(x, seeds, patterns, which, p)
-
-
-def _source(
-    x: Tensor, seeds: Tensor | None, patterns: list[Tensor] | None, which: int, p: float
-) -> tuple[Tensor, Tensor | None]:
-    """What a down-projection reads, without the factor 1 / (1 - p), and positions in it that count as zero."""
-    if seeds is None:
-        return x, None
-    if patterns is None:
-        return dropped(x, seeds, which, p), None
-    pattern = patterns[which]
-    return (x * cast(pattern, x.dtype), None) if is_mask(pattern) else (x, pattern)
-
-
-def _factor(scale: float, p: float) -> float:
-    return scale / (1 - p) if p < 1 else 0.0
+        yield span, *dropped_source(x, seeds, patterns, which, p)
 
 
 def _added(ours: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:

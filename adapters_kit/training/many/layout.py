@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -153,6 +154,26 @@ class Layout:
         """Tokens in a row, where `value` has rows and tokens in one dimension."""
         tokens, rest = divmod(value.shape[0], self.total)
         return tokens if not rest and tokens > 1 and tokens in self.sizes else None
+
+    def places(self, value: Any) -> tuple[int, list[tuple[int, int, int]]] | None:
+        """Where the rows of each seat are in what a linear layer reads.
+
+        Returns:
+            Tokens in a row, padding included, and for each seat its first row, its last row + 1 and its own tokens;
+            None for a tensor that has other dimensions.
+        """
+        if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.is_contiguous():
+            return None
+        if value.shape[0] == self.total:
+            tokens = value.shape[1] if value.ndim == 3 else 1
+        else:
+            flat = self.flattened(value) if value.ndim == 2 else None
+            if flat is None:
+                return None
+            tokens = flat
+        own = self.axes.get(tokens, (tokens,) * len(self.rows))
+        ends = list(accumulate(self.rows))
+        return tokens, list(zip([0, *ends], ends, own, strict=False))
 
     def map(self, compute: Callable[[int, tuple[Any, ...], dict[str, Any]], Any], *args: Any, **kwargs: Any) -> Any:
         """`compute(seat, its arguments, its keyword arguments)` for every seat, joined again."""
