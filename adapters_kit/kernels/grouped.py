@@ -11,7 +11,6 @@
    own nodes keep.
 4. Padding that an adapter's own run would not have is cut away before anything narrow is computed: dropout draws the
    numbers that it draws alone, and no gradient of A or B sees it.
-5. Adapters of one shape, without dropout and DoRA's magnitude, are multiplied as one batch of matrices (`bmm`).
 """
 
 from collections.abc import Sequence

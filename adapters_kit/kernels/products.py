@@ -2,11 +2,14 @@
 
 A product of 16-bit tensors is accumulated in float32 but rounded to 16 bit when it is stored. For the narrow result S
 and for the gradients of A and B that rounding is worth avoiding: they are small, and the optimizer sees them. CUDA
-stores float32 from 16-bit factors. A CPU does not; there are two ways on it, and `cpu_path` chooses one:
+stores float32 from 16-bit factors. A CPU does not; there are three ways on it, and `cpu_path` chooses one:
 
-"float32": an x86 CPU without AMX tiles multiplies float32 up to twice as fast as bf16. A slice that fits its cache is
-converted as fast as it is multiplied. From a few dozen tokens on, converting both factors pays for a frozen bf16 weight
-too: it is multiplied in float32, and the result rounded once.
+"float32": an x86 CPU without instructions for bf16 multiplies float32 up to twice as fast. A slice that fits its cache
+is converted as fast as it is multiplied. From a few dozen tokens on, converting both factors pays for a frozen bf16
+weight too: it is multiplied in float32, and the result rounded once.
+
+"bf16": a CPU with AVX512-BF16 and no tiles multiplies bf16 twice as fast as float32, and other CPUs than x86 do not
+convert as fast. Wide products stay in bf16 there; narrow ones are made as in "float32".
 
 "tiles": a CPU with AMX tiles multiplies bf16 many times faster than it converts. There wide products stay in bf16, and
 narrow ones are put together from bf16 products of the same tensors, without a conversion of the large one:
@@ -42,8 +45,6 @@ _WORTH = 32  # tokens from which a weight is worth converting
 def cpu_path() -> Literal["float32", "tiles", "bf16"]:
     """How products with bf16 tensors are made on this CPU, by what it is able to do; the same at every call.
 
-    "bf16" is "tiles" for the wide products and "float32" for the narrow ones: CPUs that are not x86.
-
     Raises:
         UnknownNameError: the environment asks for another.
     """
@@ -53,8 +54,11 @@ def cpu_path() -> Literal["float32", "tiles", "bf16"]:
             raise UnknownNameError(f"{CPU_PATH}={asked!r} is unknown. {did_you_mean(asked, PATHS)}")
         return asked  # type: ignore[return-value]
     able = torch.cpu.get_capabilities()
-    if able.get("amx_bf16") and torch.backends.mkldnn.is_available():
-        return "tiles"
+    if torch.backends.mkldnn.is_available():
+        if able.get("amx_bf16"):
+            return "tiles"
+        if able.get("avx512_bf16"):
+            return "bf16"
     return "float32" if able.get("architecture") == "x86_64" and able.get("avx2") else "bf16"
 
 

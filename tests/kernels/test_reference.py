@@ -98,7 +98,7 @@ def test_the_path_can_be_named(monkeypatch):
     ("able", "expected"),
     [
         ({"architecture": "x86_64", "avx2": True, "amx_bf16": True}, "tiles"),
-        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, "float32"),
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": True}, "bf16"),
         ({"architecture": "aarch64", "sve": True}, "bf16"),
     ],
 )
