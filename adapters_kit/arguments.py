@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from adapters_kit.arguments_shipping import add_shipping
 from adapters_kit.errors import did_you_mean
+from adapters_kit.method_options import option_help
 from adapters_kit.verbs import doctor, inference, models, training
 
 # The recipe's keys as the help of a verb groups them; a key that is in no group stands in the last.
@@ -87,9 +88,15 @@ def help_of(verb: Parser, word: str) -> str:
     key = word if word in keys else short.get(word)
     if key is not None:
         return _explained(key, keys[key])
-    if word.startswith("method."):
-        return _explained(word, "An option of the method's peft config: adapters-kit methods names the class.")
-    verb.error(f"there is no flag or key {word!r}. {did_you_mean(word, [*own, *keys, *short])}")
+    options = option_help() if keys else {}
+    option = word.removeprefix("method.")
+    if option in options:
+        configs, text = list(options[option]), next(iter(options[option].values()))
+        others = [*configs[1:4], *([f"{len(configs) - 4} others"] if len(configs) > 4 else [])]
+        more = f" Also an option of {', '.join(others)}." if others else ""
+        return _explained(f"method.{option}", f"{configs[0]}: {text.strip().rstrip('.')}.{more}")
+    known = [*own, *keys, *short, *(f"method.{name}" for name in options)]
+    verb.error(f"there is no flag or key {word!r}. {did_you_mean(word, known)}")
 
 
 def _explained(key: str, text: str) -> str:

@@ -51,6 +51,7 @@ MISTAKES = {
     "rank": (["train", "{data}", "--rank", "8"], "Did you mean --method.r?"),
     "alpha": (["train", "{data}", "--lora-alpha", "8"], "Did you mean --method.lora_alpha?"),
     "lr": (["train", "{data}", "--lr", "8"], "Did you mean --training.learning_rate?"),
+    "rank of help": (["train", "--help", "rank"], "Did you mean method.r?"),
     "key of help": (["train", "--help", "training.epoch"], "Did you mean training.epochs"),
 }
 
@@ -83,7 +84,8 @@ def test_a_mistake_is_one_message_and_status_2(case, capsys, files):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["train", "--help"], ["train", "--help", "training.epochs"], ["merge", "a", "b", "--verfy"],
+    [["--help"], ["train", "--help"], ["train", "--help", "training.epochs"], ["train", "--help", "r"],
+     ["merge", "a", "b", "--verfy"],
      ["train", "{recipe}"], ["train", "{data}"], ["trian"], ["--version"]],
 )  # fmt: skip
 def test_help_and_mistakes_do_not_import_torch(words, files):
@@ -103,6 +105,16 @@ def test_every_key_of_a_recipe_is_named_by_the_help_and_explained_when_asked(cap
         assert f"--{key}\n" in out and " ".join(text.split()) in " ".join(out.split())
     _, out, _ = run(capsys, "train", "--help", "all")
     assert all(f"--{key}\n" in out for key in known_flags())
+
+
+@pytest.mark.parametrize(
+    ("word", "config"),
+    [("r", "LoraConfig"), ("method.r", "LoraConfig"), ("--method.bottleneck_dim", "BottleneckConfig"),
+     ("num_virtual_tokens", "PromptLearningConfig"), ("epochs", "Passes"), ("learning_rate", "Peak")],
+)  # fmt: skip
+def test_help_explains_short_keys_and_the_options_of_methods(word, config, capsys):
+    status, out, _ = run(capsys, "train", "--help", word)
+    assert status == 0 and config in out and f".{word.rpartition('.')[2]}\n" in out
 
 
 def test_flags_change_the_recipe_wherever_they_stand(capsys, tmp_path):

@@ -17,6 +17,7 @@ ROOT = Path(adapters_kit.__file__).parent
 FLOORS = {
     "errors": 0,
     "registry": 0,
+    "method_options": 0,
     "recipe": 0,
     "recipe_sections": 0,
     "recipe_text": 0,

@@ -296,6 +296,29 @@ def test_a_recipe_is_proposed_from_what_the_rows_hold(case, tmp_path, capsys):
     assert cli.main(["init", str(path), "--out", str(out)]) == 2  # nothing of the user's is overwritten
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([f"{2 + i / 7:.2f}" for i in range(60)], "regression"),
+        ([f"{i * i}" for i in range(60)], "regression"),
+        ([f"{i}" for i in range(60)] * 3, None),
+        (["1.0", "0.0"] * 30, None),
+        (["1.5", "good"] * 30, None),
+    ],
+)
+def test_a_column_of_measured_numbers_is_proposed_as_a_regression(values, problem, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("review,label\n" + "".join(f"a film of some kind number {i},{v}\n" for i, v in enumerate(values)))
+    made = propose(path)
+    assert made.fields["task"] == "text-classification" and made.fields.get("problem") == problem
+
+
+def test_a_label_that_is_another_in_every_row_is_asked_about(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"a film number {i},name {i}\n" for i in range(60)))
+    assert any("is it the label?" in reason for reason in propose(path).reasons)
+
+
 def test_a_proposed_recipe_trains(tmp_path):
     path = small.write_jsonl(tmp_path / "rows.jsonl", small.sentiment(40))
     made = propose(path, model=str(small.model("bert")))

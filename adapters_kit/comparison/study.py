@@ -17,6 +17,7 @@ from torch import nn
 from adapters_kit import system, tasks
 from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
+from adapters_kit.comparison.remaining import Remaining
 from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
@@ -178,7 +179,9 @@ class _Study:
         self.metric, self.higher = _metric(recipe, metric)
         self.left_out: list[str] = []
         self.failures: dict[str, str] = {}
-        self.lasted: dict[str, float] = {}  # seconds of a label's last cell
+        searched = 0 if limits.grid is None or len(limits.grid) == 1 else len(limits.grid)
+        each = {v.label: len(limits.seeds) + (searched if v.label not in limits.rates else 0) for v in self.variants}
+        self.remaining = Remaining({BASE: 1, **each})
 
     def run(self) -> Comparison:
         """The base's score, a learning rate for each variant, each variant with each seed, the report."""
@@ -238,6 +241,7 @@ class _Study:
         for seed in self.limits.seeds:
             for variant in self.variants:
                 if variant.label in self.failures and not finals[variant.label]:
+                    self.remaining.dropped(variant.label)
                     continue
                 result = attempt(variant, chosen[variant.label], seed, "test")
                 if result is not None:
@@ -251,7 +255,7 @@ class _Study:
         cell = self._cell(variant, rate, seed, part)
         what = f"{variant.label:<16} seed {seed} lr {rate or 0:.1e} {part:<10}"
         known = (self.out / "cells" / f"{cell.key}.json").is_file()
-        spent, expected = time.monotonic() - self.begun, self.lasted.get(variant.label, 0.0)
+        spent, expected = time.monotonic() - self.begun, self.remaining.took(variant.label)
         most = self.limits.max_minutes
         if not known and most is not None and spent + expected > 60 * most:
             self.left_out.append(what)
@@ -260,13 +264,15 @@ class _Study:
         result = made(cell)
         if "error" in result:
             self._tell(f"{what} failed: {result['error']}")
+            self.remaining.done(variant.label, None)
             self.failures.setdefault(variant.label, result["error"])
             return None
-        if not known:
-            self.lasted[variant.label] = time.monotonic() - started
-        score = result["scores"].get(self.metric, math.nan)
-        note = "kept from before" if known else duration(time.monotonic() - started)
-        self._tell(f"{what} {self.metric} {score:.4f}  {note}")
+        took = None if known else time.monotonic() - started
+        self.remaining.done(variant.label, took)
+        score, left = result["scores"].get(self.metric, math.nan), self.remaining.seconds()
+        note = "kept from before" if took is None else duration(took)
+        eta = "" if left is None else f"  ETA {duration(left)}"
+        self._tell(f"{what} {self.metric} {score:.4f}  {note}{eta}")
         return result
 
     def _cell(self, variant: Variant, rate: float | None, seed: int, part: str) -> Cell:

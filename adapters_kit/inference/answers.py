@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from adapters_kit.tasks.base import Task
 from adapters_kit.training.data import labelled
 from adapters_kit.training.inputs import listed
 from adapters_kit.training.resolve import prepare, rows_of
+
+_WORDS = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
 
 Name = str | os.PathLike[str]
 
@@ -175,7 +178,8 @@ def _names_data(text: str) -> bool:
 def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
     """A row with one text in it, for a task that reads one.
 
-    An instruct model is asked through its template, unless it was trained here on plain text.
+    An instruct model is asked through its template, unless it was trained here on plain text. A text to be tagged is
+    taken apart into words and punctuation, as the tables that taggers learn from are; the answer shows them.
     """
     kind: type[Task] = tasks.get(recipe.task)
     columns = recipe.data.columns
@@ -185,6 +189,8 @@ def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
         processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
         if getattr(processor, "chat_template", None):
             return {"prompt": text}
+    if "tokens" in kind.needs[-1]:
+        return {columns.get("tokens", "tokens"): _WORDS.findall(text)}
     role = next((role for role in ("prompt", "text", "source", "image") if role in columns), kind.needs[-1][0])
     if role not in ("prompt", "text", "source", "image"):
         wanted = [name for name in kind.needs[-1] if name not in kind.targets]

@@ -1,4 +1,4 @@
-"""What a run came to, in one sentence; where it got worse, with what to try."""
+"""What a run came to, in one sentence; `advice` in its metrics tells what to try where it got worse."""
 
 from __future__ import annotations
 
@@ -28,6 +28,4 @@ def verdict(metrics: Mapping[str, Any], chosen: str | None = None) -> tuple[str,
     where = f" on {rows:,} held-out examples" if isinstance(rows, int) else ""
     if change > 0:
         return f"{name} {before:.4g} → {after:.4g}{where}.", True
-    if metrics.get("advice"):
-        return " ".join(metrics["advice"]), False
     return f"The adapter is no better than the base model: {name} {before:.4g} → {after:.4g}{where}.", False

@@ -6,6 +6,7 @@ The converters are scripts of llama.cpp's repository. The `gguf` package does no
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.side_files import write_side_files
 from adapters_kit.artifacts.source import base_of
-from adapters_kit.errors import MissingPackageError, ShippingError
+from adapters_kit.errors import MissingPackageError, ShippingError, nearest
 from adapters_kit.serving.quantizer import TYPES, quantizer, requantize
 
 ARCHIVE = "llama-cpp-python==0.3.36"
@@ -74,6 +75,7 @@ def write_gguf(
             write_lora_gguf(adapter, named, out, as_dtype(dtype))
             return out
     folder = converters()
+    _check_known(folder, named if (source / CONFIG).is_file() else source)
     with system.writing(out), system.lock(out):
         for left in system.leftovers(out, "partial"):
             shutil.rmtree(left, ignore_errors=True)
@@ -103,6 +105,36 @@ def write_gguf(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return out
+
+
+def architectures(folder: Path) -> set[str]:
+    """The model classes that the converters in `folder` name in their source text."""
+    files = [folder / "convert_hf_to_gguf.py", *sorted((folder / "conversion").glob("*.py"))]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    return {name for text in texts for name in re.findall(r"""["']([A-Z]\w*[a-z]\w*)["']""", text)}
+
+
+def _check_known(folder: Path, model: Path) -> None:
+    """Refuses a model whose class llama.cpp does not know, before anything is read or written.
+
+    Raises:
+        ShippingError: which classes come near, and which classifiers it knows.
+    """
+    raw = read_base_config(model) if (model / "config.json").is_file() else {}
+    both = [one for one in (raw, raw.get("text_config")) if isinstance(one, dict)]
+    named = [name for one in both for name in one.get("architectures") or [] if isinstance(name, str)]
+    known = architectures(folder)
+    if not named or known & set(named):
+        return
+    if "Classification" in named[0]:
+        heads = sorted(name for name in known if name.endswith("ForSequenceClassification"))
+        others = f"Of classifiers it knows {', '.join(heads) or 'none'}"
+    else:
+        others = f"It knows {', '.join(nearest(named[0], known)) or 'none of a similar name'}"
+    raise ShippingError(
+        f"llama.cpp's converter does not know {named[0]}, the class of {model}. {others}, and the causal language "
+        "models of most families. What `adapters-kit merge` writes, transformers loads."
+    )
 
 
 def clean_folder(source: Path, folder: Path) -> Path:

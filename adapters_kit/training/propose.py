@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
     if "completion" in columns:
         return "prompts with their answers"
     return {
-        "text-classification": "a text and a column of few different values",
+        "text-classification": "a text and a column of labels",
         "token-classification": "words with a tag each",
         "question-answering": "questions with their context and answers",
         "seq2seq": "one text for each other text",
@@ -169,7 +170,8 @@ def _classes(rows: Dataset, task: str, columns: Mapping[str, str]) -> list[str]:
         return []
     values = rows[columns["label"]][:]
     if _problem(rows, task, columns):
-        return [f"labels: numbers to predict ({min(values):g} to {max(values):g})"]
+        numbers = _numbers(values)
+        return [f"labels: numbers to predict ({min(numbers):g} to {max(numbers):g}), problem: regression"]
     if any(isinstance(value, list) for value in values):
         return ["labels: several a row"]
     counts: dict[str, int] = {}
@@ -177,14 +179,27 @@ def _classes(rows: Dataset, task: str, columns: Mapping[str, str]) -> list[str]:
         counts[str(value)] = counts.get(str(value), 0) + 1
     shown = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items(), key=lambda one: -one[1])[:8])
     more = f" … {len(counts)} in all" if len(counts) > 8 else ""
-    return [f"labels: {shown}{more}"]
+    alone = f"{columns['label']!r} holds another value in nearly every row: is it the label?"
+    return [f"labels: {shown}{more}", *([alone] if len(counts) > max(len(values) / 2, 2) else [])]
 
 
 def _problem(rows: Dataset, task: str, columns: Mapping[str, str]) -> str | None:
     if task != "text-classification":
         return None
-    kind = rows.features[columns["label"]]
-    return "regression" if isinstance(kind, Value) and kind.dtype.startswith("float") else None
+    values = _numbers(rows[columns["label"]][:])
+    seen = set(values)
+    counted = len(seen) == max(seen, default=0) - min(seen, default=0) + 1  # 0, 1, 2 …: the numbers of classes
+    measured = any(value != int(value) for value in seen) or (len(seen) > _FEW and not counted)
+    return "regression" if measured else None
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    """The numbers in a column of nothing else, written as text or not; empty cells are left out."""
+    try:
+        found = [float(value) for value in values if value is not None and value != ""]
+    except (TypeError, ValueError):
+        return []
+    return [value for value in found if math.isfinite(value)]
 
 
 def _tokens(rows: Dataset, columns: Mapping[str, str]) -> float:

@@ -63,7 +63,7 @@ def doctor(options: argparse.Namespace) -> Shown:
 
     def show() -> None:
         print_table(["what", "version"], [[name, value] for name, value in found.items()])
-        print(f"\ndevices: {', '.join(devices)}; {torch.get_num_threads()} threads")
+        print(f"\ndevices: {', '.join(devices)}; torch threads: {torch.get_num_threads()}")
         print(f"free disk here: {disk.free / 2**30:.1f} GiB;  model hub: {hub}\n")
         rows = [
             [what, "works" if one["works"] else "missing", "" if one["works"] else str(one["try"])]

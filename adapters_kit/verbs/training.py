@@ -109,7 +109,14 @@ def train_many(options: argparse.Namespace) -> Shown:
 
 
 def _next(run: Run) -> str:
-    ask = f"adapters-kit {'chat' if run.recipe.task == 'causal-lm' else 'predict'} {run.path}"
+    if run.recipe.task == "causal-lm":
+        ask = f"adapters-kit chat {run.path}"
+    elif run.recipe.task == "question-answering":
+        ask = f"adapters-kit predict {run.path} --input FILE"
+    else:
+        ask = (
+            f'adapters-kit predict {run.path} "{"FILE" if run.recipe.task.startswith(("image", "audio")) else "TEXT"}"'
+        )
     page = run.path / "report.html"
     return f"Look: {page}   ask: {ask}" if page.is_file() else f"Ask: {ask}"
 

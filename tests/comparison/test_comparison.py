@@ -22,6 +22,7 @@ from adapters_kit import cli
 from adapters_kit.comparison import cell as cells
 from adapters_kit.comparison import score_plots, study, summary, worker
 from adapters_kit.comparison.cell import Cell, rows_of, run_cell
+from adapters_kit.comparison.remaining import Remaining
 from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
 from tests.support import small
@@ -310,3 +311,18 @@ def test_a_recipe_error_is_told_before_torch(tmp_path, capsys):
     assert "there is no key 'modell'" in capsys.readouterr().err
     with pytest.raises(RecipeError):
         ak.Recipe.read(tmp_path / "a.yaml")
+
+
+def test_one_eta_counts_every_cell_that_is_planned():
+    left = Remaining({"base": 1, "full": 4, "lora": 4})
+    left.done("base", None)
+    assert left.seconds() is None, "a cell that was kept tells no time"
+    left.done("full", 10.0)
+    assert left.seconds() == 3 * 10 + 4 * 10
+    left.done("lora", 4.0)
+    assert left.seconds() == 3 * 10 + 3 * 4
+    left.dropped("full")
+    assert left.seconds() == 3 * 4
+    for _ in range(5):  # the search went on at the edge of its grid
+        left.done("lora", 4.0)
+    assert left.seconds() == 0

@@ -1,6 +1,7 @@
 """GGUF, proved against llama.cpp itself. Needs the optional package llama-cpp-python; the converters come from its
 source archive, or from a checkout named by $LLAMA_CPP."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -39,6 +40,27 @@ def test_a_folder_without_converters_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     with pytest.raises(ak.AdapterError, match=r"convert_hf_to_gguf\.py.*checkout"):
         gguf.converters()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("LlamaForSequenceClassification", "Of classifiers it knows BertForSequenceClassification"),
+     ("LlamoForCausalLM", "It knows LlamaForCausalLM")],
+)  # fmt: skip
+def test_a_class_that_the_converter_does_not_know_is_refused_with_those_that_it_knows(
+    name, told, tmp_path, monkeypatch
+):
+    source = 'NAMES = "LlamaForCausalLM", "BertForSequenceClassification"\nraise SystemExit("it began")\n'
+    (tmp_path / "convert_hf_to_gguf.py").write_text(source)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"architectures": [name], "model_type": "llama"}))
+    with pytest.raises(ak.AdapterError, match=f"does not know {name}.*{told}"):
+        ak.export(model, tmp_path / "x.gguf", format="gguf")
+    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    with pytest.raises(ak.AdapterError, match="it began"):
+        ak.export(model, tmp_path / "x.gguf", format="gguf")
 
 
 @pytest.fixture(scope="module")
