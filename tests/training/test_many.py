@@ -1,6 +1,7 @@
 """Several adapters in one pass over one base: each as its own run, and one that fails stops no other."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from adapters_kit.errors import ManyError, RecipeError
 from adapters_kit.recipe import Recipe
 from adapters_kit.training import assembly
 from adapters_kit.training.many.seat import Seat
+from adapters_kit.training.many.trainer import JointTrainer
 from tests.support import small
 
 
@@ -85,3 +87,56 @@ def test_what_cannot_go_together_is_refused_before_anything_is_loaded(rows, tmp_
     told = str(caught.value)
     assert "3 problems" in told and "model is" in told and "training.precision is 'bf16' in b" in told
     assert "method prefix" in told and "houlsby" in told and not list((tmp_path / "many").glob("*/recipe.yaml"))
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_all_end_where_their_own_runs_end(rows, tmp_path, monkeypatch):
+    recipes = [recipe(rows, {"name": "lora", "lora_dropout": 0.1}), recipe(rows, "houlsby", "e", seed=3, epochs=2)]
+    step = JointTrainer.training_step
+
+    def stopping(self, *given, **named):
+        if self.seat.name == "2-houlsby" and self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(JointTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            ak.train_many(recipes, tmp_path / "many", quiet=True)
+    assert not list((tmp_path / "many").glob("*/metrics.json"))
+    resumed = ak.train_many(recipes, tmp_path / "many", resume=True, quiet=True)
+    for number, (given, run) in enumerate(zip(recipes, resumed, strict=True)):
+        own = ak.train(given, tmp_path / f"own{number}", quiet=True)
+        assert distance(run, own) < 1e-4, given.method.label
+        assert [line["step"] for line in run.history()] == [line["step"] for line in own.history()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "more", "close"),
+    [
+        ("llama", "causal-lm", {}, 1e-4),
+        ("llama", "causal-lm", {"quantize": "nf4"}, 5e-2),  # bf16
+        ("gpt2", "causal-lm", {}, 1e-4),
+        ("t5", "seq2seq", {}, 1e-4),
+    ],
+)
+def test_decoders_and_encoder_decoders_share_their_bodies_too(family, task, more, close, tmp_path, seats):
+    """Answers of other lengths for each, so that one's rows are padded because of the other's."""
+    made = []
+    for name, words in (("d", 1), ("e", 4)):
+        rows = [
+            {"prompt": one["question"], "completion": " ".join([one["answer"]] * words)} for one in small.questions(24)
+        ]
+        if task == "seq2seq":
+            rows = [{"source": one["prompt"], "target": one["completion"]} for one in rows]
+        small.write_jsonl(tmp_path / name / "train.jsonl", rows)
+        small.write_jsonl(tmp_path / name / "test.jsonl", rows[:4])
+    for name, method in (("d", {"name": "lora", "lora_dropout": 0.1}), ("e", "lora"), ("e", "pfeiffer")):
+        training = {"epochs": 1, "batch_size": 8, "learning_rate": 3e-3, "samples": 0}
+        fields = {"model": str(small.model(family)), "task": task, "data": str(tmp_path / name), "method": method}
+        made.append(Recipe(**fields, **more, training=training))
+    together = ak.train_many(made, tmp_path / "many", quiet=True)
+    assert [seat.alone for seat in seats] == [None] * len(made)
+    for number, (given, run) in enumerate(zip(made, together, strict=True)):
+        assert distance(run, ak.train(given, tmp_path / f"own{number}", quiet=True)) < close, given.method.label
