@@ -252,6 +252,8 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
         listed = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
         if value is not None and not isinstance(value, str) and not listed:
             refuse(key, "a list of names")
+    if "r" in raw and str(raw.get("peft_type")).lower() == "lora" and (type(raw["r"]) is not int or raw["r"] < 1):
+        refuse("r", "a whole number, 1 or more")
     for key in ("r", "lora_alpha"):
         value = raw.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -267,8 +269,6 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
         numbers = isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
         if value is not None and not numbers:
             refuse(key, "a table of numbers")
-    if "r" in raw and isinstance(raw["r"], int) and raw["r"] < 1 and str(raw.get("peft_type")).lower() == "lora":
-        refuse("r", "1 or more")
 
 
 _LARGEST = 3.4e38

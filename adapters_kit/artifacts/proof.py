@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters_kit.artifacts.chat import render
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ShippingError
@@ -201,7 +202,7 @@ def _rendered(tokenizer: Any, asked: str) -> Prompt | None:
     if messages is None:
         ids = list(tokenizer(asked)["input_ids"])
         return Prompt(asked, ids, None, [], []) if ids else None
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, prompt=True)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     start = tokenizer.bos_token or ""
     if start and text.startswith(start) and list(tokenizer(text)["input_ids"]) != ids:

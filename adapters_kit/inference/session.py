@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters_kit.artifacts.chat import render
 from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
 from adapters_kit.inference.subject import Subject, describe, load_subject
@@ -86,7 +87,7 @@ class Writer:
     def ids_of_turns(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens of a conversation, up to where the assistant is to speak."""
         if self.has_template:
-            made = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+            made = render(self.tokenizer, list(turns), prompt=True)
             return list(self.tokenizer(made, add_special_tokens=False)["input_ids"])
         return self.ids_of_text(str(turns[-1]["content"]))
 

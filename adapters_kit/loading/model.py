@@ -21,12 +21,14 @@ from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean, gist
 from adapters_kit.loading.reader import (
     meta_model,
+    needs_transformers,
     read,
     read_and_quantize,
     read_gguf_and_quantize,
     read_gguf_in_blocks,
     trusted,
 )
+from adapters_kit.loading.room import check_room, stored_bytes
 from adapters_kit.quantization import (
     KEEP,
     bnb_config,
@@ -128,14 +130,17 @@ def load(
         **source.options(revision),
     }
     options = {key: value for key, value in options.items() if value is not None}
-    if quantize == KEEP:
+    skeleton = None
+    if quantize or not needs_transformers(options):
         skeleton = meta_model(auto_class, config, trust_remote_code)
-        model, info = read_gguf_in_blocks(skeleton, source, labels, options)
-    elif quantize is None:
-        model, info = read(auto_class, source, config, saved_as, labels, options)
+        check_room(skeleton, stored_bytes(source), source.name, ModelError)
+    if quantize is None:
+        model, info = read(auto_class, source, config, saved_as, options)
+    elif quantize == KEEP:
+        assert skeleton is not None
+        model, info = read_gguf_in_blocks(skeleton, source, options)
     else:
-        assert wanted_dtype is not None  # with quantize= it has been given or made bf16
-        skeleton = meta_model(auto_class, config, trust_remote_code)
+        assert skeleton is not None and wanted_dtype is not None  # with quantize= they are
         wanted = quantizable(skeleton, skip)
         check_device(quantize, _device_type(device_map))
         check_sizes(skeleton, wanted, quantize, _device_type(device_map))
@@ -148,7 +153,7 @@ def load(
         )
         _tell_of_experts(skeleton, quantize, wanted_dtype)
         how = read_gguf_and_quantize if source.gguf_file else read_and_quantize
-        model, info = how(auto_class, skeleton, source, config, labels, options, plan)
+        model, info = how(auto_class, skeleton, source, config, options, plan)
         if not getattr(model, "is_quantized", False):
             quantize_in_place(model, wanted, plan)
     _check_complete(model, info, source, labels)
@@ -198,6 +203,8 @@ def _check_complete(
     body = tuple(f"{path}." for path in (*blocks(model), *embeddings(model)))
     for keys, what in ((missing, "are not in the checkpoint"), (bad, "have another shape than the config says")):
         inside = [key for key in keys if key.startswith(body)]
+        if keys is bad and labels is None:
+            inside = bad  # nobody asked for another head
         if inside:
             raise ModelError(
                 f"{len(inside)} tensors of {source.name} {what} ({', '.join(inside[:3])}"
@@ -268,7 +275,9 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
         if source.gguf_file:
             from adapters_kit.loading.gguf import read_config
 
-            return read_config(source.location, source.gguf_file)
+            config = read_config(source.location, source.gguf_file)
+            check_config(config.to_dict(), f"The config of {source.name}", ModelError)
+            return config
         raw, _ = PreTrainedConfig.get_config_dict(source.location, **options)
         check_config(raw, f"The config of {source.name}", ModelError)
         with trusted(source):

@@ -1,7 +1,7 @@
 """Weights into the model, by transformers, and quantized on the way without a second copy."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,6 @@ def read(
     source: Source,
     config: PreTrainedConfig,
     saved_as: str | None,
-    labels: Sequence[str] | None,
     options: dict[str, Any],
 ) -> Loaded:
     """transformers' own loading: whatever is not quantized on the way."""
@@ -35,7 +34,7 @@ def read(
     elif saved_as in KINDS:
         check_kind(saved_as)
         _leave_fresh_linears(auto_class, source, config, options)
-    return _from_pretrained(auto_class, source.location, source, labels, {**options, "config": config})
+    return _from_pretrained(auto_class, source.location, source, {**options, "config": config})
 
 
 def read_and_quantize(
@@ -43,7 +42,6 @@ def read_and_quantize(
     skeleton: PreTrainedModel,
     source: Source,
     config: PreTrainedConfig,
-    labels: Sequence[str] | None,
     options: dict[str, Any],
     plan: BitsAndBytesConfig,
 ) -> Loaded:
@@ -51,11 +49,11 @@ def read_and_quantize(
     options = {**options, "config": config, "quantization_config": plan}
     revision = options.get("revision")
     files = source.safetensors_files(revision)
-    if not files or _needs_transformers(options):
-        return _from_pretrained(type(skeleton), source.location, source, labels, options)
+    if not files or needs_transformers(options):
+        return _from_pretrained(type(skeleton), source.location, source, options)
     options.pop("revision", None)
     with read_lazily(files) as state_dict:
-        model, info = _from_pretrained(type(skeleton), None, source, labels, {**options, "state_dict": state_dict})
+        model, info = _from_pretrained(type(skeleton), None, source, {**options, "state_dict": state_dict})
     # Without a location transformers skips these two.
     model.name_or_path = model.config._name_or_path = source.location
     if model.can_generate():
@@ -71,7 +69,6 @@ def read_gguf_and_quantize(
     skeleton: PreTrainedModel,
     source: Source,
     config: PreTrainedConfig,
-    labels: Sequence[str] | None,
     options: dict[str, Any],
     plan: BitsAndBytesConfig,
 ) -> Loaded:
@@ -79,16 +76,14 @@ def read_gguf_and_quantize(
     from adapters_kit.loading.gguf import read_gguf_lazily
 
     with read_gguf_lazily(os.path.join(source.location, source.gguf_file or ""), skeleton) as state_dict:
-        if state_dict is None or _needs_transformers(options):
-            return read(auto_class, source, config, None, labels, options)
+        if state_dict is None or needs_transformers(options):
+            return read(auto_class, source, config, None, options)
         options = {key: value for key, value in options.items() if key != "gguf_file"}
         options |= {"config": config, "quantization_config": plan, "state_dict": state_dict}
-        return _from_pretrained(type(skeleton), None, source, labels, options)
+        return _from_pretrained(type(skeleton), None, source, options)
 
 
-def read_gguf_in_blocks(
-    skeleton: PreTrainedModel, source: Source, labels: Sequence[str] | None, options: dict[str, Any]
-) -> Loaded:
+def read_gguf_in_blocks(skeleton: PreTrainedModel, source: Source, options: dict[str, Any]) -> Loaded:
     """A GGUF file whose linears and embeddings stay in their blocks (`BlockTensor`); the rest is unpacked.
 
     Raises:
@@ -96,33 +91,29 @@ def read_gguf_in_blocks(
     """
     from adapters_kit.loading.gguf import read_gguf_lazily
 
-    if _needs_transformers(options):
+    if needs_transformers(options):
         raise ModelError(f'{source.name}: quantize="keep" works neither with sharding nor with remote code.')
     file = os.path.join(source.location, source.gguf_file or "")
     options = {key: value for key, value in options.items() if key != "gguf_file"}
     with read_gguf_lazily(file, skeleton, keep=True) as state_dict:
         options |= {"config": skeleton.config, "state_dict": state_dict}
-        model, info = _from_pretrained(type(skeleton), None, source, labels, options)
+        model, info = _from_pretrained(type(skeleton), None, source, options)
     for entry in model.parameters():
         if isinstance(entry, BlockTensor):
             entry.requires_grad = False
     return model, info
 
 
-def _needs_transformers(options: Mapping[str, Any]) -> bool:
+def needs_transformers(options: Mapping[str, Any]) -> bool:
     """Whether loading involves what only a plain `from_pretrained` does: sharding, code that comes with the model."""
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return sharded or bool(options.get("trust_remote_code"))
 
 
-def _from_pretrained(
-    model_class: Any, location: str | None, source: Source, labels: Sequence[str] | None, options: Mapping[str, Any]
-) -> Loaded:
-    # `load` looks at what is missing.
+def _from_pretrained(model_class: Any, location: str | None, source: Source, options: Mapping[str, Any]) -> Loaded:
+    # `load` looks at what is missing and at what has another shape.
     with read_as_model(source.name, ModelError), trusted(source), without_load_report():
-        return model_class.from_pretrained(
-            location, ignore_mismatched_sizes=labels is not None, output_loading_info=True, **options
-        )
+        return model_class.from_pretrained(location, ignore_mismatched_sizes=True, output_loading_info=True, **options)
 
 
 def _leave_fresh_linears(auto_class: Any, source: Source, config: PreTrainedConfig, options: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.base_config import read_as_model, read_base_config
 from adapters_kit.artifacts.checkpoint import Checkpoint
 from adapters_kit.errors import ShippingError
+from adapters_kit.loading.room import check_computed
 from adapters_kit.task_table import TASKS
 
 # peft's task type -> the class of transformers.
@@ -60,11 +61,19 @@ def model_class(adapter: Adapter | None, config: PretrainedConfig) -> type:
 
 def empty_model(kind: Any, config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model with every parameter on the meta device (no memory) and real buffers, in float32 and eval mode."""
-    with read_as_model(config.name_or_path or kind.__name__, ShippingError), init_empty_weights(include_buffers=False):
+
+    def made() -> PreTrainedModel:
         if kind.__name__.startswith("AutoModel"):
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        else:
-            model = kind._from_config(config, dtype=torch.float32)
+            return kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return kind._from_config(config, dtype=torch.float32)
+
+    name = config.name_or_path or kind.__name__
+    with read_as_model(name, ShippingError):
+        if not trust_remote_code:
+            with torch.device("meta"):
+                check_computed(made(), name, ShippingError)
+        with init_empty_weights(include_buffers=False):
+            model = made()
     model.tie_weights()
     _make_fixed(model)
     return model.eval().requires_grad_(False)

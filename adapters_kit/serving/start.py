@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.chat import render as rendered
 from adapters_kit.artifacts.source import named_base
 
 TEMPLATE = "chat_template.jinja"
@@ -64,7 +65,7 @@ def _of_tokenizer(path: Path) -> tuple[str | None, str | None]:
 
     def render(messages: Messages, asked: bool) -> str:
         talk = [{"role": role, "content": words} for role, words in messages]
-        text = str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asked))
+        text = rendered(tokenizer, talk, prompt=asked)
         start = tokenizer.bos_token or ""
         return (
             text.removeprefix(start) if start and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else text

@@ -63,15 +63,13 @@ def check_image(value: Any, row: int) -> None:
 def _opened(value: Any, row: int) -> Any:
     from PIL import Image
 
-    source = value
-    if isinstance(value, Mapping):
-        source = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-    elif isinstance(value, bytes):
-        source = io.BytesIO(value)
+    source = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
     if isinstance(source, str) and not Path(source).is_file():
         raise DataError(f"Row {row + 1}: no image file {source!r}.")
     try:
-        picture = Image.open(source) if isinstance(source, str | io.BytesIO) else source
+        picture: Any = Image.open(source) if isinstance(source, str | io.BytesIO) else source
         width, height = picture.size
     except Image.DecompressionBombError as error:
         raise DataError(f"Row {row + 1}: {_name(value)} is too large an image to open ({error}).") from None

@@ -9,6 +9,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
+from adapters_kit.artifacts.chat import render
+from adapters_kit.errors import ModelError
 from adapters_kit.tasks.turns import Turn
 
 ASKED, TOLD, AGAIN, NAME, KEY, RESULT = "qaxzu", "tovyk", "wejru", "fimzo", "keluq", "rezop"
@@ -92,9 +94,9 @@ class Probed:
     def _try(self, turns: list[Turn], tools: Any = None, prompt: bool = False) -> str | None:
         """A probe as the template writes it, or None if it raises."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=prompt)
-            )
+            return render(self.tokenizer, turns, tools=tools, prompt=prompt)
+        except ModelError:  # it would not end
+            raise
         except Exception:  # whatever the template's code raises
             return None
 

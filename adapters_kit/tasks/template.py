@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from adapters_kit.errors import DataError
+from adapters_kit.artifacts.chat import limited, render
+from adapters_kit.errors import DataError, ModelError
 from adapters_kit.tasks.conversation import Conversation
 from adapters_kit.tasks.probes import (
     AGAIN,
@@ -73,6 +74,8 @@ class ChatTemplate(Probed):
         """
         try:
             return self._rendered(talk, prompt)
+        except ModelError:  # it would not end
+            raise
         except Exception as error:  # whatever the template's code raises
             where = "this conversation" if row is None else f"the conversation in row {row + 1}"
             roles = ", ".join(turn["role"] for turn in talk.turns)
@@ -88,9 +91,7 @@ class ChatTemplate(Probed):
             spaces = begun[len(begun.rstrip()) :]  # which some templates take off
             return context + text[:start] + ("" if text[:start].endswith(begun.lstrip()) else spaces)
         turns = [self._fitted(turn) for turn in talk.turns]
-        return str(
-            self.tokenizer.apply_chat_template(turns, tools=talk.tools, tokenize=False, add_generation_prompt=prompt)
-        )
+        return render(self.tokenizer, turns, tools=talk.tools, prompt=prompt)
 
     def _fitted(self, turn: Turn) -> Turn:
         """The turn in the spelling that the template reads: text or parts, arguments as objects or as text."""
@@ -264,6 +265,8 @@ class ChatTemplate(Probed):
         """What the model sees before its answer."""
         try:
             return self._rendered(before, True)
+        except ModelError:
+            raise
         except Exception:
             # A conversation that the assistant begins: nothing to render, for some templates.
             words = turn["content"] or ""
@@ -324,13 +327,14 @@ class ChatTemplate(Probed):
         if "generation" not in self._source or not re.search(r"\{%-?\s*generation\s*-?%\}", self._source):
             return 0
         turns = [self._fitted(turn) for turn in talk.turns[: at + 1]]
-        rendered, marked = render_jinja_template(
-            [turns],
-            tools=talk.tools,
-            chat_template=self.tokenizer.get_chat_template(None, talk.tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with limited(self.tokenizer):
+            rendered, marked = render_jinja_template(
+                [turns],
+                tools=talk.tools,
+                chat_template=self.tokenizer.get_chat_template(None, talk.tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         starts = [start for start, end in marked[0] if end > context]
         return max(starts[0] - context, 0) if rendered[0] == full and starts else 0
 

@@ -5,9 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, GPTNeoForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import adapters_kit as ak
@@ -16,8 +17,9 @@ from adapters_kit.artifacts.base_config import check_config
 from adapters_kit.artifacts.card import split
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import AdapterError, ModelError, ShippingError
+from adapters_kit.merging.weightless import base_config, empty_model
 from adapters_kit.training import checkpoints
-from tests.support import small
+from tests.support import small, tiny
 
 DEEP = '{"a":' * 100_000
 
@@ -95,6 +97,38 @@ def test_whatever_a_config_provokes_is_one_sentence(key, value, base):
         ak.load(base)
 
 
+@pytest.mark.parametrize("key", ["head_dim", "hidden_size", "intermediate_size", "vocab_size"])
+@pytest.mark.parametrize("size", [10**5, 10**8])
+def test_sizes_that_the_files_do_not_hold_are_refused_before_memory_is_taken(key, size, base, adapter, tmp_path):
+    change(base / "config.json", **{key: size * 4})
+    before = psutil.Process().memory_info().rss
+    for use in (
+        lambda: ak.load(base),
+        lambda: ak.load(base, "text-classification", labels=["a", "b"]),
+        lambda: ak.merge(adapter, tmp_path / "merged", base=base),
+    ):
+        with pytest.raises(AdapterError, match=r"do not belong together|do not belong to this config|mismatched"):
+            use()
+    assert psutil.Process().memory_info().rss - before < 300 << 20
+
+
+def test_masks_of_contexts_that_are_far_too_long(tmp_path):
+    tiny.build("gpt-neo").save_pretrained(tmp_path)
+    change(tmp_path / "config.json", max_position_embeddings=10**6)
+    with pytest.raises(ModelError, match=r"describes .*(computed numbers|weights) .*do not belong together"):
+        ak.load(tmp_path)
+    with pytest.raises(ShippingError, match=r"describes .*computed numbers .*do not belong together"):
+        empty_model(GPTNeoForCausalLM, base_config(tmp_path))
+
+
+def test_a_head_of_another_size_is_refused_unless_it_is_asked_for(tmp_path):
+    tiny.build("bert", num_labels=3).save_pretrained(tmp_path)
+    assert ak.load(tmp_path, "text-classification", labels=["a", "b"]).config.num_labels == 2
+    change(tmp_path / "config.json", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    with pytest.raises(ModelError, match=r"have another shape than the config says \(classifier"):
+        ak.load(tmp_path, "text-classification")
+
+
 @pytest.mark.parametrize("value", [7, "LlamaForCausalLM", {}, [1], [["LlamaForCausalLM"]]])
 def test_architectures_of_a_wrong_type(value, base, adapter, tmp_path):
     change(base / "config.json", architectures=value)
@@ -122,6 +156,14 @@ def test_a_pickle_with_code_is_no_base(base):
 
 
 # --- an adapter's config ---
+
+
+@pytest.mark.parametrize("value", [8.5, [8], None, True, "8", {}, 0, -1])
+def test_a_rank_that_is_none(value, base, adapter, tmp_path):
+    change(adapter / "adapter_config.json", r=value)
+    for use in (lambda: ak.wrap(ak.load(base), adapter), lambda: ak.merge(adapter, tmp_path / "merged", base=base)):
+        with pytest.raises(AdapterError, match=r"r is .*a whole number, 1 or more"):
+            use()
 
 
 @pytest.mark.parametrize("value", [1e308, 10**300, float("inf"), -1e39])

@@ -15,17 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import adapters_kit as ak
 from adapters_kit.artifacts.adapter import read_adapter
+from adapters_kit.artifacts.card import split
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.identity import check_base
+from adapters_kit.artifacts.proof import Position, Prompt, Proof, read_proof
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import AdapterError
 from adapters_kit.recipe import Recipe, known_flags
+from adapters_kit.tasks.conversation import Conversation
+from adapters_kit.tasks.images import open_image
+from adapters_kit.tasks.template import ChatTemplate
 from adapters_kit.training.data import read_rows
 from tests.support import gguf_files, shipping, small
 
@@ -91,6 +99,10 @@ def as_file(good: Any) -> st.SearchStrategy[bytes]:
     return damaged_json(good).map(lambda value: json.dumps(value).encode()) | damaged_bytes(text)
 
 
+TEMPLATE = """{%- for m in messages %}{% if m['role'] == 'user' %}<u>{{ m.content | trim }}{% else %}
+<a>{{ m.content }}</a>{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<a>' + '-' * 3 }}{% endif %}"""
+
+
 # Readers --------------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +121,12 @@ def place(tmp_path_factory) -> Path:
     (root / "rows.csv").write_text('text,label\n"a, ""b""",1\nc,02\n', encoding="utf-8")
     (root / "rows.tsv").write_text("text\tlabel\na\t1\nb\t2\n", encoding="utf-8")
     (root / "rows.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), root / "rows.parquet")
+    Image.new("RGB", (16, 16), "red").save(root / "picture.png")
+    (root / "README.md").write_text("---\nlicense: mit\ntags: [a, {b: c}]\n---\n# Mine\n", encoding="utf-8")
+    told = [Position("a", {"a": -0.5, "b": -3.0}, {"a": -1.0, "b": -2.0})]
+    Proof("float32", 0.1, [Prompt("a", [1], None, told, ["b"])]).write(root)
+    (root / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
     fields = {"model": "m", "task": "causal-lm", "data": "d.jsonl", "method": {"name": "lora", "r": 4}}
     recipe = Recipe(**fields, training={"epochs": 2, "learning_rate": 1e-3})
     (root / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -145,6 +163,14 @@ READERS: dict[str, tuple[str, Callable[[Path], st.SearchStrategy[bytes]], Callab
     "csv": ("rows.csv", _bytes, lambda root: read_rows(root / "rows.csv")),
     "tsv": ("rows.tsv", _bytes, lambda root: read_rows(root / "rows.tsv")),
     "text": ("rows.txt", _bytes, lambda root: read_rows(root / "rows.txt")),
+    "parquet": ("rows.parquet", _bytes, lambda root: read_rows(root / "rows.parquet")),
+    "picture": ("picture.png", _bytes, lambda root: open_image(str(root / "picture.png"), 0)),
+    "card": ("README.md", _bytes, lambda root: split((root / "README.md").read_text(errors="replace"))),
+    "proof": ("proof.json", _json, lambda root: read_proof(root)),
+    "template": ("template.jinja", _bytes, lambda root: _rendered(root / "template.jinja")),
+    "adapter, wrapped": ("adapter/adapter_config.json", _json, lambda root: _wrapped(root)),
+    "adapter, merged": ("adapter/adapter_config.json", _json, lambda root: _merged(root)),
+    "base's config": ("base/config.json", _json, lambda root: ak.load(root / "base", "causal-lm")),
 }
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "500")) // (len(READERS) + 1)
 CAREFUL = settings(
@@ -153,6 +179,21 @@ CAREFUL = settings(
     derandomize=INPUTS < 100,  # make test says the same every time; make fuzz finds new inputs
     suppress_health_check=list(HealthCheck),
 )
+
+
+def _rendered(file: Path) -> str:
+    tokenizer = small.tokenizer(encoder=False)
+    tokenizer.chat_template = file.read_text(encoding="utf-8", errors="replace")
+    talk = Conversation([{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}], None)
+    return ChatTemplate(tokenizer, "m").render(talk, row=0)
+
+
+def _wrapped(root: Path) -> None:
+    ak.wrap(ak.load(root / "base", "causal-lm"), root / "adapter")
+
+
+def _merged(root: Path) -> None:
+    ak.merge(root / "adapter", root / "merged", base=root / "base", verify="off", overwrite=True)
 
 
 def _headers(folder: Path) -> None:

@@ -21,6 +21,8 @@ _HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "sample
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 # Objects in these columns differ from row to row (a call's arguments); whoever reads them takes JSON's text too.
 _AS_TEXT = (*_CONVERSATIONS, "tools", "functions", "history")
+MOST_COLUMNS = 5000
+KEEP_FEW = "Keep those that are used: an input, a target, a few beside them."
 _AT_ONCE = 1 << 25  # characters of a table's part
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 
@@ -279,6 +281,10 @@ def tables(rows: Iterable[tuple[str, Row, int]], path: Path, notes: Notes) -> It
     for place, row, length in rows:
         part.append((place, row))
         keys.update(dict.fromkeys(row))
+        if len(keys) > MOST_COLUMNS:
+            raise DataError(
+                f"{path}, {place}: the rows have more than {MOST_COLUMNS:,} keys, each a column. {KEEP_FEW}"
+            )
         size += length
         if size > _AT_ONCE:
             yield _table(part, list(keys), kinds, path, notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,13 +13,15 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from pyarrow import parquet
 
 from adapters_kit.artifacts.mapped_table import on_disk
-from adapters_kit.errors import DataError
+from adapters_kit.errors import DataError, gist
 from adapters_kit.recipe_sections import PACKED_SUFFIXES, rows_suffix
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.delimited import read_delimited
-from adapters_kit.training.data.json_rows import read_json, read_json_lines
+from adapters_kit.training.data.json_rows import KEEP_FEW, MOST_COLUMNS, read_json, read_json_lines
 from adapters_kit.training.data.other_text import read_conll, read_fasttext, read_text
 
+_PIECE = 1 << 26  # bytes of a packed file that are unpacked at once
+_DENSEST = 300  # texts shrink to a tenth, the same row a thousand times to less
 _IN_MEMORY = 1 << 26  # bytes; the rows of a larger file are kept on the disk
 
 
@@ -115,8 +116,7 @@ def read_file(path: Path, form: Format) -> Parts:
         raise DataError(f"Cannot read {path}: lists or objects are nested too deep.") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         # Parsers of damaged files raise whatever the damage leads them to.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"Cannot read {path}: {reason[:300]}") from error
+        raise DataError(f"Cannot read {path}: {gist(error)}") from error
 
 
 def _unpacked(path: Path, form: Format) -> Parts:
@@ -125,9 +125,15 @@ def _unpacked(path: Path, form: Format) -> Parts:
         plain = Path(folder) / path.stem
         try:
             with pa.input_stream(str(path), compression="detect") as packed, plain.open("wb") as file:
-                shutil.copyfileobj(packed, file)
+                while piece := packed.read(_PIECE):
+                    file.write(piece)
+                    if file.tell() > max(_DENSEST * path.stat().st_size, _PIECE):
+                        raise DataError(
+                            f"{path} unpacks to more than {_DENSEST} times its size, which rows of data do not. Unpack "
+                            "it yourself if it is what it seems."
+                        )
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"Cannot unpack {path}: {(str(error).splitlines() or ['it is damaged'])[0]}") from error
+            raise DataError(f"Cannot unpack {path}: {gist(error)}") from error
         try:
             return read_file(plain, form)
         except DataError as error:
@@ -166,7 +172,11 @@ def _data_set(tables: Iterable[pa.Table], large: bool) -> Dataset:
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    """Types that `datasets` does not know as those it does; refuses two columns of one name."""
+    """Types that `datasets` does not know as those it does; refuses two columns of one name, and far too many."""
+    if table.num_columns > MOST_COLUMNS:
+        raise DataError(f"There are {table.num_columns:,} columns, and {MOST_COLUMNS:,} are the most. {KEEP_FEW}")
+    if (odd := next((name for name in table.column_names if "\0" in name), None)) is not None:
+        raise DataError(f"The column {odd!r} has a zero byte in its name, which no table can hold. Rename it.")
     for index, column in enumerate(table.schema):
         if pa.types.is_string_view(column.type):
             table = table.set_column(index, column.name, table.column(index).cast(pa.string()))

@@ -105,6 +105,10 @@ def _source(name: str, subset: str | None, form: Format) -> Source:
             return Source(Dataset.from_list([{role: str(path)}]))
         if path.is_file():
             return _parted(read_file(path, form), name, path.parent)
+        if path.exists():
+            raise DataError(
+                f"{name!r} is neither a file nor a folder: a pipe, a socket or a device cannot be read twice."
+            )
     except PermissionError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     except (OSError, ValueError) as error:
