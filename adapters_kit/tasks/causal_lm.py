@@ -23,7 +23,7 @@ from adapters_kit.tasks.conversation import (
     system_beside,
     with_input,
 )
-from adapters_kit.tasks.generation import Limits, positions, set_stops, tokenizer_of, written
+from adapters_kit.tasks.generation import Limits, positions, set_stops, tell_settings, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.turns import shortened
@@ -101,6 +101,7 @@ class CausalLM(Task):
                 f"{self.columns['messages']!r} needs. Give prompt and completion columns, or an instruct model."
             )
         set_stops(model, self.processor, self.template.stops if self.template is not None else [])
+        tell_settings(model, self.recipe.model, self.notes)
         if self.recipe.training.packing and next(model.parameters()).device.type != "meta":
             packing.check(model, self.recipe.model)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+
+from adapters_kit.tasks.notes import Notes
 
 _NO_THINKING = re.compile(r"\A\s*(?:<think>)?\s*</think>\s*")
 
@@ -63,6 +65,41 @@ def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int] = ()) -> No
     config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+
+
+_FLOORS = ("min_length", "min_new_tokens")
+_BENDS = (
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "repetition_penalty", "encoder_repetition_penalty"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "sequence_bias"),
+)
+
+
+def tell_settings(model: nn.Module, name: str, notes: Notes) -> None:
+    """Takes back the shortest length that a base's generation config asks for; says what else in it shapes answers.
+
+    A length floor was set for the base's own texts: shorter answers than it could not be given, nor learned.
+
+    Args:
+        name: the model's.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    usual = type(config)().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if value and value != usual.get(key)}
+    if floors := {key: own[key] for key in _FLOORS if key in own}:
+        for key in floors:
+            setattr(config, key, usual.get(key))
+        notes.say(f"{name} asks for answers of a shortest length ({_told(floors)}), which is taken back.")
+    kept = {key: own[key] for key in _BENDS if key in own and own[key] != 1}
+    if kept:
+        notes.say(f"Answers follow the generation config of {name}: {_told(kept)}.")
+    if own.get("num_beams", 1) > 1:
+        notes.say(f"Answers are scored as they are written greedily, without the {own['num_beams']} beams of {name}.")
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value!s:.40}" for key, value in settings.items())
 
 
 def without_empty_thinking(text: str) -> str:

@@ -1,6 +1,6 @@
 """Labels as data sets hold them: spelled as they are, in the order that the data gives; what is no label is none.
 
-A cell without a label is None, NaN, an empty text, or -1, by which the hub's data sets mean "not told", or "-", by
+A cell without a label is None, NaN, an empty text, -1 or -100, by which the hub's data sets mean "not told", or "-", by
 which SNLI says that its readers did not agree (not where "+" stands in the column too). Where one of them is a class of
 its own, the recipe says so: `labels: ["-1", "1"]`.
 """
@@ -38,7 +38,7 @@ def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Cal
     inner = getattr(kind, "feature", kind)
     names = inner.names if isinstance(inner, ClassLabel) else None
     numbers = names is None and getattr(inner, "dtype", "") in ("string", "large_string") and _all_numbers(data, column)
-    minus_one_is_a_class = given is not None and "-1" in given
+    none = {"-1", "-100"} - set(given or ())
 
     def read(value: Any, row: int) -> str | None:
         if names is not None and isinstance(value, int):
@@ -59,7 +59,7 @@ def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Cal
         text = str(value)
         if not text.strip() or (numbers and text.strip().lower() in _NOT_A_NUMBER):
             return None
-        return None if text == "-1" and not minus_one_is_a_class else text
+        return None if text in none else text
 
     return read
 
@@ -100,10 +100,33 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
 def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:
     """The labels of every row of a column of lists; None where the list itself is missing."""
     read = label_reader(data, column, given)
+    names = places(data, column, given)
     return [
-        None if value is None else [read(item, row) for item in (value if isinstance(value, list) else [value])]
+        None
+        if value is None
+        else [name for name, mark in zip(names, value, strict=True) if mark]
+        if names is not None
+        else [read(item, row) for item in (value if isinstance(value, list) else [value])]
         for row, value in enumerate(data[column][:])
     ]
+
+
+def places(data: Dataset, column: str, given: Sequence[str] | None) -> list[str] | None:
+    """The names of a column's places, if each row says 0 or 1 of each class, [0, 1, 1]; None where it lists labels.
+
+    Args:
+        given: the recipe's `labels`; without them a class is called by its place, from "0".
+    """
+    values = [value for value in data[column][:] if value is not None]
+    if isinstance(getattr(data.features[column], "feature", None), ClassLabel) or not values:
+        return None
+    if not all(isinstance(value, list) and len(value) == len(values[0]) > 1 for value in values):
+        return None
+    marks = all(isinstance(mark, bool | int | float) and mark in (0, 1) for value in values for mark in value)
+    # No label stands twice in a list of labels.
+    if not marks or all(len(set(value)) == len(value) for value in values):
+        return None
+    return list(given) if given is not None and len(given) == len(values[0]) else list(map(str, range(len(values[0]))))
 
 
 def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str], list[str]]:
@@ -114,7 +137,7 @@ def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str
     filled = [value.strip() for value in values if value.strip()]
     if filled and all(value[0] == "[" and value[-1] == "]" for value in filled):
         notes.say(f"Column {column!r}: the labels are read from lists such as {filled[0]!r:.60}.")
-        return _from_brackets
+        return from_brackets
     mark = next((mark for mark in _SEPARATORS if any(mark in value for value in filled)), None)
     if mark is None and any(" " in value for value in filled):
         together = Counter(part for value in filled for part in set(value.split()))
@@ -128,7 +151,8 @@ def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str
     return lambda text: [part.strip() for part in text.split(mark) if part.strip()]
 
 
-def _from_brackets(text: str) -> list[str]:
+def from_brackets(text: str) -> list[str]:
+    """The items of a list that is written out, by JSON, Python or numpy, or without quotes."""
     quoted = re.findall(r"'([^']*)'|\"([^\"]*)\"", text)
     if len(quoted) > 1 and re.search(r"['\"]\s+['\"]", text):  # numpy writes no commas: ['a' 'b']
         return [first or second for first, second in quoted]
@@ -176,13 +200,22 @@ def class_names(
             "model cannot learn them; their rows count as wrong.",
             classes_held_out_only=len(extra),
         )
-    padded = sorted(name for name in seen | extra if name != name.strip() and name.strip() in seen)
-    if padded:
+    if alike := _alike(seen | extra):
         notes.say(
-            f"Column {column!r}: the labels {padded[:5]!r} differ from others in blanks only; they are classes of "
-            "their own."
+            f"Column {column!r}: {'; '.join(map(repr, alike[:5]))} differ in blanks, in capital letters or in how "
+            "a number is written only; they are classes of their own."
         )
     return list(declared) if declared is not None else sorted(seen | extra, key=_by_value)
+
+
+def _alike(names: Iterable[str]) -> list[list[str]]:
+    """Names that may be meant as one."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        plain = name.strip().casefold()
+        plain = str(float(plain)) if _NUMBER.fullmatch(plain) else plain
+        found.setdefault(plain, []).append(name)
+    return [same for same in found.values() if len(same) > 1]
 
 
 def classes_of(

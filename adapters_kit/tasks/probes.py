@@ -121,6 +121,12 @@ class Probed:
         return text is not None and TOLD in text
 
     @cached_property
+    def knows_names(self) -> bool:
+        """Whether the template writes who a user is, from the field `name` of the turn."""
+        content = [{"type": "text", "text": ASKED}] if self._wants_parts else ASKED
+        return NAME in (self._try([{"role": "user", "name": NAME, "content": content}]) or "")
+
+    @cached_property
     def _thinking_field(self) -> str | None:
         """The field of a turn from which the template writes its thinking; None if there is none."""
         content = [{"type": "text", "text": TOLD}] if self._wants_parts else TOLD

@@ -19,6 +19,7 @@ from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_in
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts
 from adapters_kit.tasks.slow_tokens import encode_pair, is_slow
+from adapters_kit.tasks.turns import written_out
 
 _LONGEST_ANSWER = 30  # tokens
 _CANDIDATES = 20  # starts and ends looked at
@@ -70,14 +71,23 @@ class QuestionAnswering(Task):
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that every answer stands in its context; learns whether there are questions without one."""
         names = list(self.columns.values())
-        without = 0
+        without = several = 0
         for data in (train,) if test is None else (train, test):
             for start, part in in_parts(data, names):
                 for role in ("question", "context"):
                     check_text(part[self.columns[role]], start, self.columns[role], role, data.column_names)
                 for index in range(len(part[names[0]])):
                     row = {name: values[index] for name, values in part.items()}
-                    without += not spans_of(row, self.columns, start + index) and data is train
+                    spans = spans_of(row, self.columns, start + index)
+                    without += not spans and data is train
+                    context = row[self.columns["context"]]
+                    several += not _placed(row[self.columns["answers"]]) and any(context.count(t) > 1 for _, t in spans)
+        if several:
+            self.notes.say(
+                f"{several:,} answers without a position stand several times in their context; the first place is "
+                "taken for the right one. answer_start tells it.",
+                answers_placed_first=several,
+            )
         if self.recipe.unanswerable is None:
             self.unanswerable = without > 0
         elif without and not self.unanswerable:
@@ -277,6 +287,8 @@ def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> 
         DataError: an answer that does not stand in the context.
     """
     value, context = row[columns["answers"]], row[columns["context"]]
+    if isinstance(value, str) and isinstance(read := written_out(value), Mapping) and "text" in read:
+        value = read
     if value is None or value == "":
         return []
     if isinstance(value, Mapping):
@@ -300,11 +312,24 @@ def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> 
     for start, text in zip(starts or [], texts or [], strict=True):
         if not text:
             continue
-        at = context.find(text) if start is None else start
+        at = context.find(text) if start is None else int(start) if str(start).isdecimal() else start
         if not isinstance(at, int) or at < 0 or context[at : at + len(text)] != text:
-            raise DataError(f"Row {index + 1}: the answer {text!r:.80} does not stand in the context at {at}.")
+            there = context.find(text)
+            where = "" if start is None else f" at {start!r}"
+            hint = f"first stands at {there}; places count characters, from 0" if there >= 0 else "stands nowhere in it"
+            raise DataError(
+                f"Row {index + 1}: the answer {text!r:.80} does not stand in the context{where}. It {hint}. Mend the "
+                "row or leave it out; an answer without answer_start is looked for."
+            )
         found.append((at, text))
     return found
+
+
+def _placed(value: Any) -> bool:
+    """Whether answers come with their positions."""
+    value = written_out(value)
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, Mapping) and first.get("answer_start") is not None
 
 
 def _token_span(feature: Mapping[str, Any], found: Sequence[Span]) -> tuple[int, int]:

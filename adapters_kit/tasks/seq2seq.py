@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
-from adapters_kit.tasks.generation import positions, set_stops, written
+from adapters_kit.tasks.generation import positions, set_stops, tell_settings, written
 from adapters_kit.tasks.languages import set_languages
 from adapters_kit.tasks.text_scores import how_counted, text_scores
 
@@ -42,6 +42,7 @@ class Seq2Seq(Task):
             told = ", ".join(f"{key}: {code}" for key, code in codes.items())
             self.notes.say(f"The languages are those that the tokenizer was saved with: {told}.")
         set_stops(model, self.processor)
+        tell_settings(model, self.recipe.model, self.notes)
         self.new_tokens = min(self.recipe.max_new_tokens, positions(model) - 1)
         known = {
             task: options["prefix"]

@@ -204,6 +204,10 @@ class ChatTemplate(Probed):
             return Ending(tail, tail[: start + len(token)], index)
         return Ending(tail, shared.rstrip(), None)
 
+    def holds_marks(self, turn: Turn) -> bool:
+        """Whether a turn's text holds special tokens: the tokenizer makes these of them, whoever wrote them."""
+        return bool(self._marks(turn["content"] or ""))
+
     def _marks(self, text: str) -> list[tuple[int, str, int]]:
         """(place, token, id) of every special token in a text."""
         return [(match.start(), match[0], self._special[match[0]]) for match in self._special_pattern.finditer(text)]

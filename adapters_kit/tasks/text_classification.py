@@ -27,6 +27,9 @@ _LOSSES = {  # transformers chooses the loss by this field; left empty it would 
 }
 
 
+_NAMES_OF_LABELS = {"label", "labels", "class", "category", "sentiment", "rating", "stars", "score"}
+
+
 class TextClassification(Task):
     """A class, a set of classes or a number for a text.
 
@@ -49,6 +52,31 @@ class TextClassification(Task):
         self._end: str | None = None
         self._side = "right"
         self._set_metric()
+
+    @classmethod
+    def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
+        """Refuses a column of 0 and 1 a class, where no column holds the labels. Raises DataError."""
+        names = {name.lower().strip() for name in data.column_names}
+        if "label" in given or names & {
+            "label",
+            "labels",
+            "class",
+            "category",
+            "sentiment",
+            "rating",
+            "stars",
+            "score",
+        }:
+            return
+        first = data.select(range(min(len(data), 1000)))
+        marks = [name for name in data.column_names if set(map(str, first[name][:])) <= {"0", "1", "True", "False"}]
+        if len(marks) > 1 and len(first) > 1:
+            raise DataError(
+                f"No column holds labels; {', '.join(marks)} say 0 or 1 of a class each. Give every row the list of "
+                "its classes: import pandas; frame = pandas.read_csv(FILE); frame['labels'] = [[name for name in "
+                f"{marks} if str(row[name]) in ('1', 'True')] for row in frame.to_dict('records')]; "
+                "frame.to_parquet('labelled.parquet'). Then data: labelled.parquet, problem: multi-label"
+            )
 
     def _set_metric(self) -> None:
         self.metric = {"multi-label": "f1", "regression": "pearson"}.get(self.problem, type(self).metric)
@@ -205,7 +233,7 @@ class TextClassification(Task):
             except (TypeError, ValueError):
                 number = math.inf
             if math.isinf(number):
-                hint = " Write decimals with a point." if isinstance(value, str) and "," in value else ""
+                hint = " Write numbers as 1234.5." if isinstance(value, str) and any(map(str.isdigit, value)) else ""
                 raise DataError(
                     f"Regression needs numbers; column {column!r}, row {index + 1} holds {value!r:.80}.{hint}"
                 )

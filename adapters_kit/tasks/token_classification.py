@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, outputs_of, pad, pad_inputs
-from adapters_kit.tasks.labels import class_names, declared_names, label_reader, lists_of
+from adapters_kit.tasks.labels import class_names, declared_names, from_brackets, label_reader, lists_of
 from adapters_kit.tasks.rows import Encoded, in_parts
 from adapters_kit.tasks.slow_tokens import encode_words, is_slow
 
@@ -30,14 +31,20 @@ class TokenClassification(Task):
 
     def unlabelled(self, data: Dataset) -> list[int]:
         """Rows whose tags, or one of them, are missing."""
-        rows = lists_of(data, self.columns["tags"], self.recipe.labels)
+        rows = lists_of(as_lists(data, [self.columns["tags"]]), self.columns["tags"], self.recipe.labels)
         return [row for row, names in enumerate(rows) if names is None or None in names]
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that words and tags are lists of equal length; learns the tags."""
         words, tags = self.columns["tokens"], self.columns["tags"]
         seen: list[set[str]] = []
-        for data in (train,) if test is None else (train, test):
+        for data in (as_lists(part, [words, tags]) for part in (train, test) if part is not None):
+            if (row := _one_word(data, words)) is not None:
+                raise DataError(
+                    f"Each row of {words!r} and {tags!r} is one word and its tag, as {row!r:.80}; a row is a sentence, "
+                    "a list of words and a list of tags. A file with a word and its tag on each line, a tab between "
+                    "them and an empty line behind each sentence, is read so: name it NAME.conll."
+                )
             read = label_reader(data, tags, self.recipe.labels)
             found: dict[Any, str | None] = {}
             for start, part in in_parts(data, [words, tags]):
@@ -75,6 +82,7 @@ class TokenClassification(Task):
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids and, with `answers`, tag numbers at the first piece of each word, without sentences that have no word."""
         words, tags = self.columns["tokens"], self.columns.get("tags", "")
+        data = as_lists(data, [words, tags] if answers else [words])
         number = {name: index for index, name in enumerate(self.labels or [])}
         read = label_reader(data, tags, self.recipe.labels) if answers else None
         features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
@@ -144,8 +152,13 @@ class TokenClassification(Task):
             guess.append([names[i] for i in best])
         words = sum(map(len, truth))
         scores = {"loss": float(-np.concatenate(picked).sum() / words), "accuracy": right / words}
-        if all(name == "O" or name[:2] in ("B-", "I-", "E-", "S-") for name in names):
-            return {**scores, **spans(truth, guess)}
+        if (scheme := span_tags(names)) is not None:
+            as_spans = [[[scheme[tag] for tag in tags] for tags in rows] for rows in (truth, guess)]
+            return {**scores, **spans(*as_spans)}
+        if others := _no_span_tags(names):
+            self.notes.say(
+                f"F1 is the mean over the tags, not of spans: {', '.join(others[:5])} are no tags such as B-PER or O."
+            )
         from sklearn.metrics import f1_score
 
         flat = [[tag for tags in rows for tag in tags] for rows in (truth, guess)]
@@ -157,13 +170,59 @@ class TokenClassification(Task):
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
         """The words and their tags; words behind `max_length`, or empty to the tokenizer, have an empty one."""
-        names, words = self.labels or [], row[self.columns["tokens"]]
+        names, words = self.labels or [], _as_list(row[self.columns["tokens"]])
         ((_, owner),) = self._tokens([words])
         tags = ["" for _ in words]
         for index, word in reversed(list(enumerate(owner))):
             if word is not None:
                 tags[word] = names[int(result[index].argmax())]
         return {"tokens": words, "tags": tags}
+
+
+def as_lists(data: Dataset, columns: Sequence[str]) -> Dataset:
+    """The rows' columns of these names, with lists that stand there as text, "['a', 'b']" or "a b", as lists."""
+    data = data.select_columns(list(dict.fromkeys(columns)))
+    if not any(getattr(kind, "dtype", "") in ("string", "large_string") for kind in data.features.values()):
+        return data
+    return Dataset.from_dict({name: [_as_list(value) for value in data[name][:]] for name in data.column_names})
+
+
+def _as_list(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    return from_brackets(text) if text[:1] == "[" and text[-1:] == "]" else text.split()
+
+
+def _one_word(data: Dataset, words: str) -> Any:
+    """The first row, if all of several rows have one word: a table with a word a row."""
+    rows = data[words][: 1000 if len(data) > 1000 else len(data)]
+    return rows[0] if len(rows) > 2 and all(isinstance(row, list) and len(row) == 1 for row in rows) else None
+
+
+# A word's place in a span, in the letters of IOB, IOE, BIOES, BILOU and BMEWO, and in those that seqeval knows.
+_PLACES = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
+_BEFORE = re.compile(rf"(?P<place>[{''.join(_PLACES)}])(?:[-_](?P<kind>.+))?")
+_BEHIND = re.compile(rf"(?P<kind>.+)[-_](?P<place>[{''.join(_PLACES)}])")
+
+
+def span_tags(names: Sequence[str]) -> dict[str, str] | None:
+    """Each tag as seqeval writes it, of names in any of the schemes for spans (B-PER, L_PER, PER-U, B); else None."""
+    tags = [name for name in names if name != "O"]
+    for spelling in (_BEFORE, _BEHIND):
+        found = {tag: match for tag in tags if (match := spelling.fullmatch(tag))}
+        # Letters alone are parts of speech just as well, unless one begins a span.
+        if tags and len(found) == len(tags) and (all(match["kind"] for match in found.values()) or "B" in tags):
+            made = {tag: f"{_PLACES[match['place']]}-{match['kind'] or '_'}" for tag, match in found.items()}
+            return {**made, **{name: name for name in names if name == "O"}}
+    return None
+
+
+def _no_span_tags(names: Sequence[str]) -> list[str]:
+    """The tags that keep the others from being read as spans; none if those are no spans either."""
+    begins = {name[2:] for name in names if name[:2] in ("B-", "B_")}
+    others = [name for name in names if name != "O" and not (_BEFORE.fullmatch(name) and name[2:])]
+    return others if begins else []
 
 
 def spans(truth: list[list[str]], guess: list[list[str]]) -> dict[str, float]:

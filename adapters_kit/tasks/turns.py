@@ -33,8 +33,14 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
 }
 LEADING = ("system", "developer")
-_CONTENT = ("content", "value", "text", "parts")
+_CONTENT = ("content", "value", "text", "parts", "refusal")
 _THINKING = ("reasoning_content", "reasoning", "thinking")
+_LEARNED = (
+    "weight",
+    "train",
+    "training",
+    "loss",
+)  # keys that say whether a turn is learned: OpenAI's, axolotl's, ms-swift's
 BEGUN = "begun"
 """Key of an assistant turn of which that many characters were there before the model writes on."""
 
@@ -72,17 +78,21 @@ def _turns(value: Any, where: str) -> list[Turn]:
             "assistant or tool: rename it in the data."
         )
     content = _plain(next((given[key] for key in _CONTENT if key in given), None))
-    if role == "call":
-        return [_call(content, where)]
-    read = _Content(role, content, where)
+    read = _call(content, where) if role == "call" else _Content(role, content, where)
+    role = "assistant" if role == "call" else role
     turn: Turn = {"role": role, "content": read.text}
-    known = ("role", "from", "function_call", "tool_calls", BEGUN, *_CONTENT, *_THINKING)
+    known = ("role", "from", "function_call", "tool_calls", BEGUN, *_CONTENT, *_THINKING, *_LEARNED)
     turn |= {key: _plain(item) for key, item in given.items() if key not in known and _is_plain(item)}
     thinking = next((given[key] for key in _THINKING if isinstance(given.get(key), str)), "") or read.thinking
     if thinking.strip():
         turn["reasoning_content"] = thinking
-    if turn.get("weight", 1) not in (0, 1):
-        raise DataError(f"{where}: weight {turn['weight']!r}. A turn is learned (1) or only seen (0).")
+    if detail := next((key for key in ("train_detail", "training_detail") if given.get(key)), None):
+        raise DataError(f"{where}: {detail}. Which characters of a turn are learned cannot be told: take it out.")
+    said = {key: given[key] for key in _LEARNED if key in given}
+    for key, weight in said.items():
+        if weight not in (0, 1) or weight != next(iter(said.values())):
+            raise DataError(f"{where}: {key} {weight!r}. A turn is learned (1) or only seen (0).")
+        turn["weight"] = int(weight)
     calls = _parsed(given.get("tool_calls")) or ([given["function_call"]] if given.get("function_call") else read.calls)
     if calls:
         turn["tool_calls"] = [_one_call(call, where) for call in calls]
@@ -162,13 +172,17 @@ def _are_parts(content: Any) -> bool:
     )
 
 
-def _call(content: Any, where: str) -> Turn:
-    """ShareGPT's function_call: the JSON of one call or of several; text that is no call stays text."""
-    calls = _parsed(content)
+def _call(content: Any, where: str) -> _Content:
+    """ShareGPT's function_call: the JSON of one call or of several, behind thinking or not; other text stays text."""
+    thought, _, rest = content.rpartition("</think>") if isinstance(content, str) else ("", "", content)
+    calls = _parsed(rest)
     calls = calls if isinstance(calls, list) else [calls]
-    if calls and all(isinstance(call, Mapping) and "name" in call.get("function", call) for call in calls):
-        return {"role": "assistant", "content": None, "tool_calls": [_one_call(call, where) for call in calls]}
-    return {"role": "assistant", "content": _Content("assistant", content, where).text or ""}
+    inner = [call.get("function", call) if isinstance(call, Mapping) else None for call in calls]
+    if not calls or not all(isinstance(call, Mapping) and "name" in call for call in inner):
+        return _Content("assistant", content, where)
+    read = _Content("assistant", None, where)
+    read.calls, read.thinking = calls, thought.strip().removeprefix("<think>").strip()
+    return read
 
 
 def _one_call(value: Any, where: str) -> dict[str, Any]:

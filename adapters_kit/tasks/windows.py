@@ -41,6 +41,9 @@ class Cuts(Counter[str]):
         "not used.",
         "turns_after_last_answer": "{n} conversations do not end with an assistant turn: what follows their last "
         "answer is not learned.",
+        "names_not_shown": "{n} turns say who speaks (name), which the model's chat template does not write.",
+        "marks_in_turns": "{n} turns hold special tokens of the model in their text (<|im_end|> may be one), which it "
+        "reads as such: as the end of a turn, for example.",
         "answers_cut": "{n} answers are longer than max_length {limit}: their end was cut.",
     }
 
@@ -59,6 +62,7 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
     A turn with `weight: 0` (OpenAI's way of saying so) is seen and not learned.
     """
     cuts["turns_not_shown"] += template.check(talk, row)
+    _count_what_is_read_otherwise(template, talk, cuts)
     cuts["turns_after_last_answer"] += talk.turns[-1]["role"] != "assistant"
     answers = []
     start = talk.leading
@@ -85,6 +89,12 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
     return joined(answers, limit)
 
 
+def _count_what_is_read_otherwise(template: ChatTemplate, talk: Conversation, cuts: Cuts) -> None:
+    cuts["marks_in_turns"] += sum(map(template.holds_marks, talk.turns))
+    named = sum("name" in turn and turn["role"] in ("user", "assistant") for turn in talk.turns)
+    cuts["names_not_shown"] += named if named and not template.knows_names else 0
+
+
 def says_something(turn: Turn) -> bool:
     """Whether an assistant's turn has words, thinking or calls that the model is to write."""
     rest = (turn["content"] or "")[turn.get(BEGUN, 0) :]
@@ -99,6 +109,7 @@ def prompt(template: ChatTemplate, talk: Conversation, limit: int, row: int, cut
 def whole(template: ChatTemplate, talk: Conversation, limit: int, row: int, cuts: Cuts) -> Sample:
     """A conversation of which all is learned, the user's turns too, in at most `limit` tokens."""
     cuts["turns_not_shown"] += template.check(talk, row)
+    _count_what_is_read_otherwise(template, talk, cuts)
     ids = _rendered(template, talk, limit, row, cuts, asking=False)
     return ids, [True] * len(ids)
 

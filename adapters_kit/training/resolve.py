@@ -83,7 +83,14 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
             "set aside (data.test_size)."
         )
     task.fit(train, test)
-    return task, data.Splits(data.take(train, recipe.data.limit, seed), data.take(test, recipe.data.test_limit, seed))
+    parts = data.Splits(data.take(train, recipe.data.limit, seed), data.take(test, recipe.data.test_limit, seed))
+    if both := data.in_both(parts):
+        notes.say(
+            f"{both:,} of {len(parts.test):,} held-out rows stand among the training rows too: they score what was "
+            "learned by heart.",
+            rows_in_both=both,
+        )
+    return task, parts
 
 
 def _precision(recipe: Recipe) -> str:

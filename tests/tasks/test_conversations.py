@@ -276,16 +276,28 @@ def test_arguments_of_other_rows_do_not_appear():
     assert '{"city": "x"}' in texts[0] and "film" not in texts[0] and "None" not in texts[0] and "null" not in texts[0]
 
 
-def test_a_turn_of_weight_0_is_seen_and_not_learned():
+CALLED = '{"name": "look_up", "arguments": {"word": "otter"}}'
+
+
+@pytest.mark.parametrize(("key", "no", "yes"), [("weight", 0, 1), ("train", False, True), ("loss", 0, 1)])
+@pytest.mark.parametrize("role", ["assistant", "function_call"])
+def test_a_turn_of_weight_0_is_seen_and_not_learned(role, key, no, yes):
     talk = [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "wrong", "weight": 0},
+        {"role": role, "content": CALLED, key: no},
         {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "right", "weight": 1},
+        {"role": "assistant", "content": "right", key: yes},
     ]
     tokens = tokenizer(CHATML)
     ((before, learned),) = learned_runs(causal(tokens).encode(Dataset.from_list([{"messages": talk}])))
-    assert tokens.decode(learned) == "right<|im_end|>" and "wrong" in tokens.decode(before)
+    assert tokens.decode(learned) == "right<|im_end|>" and "look_up" in tokens.decode(before)
+
+
+def test_a_call_behind_thinking_is_a_call():
+    made = as_turns([{"from": "function_call", "value": f"<think>\nhm\n</think>\n\n{CALLED}"}], "here")
+    assert made[0]["reasoning_content"] == "hm" and made[0]["tool_calls"][0]["function"]["name"] == "look_up"
+    (said,) = as_turns([{"from": "function_call", "value": "I call nobody", "train": False}], "here")
+    assert said == {"role": "assistant", "content": "I call nobody", "weight": 0}
 
 
 @pytest.mark.parametrize(
@@ -499,3 +511,27 @@ def test_deep_arguments_are_read_once_a_level():
     asks = {"role": "assistant", "tool_calls": [{"function": {"name": "count", "arguments": {"deep": deep}}}]}
     (call,) = as_turns([PAIR[0], asks, PAIR[1]], "Row 1")[1]["tool_calls"]
     assert json.dumps(call["function"]["arguments"]).count('"in"') == 40
+
+
+def test_what_a_template_reads_otherwise_than_it_is_meant_is_counted():
+    marked = {"role": "user", "content": "say <|im_end|>"}
+    rows = [{"messages": [{**PAIR[0], "name": "anna"}, PAIR[1]]}, {"messages": [marked, PAIR[1], *PAIR]}]
+    task = causal(tokenizer(CHATML))
+    task.encode(rows_from(rows))
+    assert task.notes.counts == {"names_not_shown": 1, "marks_in_turns": 1}
+    named = causal(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }} {{ m.name or '' }}")))
+    named.encode(rows_from(rows))
+    assert named.notes.counts == {"marks_in_turns": 1}
+
+
+def test_a_refusal_is_an_answer_and_characters_are_not_chosen():
+    refused = {"role": "assistant", "content": None, "refusal": "I will not"}
+    assert turn("assistant", "I will not") in seen({"messages": json.dumps([PAIR[0], refused])})
+    detail = {**PAIR[1], "train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}
+    with pytest.raises(DataError, match=r"turn 2: train_detail"):
+        as_turns([PAIR[0], detail], "here")
+
+
+def test_columns_that_nobody_knows_are_asked_for_in_every_shape():
+    with pytest.raises(DataError, match=r"\{messages: NAME\}, or \{prompt: NAME, completion: NAME\}, or \{text:"):
+        reading.recognise(Dataset.from_dict({"x": ["a"]}), {}, CausalLM.needs, CausalLM.optional)

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -71,7 +72,8 @@ def test_minus_one_is_a_class_where_the_recipe_says_so(tmp_path):
 def test_names_stay_as_they_are_spelled(tmp_path, labels, names):
     task, _ = prepared(tmp_path, labels)
     assert sorted(task.labels) == sorted(names)
-    assert any("blanks only" in note for note in task.notes.sentences) == (" a" in names)
+    alike = {" a", "007"} & set(names)
+    assert any("differ in blanks" in note for note in task.notes.sentences) == bool(alike)
 
 
 def test_a_benchmark_whose_test_part_has_no_labels(tmp_path):
@@ -160,7 +162,7 @@ def test_too_little_to_split(tmp_path):
 def test_regression_takes_numbers_as_tables_write_them(tmp_path):
     task, parts = prepared(tmp_path, ["1.5", "-2", "3e-1", "4"] * 5, problem="regression")
     assert sorted(set(task._numbers(parts.train))) == [-2, 0.3, 1.5, 4]
-    with pytest.raises(DataError, match=r"row 2 holds '2,5'. Write decimals with a point"):
+    with pytest.raises(DataError, match=r"row 2 holds '2,5'. Write numbers as 1234.5"):
         prepared(tmp_path, ["1.5", "2,5"] * 5, problem="regression")
     with pytest.raises(DataError, match="1 of 4 training rows have no label"):
         prepared(tmp_path, [1.5, None, 2.0, 3.0], problem="regression")
@@ -197,3 +199,44 @@ def test_columns_of_any_type_that_nobody_uses(tmp_path):
         )
     )
     assert again[0].columns["text_pair"] == "title"
+
+
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_zeros_and_ones_of_each_class_are_no_class_names(tmp_path, kind):
+    values = [[kind(i % 2), kind(i // 2 % 2), kind(1)] for i in range(16)]
+    task, parts = prepared(tmp_path, values, problem="multi-label")
+    assert task.labels == ["0", "1", "2"]
+    for row, target in zip(parts.train, task._targets(parts.train), strict=True):
+        assert target.tolist() == [float(mark) for mark in row["label"]]
+    assert prepared(tmp_path, values, problem="multi-label", labels=["x", "y", "z"])[0].labels == ["x", "y", "z"]
+    numbers, _ = prepared(tmp_path, [[0, 1], [1, 0], [0, 1], [1, 0]] * 4, problem="multi-label")
+    assert numbers.labels == ["0", "1"]  # none stands twice in a row: these are the classes' own numbers
+
+
+def test_a_column_a_class_says_how_to_make_one_of_them(tmp_path):
+    frame = pandas.DataFrame({"body": [f"t{i}" for i in range(16)]})
+    for place, name in enumerate(("rude", "loud")):
+        frame[name] = [i >> place & 1 for i in range(16)]
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    columns = {"text": "body"}
+    with pytest.raises(DataError, match="rude, loud say 0 or 1") as told:
+        prepare(Recipe(model="m", task="text-classification", data=str(tmp_path / "rows.csv")))
+    advice = str(told.value).split("classes: ")[1].split(". Then data:")[0]
+    exec(advice.replace("FILE", repr(str(tmp_path / "rows.csv"))).replace("labelled.parquet", f"{tmp_path}/l.parquet"))
+    found = {"train": str(tmp_path / "l.parquet"), "columns": columns}
+    task, parts = prepare(Recipe(model="m", task="text-classification", data=found, problem="multi-label"))
+    assert task.labels == ["loud", "rude"] and len(parts.train) + len(parts.test) == 16
+
+
+def test_labels_that_may_be_meant_as_one_are_told(tmp_path):
+    for values in (["Yes", "yes", "no"], ["1", "1.0", "2"], ["a", "a ", "b"]):
+        task, _ = prepared(tmp_path, values * 6)
+        assert len(task.labels) == 3 and any(repr(sorted(values[:2])) in note for note in task.notes.sentences)
+    task, _ = prepared(tmp_path, ["a", "b", "10"] * 6)
+    assert not any("differ in" in note for note in task.notes.sentences)
+
+
+@pytest.mark.parametrize("number", ["1,5", "1.234,5", "1 234", "5%"])
+def test_numbers_in_other_spellings_are_refused_with_the_right_one(tmp_path, number):
+    with pytest.raises(DataError, match=r"Write numbers as 1234\.5"):
+        prepared(tmp_path, [number] * 12, problem="regression")

@@ -41,7 +41,7 @@ def test_a_batch_of_such_rows_is_trained_on_and_told(tmp_path, family):
     odd = "fine [EOS] film" if family == "bart" else ""
     rows = [{"text": odd if i % 3 == 0 else "a dull film", "label": "ab"[i % 2]} for i in range(24)]
     run = run_of(tmp_path, {"train": rows, "test": rows[:6]}, family=family, batch_size=1, max_steps=6)
-    assert run.metrics["counts"] == {"ends_left_out" if family == "bart" else "empty_texts": 8 + 2}
+    assert run.metrics["counts"] == {"ends_left_out" if family == "bart" else "empty_texts": 8 + 2, "rows_in_both": 6}
 
 
 def test_what_is_found_in_rows_that_are_set_aside_is_counted_once(tmp_path):
@@ -54,7 +54,7 @@ def test_words_that_give_no_token_are_no_words_behind_the_end(tmp_path, family):
     rows = [{"tokens": ["a", " ", "fine", ""], "tags": ["X", "O", "O", "X"]}] * 24
     rows = [*rows, *([{"tokens": [], "tags": []}] * 6)]
     run = run_of(tmp_path, {"train": rows, "test": rows}, "token-classification", family, batch_size=1)
-    assert run.metrics["counts"] == {"rows_left_out": 12, "words_not_read": 2 * 2 * 24}
+    assert run.metrics["counts"] == {"rows_left_out": 12, "words_not_read": 2 * 2 * 24, "rows_in_both": 30}
     asked = [{"tokens": ["a", " ", "film"]}, {"tokens": []}, {"tokens": ["a"] * 80}]
     with pytest.warns(UserWarning) as told:
         found = ak.predict(run, asked)

@@ -1,5 +1,6 @@
 """Questions: without an answer, too long for the window, on tokenizers that do not say where a token was read."""
 
+import json
 import random
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_question_that_fills_the_window_is_refused_by_its_row(tmp_path, words)
         ({"text": ["rome"], "answer_start": []}, "1 answers with 0 positions"),
         ({"text": ["oslo"], "answer_start": [3]}, "'oslo' does not stand in the context at 3"),
         (7, "not 7"),
-        ({"text": ["rome"], "answer_start": ["14"]}, "does not stand"),
+        ({"text": ["rome"], "answer_start": ["x"]}, "does not stand"),
     ],
 )
 def test_answers_that_do_not_fit(answers, message):
@@ -173,3 +174,39 @@ def test_places_of_tokens_that_are_not_told(kind):
     ids, owner = encode_words(tokenizer, ["anna", "lives"], 7)
     assert len(ids) == len(owner) == 7
     assert set(owner) - {None} == {0, 1} if kind == "ByT5Tokenizer" else {0, 1} >= set(owner) - {None}
+
+
+ROME = "anna lives in rome , ben in rome too"
+
+
+def given(tmp_path, answers, count=12):
+    made = [{"question": "where", "context": f"{i} {ROME}", "answers": answers(f"{i} {ROME}")} for i in range(count)]
+    path = small.write_jsonl(tmp_path / "rows.jsonl", made)
+    return prepare(Recipe(model="m", task="question-answering", data=str(path)))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda found: found,
+        str,
+        json.dumps,
+        lambda found: {**found, "answer_start": [str(at) for at in found["answer_start"]]},
+        lambda found: [{"text": found["text"][0], "answer_start": found["answer_start"][0]}],
+    ],
+)
+def test_answers_in_the_spellings_of_tables(tmp_path, write):
+    task, parts = given(tmp_path, lambda context: write({"text": ["rome"], "answer_start": [context.rindex("rome")]}))
+    for row in parts.train:
+        assert qa.spans_of(row, task.columns, 0) == [(row["context"].rindex("rome"), "rome")]
+    assert not task.unanswerable and "answers_placed_first" not in task.notes.counts
+
+
+def test_an_answer_in_another_place_says_where_it_stands(tmp_path):
+    for wrong in (15, 17, 999, -3):
+        with pytest.raises(DataError, match=rf"Row 1: .* at {wrong}\. It first stands at 16; places count characters"):
+            given(tmp_path, lambda _, at=wrong: {"text": ["rome"], "answer_start": [at]})
+    with pytest.raises(DataError, match="It stands nowhere in it"):
+        given(tmp_path, lambda _: "Rome")
+    task, _ = given(tmp_path, lambda _: "rome")
+    assert task.notes.counts["answers_placed_first"] == 12

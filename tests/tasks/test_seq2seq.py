@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from datasets import Dataset
 from rouge_score import rouge_scorer
 
 import adapters_kit as ak
-from adapters_kit.errors import ModelError, RecipeError
+from adapters_kit.errors import DataError, ModelError, RecipeError
 from adapters_kit.loading import load_processor
 from adapters_kit.tasks.seq2seq import Seq2Seq
 from adapters_kit.tasks.text_scores import Units, how_counted, script_without_spaces, text_scores
+from adapters_kit.training.resolve import prepare
 from tests.support import small
 
 WORDS = ["the", "cat", "is", "good", "chat", "est", "bon", "le"]
@@ -182,3 +184,33 @@ def test_half_of_a_text_scores_about_half_in_any_script(text):
     whole, half = text_scores([text], [text]), text_scores([text[: len(text) // 2]], [text])
     assert whole["rouge1"] == whole["rougeL"] == 1 and whole["bleu"] == pytest.approx(100)
     assert 0.3 < half["rouge1"] < 0.9
+
+
+def test_what_the_base_s_generation_config_asks_for_is_told(tmp_path):
+    """As summarisers are saved: a shortest length, beams, no phrase twice. Only the last holds for other answers."""
+    model = ak.load(str(small.model("bart")), task="seq2seq")
+    settings = {"min_length": 20, "max_length": 40, "num_beams": 4, "no_repeat_ngram_size": 3}
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    model.save_pretrained(tmp_path)
+    load_processor(str(small.model("bart"))).save_pretrained(tmp_path)
+    task, loaded = bound(tmp_path, max_new_tokens=8)
+    assert len(task.notes.sentences) == 3
+    told = " ".join(task.notes.sentences)
+    assert "min_length 20" in told and "no_repeat_ngram_size 3" in told and "4 beams" in told
+    loaded.generation_config.eos_token_id = [*range(2, loaded.config.vocab_size)]  # whatever is written first ends it
+    assert task.predict(loaded, ROWS)[0]["answer"] == ""
+    plain, _ = bound(small.model("bart"))
+    assert plain.notes.sentences == []
+
+
+def test_translations_as_they_are_published(tmp_path):
+    rows = [{"translation": {"de": f"ein Film {i}", "en": f"a film {i}"}} for i in range(12)]
+    path = small.write_jsonl(tmp_path / "wmt.jsonl", rows)
+    recipe = ak.Recipe(model="m", task="seq2seq", data=str(path))
+    with pytest.raises(DataError, match=r"source: translation\.de, target: translation\.en") as told:
+        prepare(recipe)
+    columns = yaml.safe_load(str(told.value).split("data.columns: ")[1].split("}")[0] + "}")
+    _, splits = prepare(recipe.changed(**{"data.columns": columns}))
+    assert splits.test.column_names == ["translation.de", "translation.en"] and len(splits.train) > 8
+    assert splits.train[0]["translation.en"].startswith("a film")

@@ -194,3 +194,13 @@ def test_grouping_saves_padding():
         return 1 - sum(lengths) / sum(max(rows) * len(rows) for rows in batches)
 
     assert padding(True) < 0.1 < 0.3 < padding(False)
+
+
+def test_rows_that_stand_in_both_parts_are_counted(tmp_path):
+    rows = small.sentiment(30)
+    path = small.write_jsonl(tmp_path / "train.jsonl", rows)
+    small.write_jsonl(tmp_path / "test.jsonl", [*rows[:3], {"text": "another one", "label": "good"}])
+    task, _ = prepare(Recipe(model="m", task="text-classification", data=str(tmp_path)))
+    assert task.notes.counts["rows_in_both"] == 3
+    task, _ = prepare(Recipe(model="m", task="text-classification", data=str(path)))
+    assert "rows_in_both" not in task.notes.counts

@@ -13,11 +13,12 @@ from adapters_kit.training.data.labelled import labelled, usable_parts
 from adapters_kit.training.data.media import located, medium
 from adapters_kit.training.data.row_file import read_table
 from adapters_kit.training.data.sources import Source, read, read_rows
-from adapters_kit.training.data.split import Splits, split, take
+from adapters_kit.training.data.split import Splits, in_both, split, take
 
 __all__ = [
     "Source",
     "Splits",
+    "in_both",
     "labelled",
     "located",
     "medium",

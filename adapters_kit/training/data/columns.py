@@ -15,8 +15,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2", "question"),
     "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score"),
-    "prompt": ("prompt", "instruction", "question", "query", "input"),
-    "completion": ("completion", "response", "answer", "output", "chosen"),
+    "prompt": ("prompt", "instruction", "question", "query", "input", "user"),
+    "completion": ("completion", "response", "answer", "output", "chosen", "assistant"),
     "input": ("input", "context"),
     "history": ("history",),
     "system": ("system", "system_prompt"),
@@ -27,7 +27,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "question": ("question", "query"),
     "context": ("context", "passage", "paragraph"),
     "answers": ("answers", "answer"),
-    "source": ("source", "src", "input", "document", "article", "text", "question"),
+    "source": ("source", "src", "input", "document", "article", "dialogue", "text", "question"),
     "target": ("target", "tgt", "output", "summary", "highlights", "translation", "answer"),
     "audio": ("audio", "speech", "sound", "recording", "wav", "clip", "file_name", "file", "path"),
     "sampling_rate": ("sampling_rate", "sample_rate"),
@@ -78,12 +78,18 @@ def recognise(
             f"The column {talks[0]!r} holds conversations, under a name that is not known for them. Name it in the "
             f"recipe: data.columns: {{messages: {talks[0]}}}"
         )
+    languages = [name for name in names if name.startswith(("translation.", "translations."))]
+    if len(languages) > 1 and ("source", "target") in map(tuple, alternatives):
+        raise DataError(
+            f"The columns {', '.join(languages)} hold the same in several languages. Say which is translated into "
+            f"which: data.columns: {{source: {languages[0]}, target: {languages[1]}}}, or the other way round."
+        )
     wanted = " or ".join(" and ".join(roles) for roles in alternatives)
-    example = ", ".join(f"{role}: NAME" for role in alternatives[-1])
+    examples = ["{" + ", ".join(f"{role}: NAME" for role in roles) + "}" for roles in alternatives]
     row = header_is_a_row(data)
     raise DataError(
         f"Cannot tell which column is what: the task needs {wanted}, the data has the columns {', '.join(names)}. "
-        + (row or f"Name them in the recipe: data.columns: {{{example}}}")
+        + (row or f"Name them in the recipe: data.columns: {', or '.join(examples)}")
     )
 
 

@@ -44,6 +44,8 @@ class Dialect:
     quotes: bool = True
     escapes: bool = False
     skipped: int = 0
+    blanks: bool = False
+    """Whether a blank stands behind every separator, of no field."""
 
 
 def read_delimited(path: Path, encoding: str | None, delimiter: str | None, notes: Notes) -> Iterator[pa.Table]:
@@ -119,6 +121,7 @@ def _records(path: Path, dialect: Dialect, strict: bool = True) -> Iterator[tupl
             quoting=csv.QUOTE_MINIMAL if dialect.quotes else csv.QUOTE_NONE,
             escapechar="\\" if dialect.escapes else None,
             doublequote=not dialect.escapes,
+            skipinitialspace=dialect.blanks,
             strict=strict,
         )
         begins = 1 + dialect.skipped
@@ -150,7 +153,20 @@ def _dialect(path: Path, encoding: str, delimiter: str | None, notes: Notes) -> 
                 plain = replace(plain, separator=usual)
         if plain.separator != usual:
             notes.say(f"{path.name}: fields are separated by {_NAMES[plain.separator]}.")
+    if plain.separator != " " and _has_blanks(path, plain):
+        plain = replace(plain, blanks=True)
+        notes.say(f"{path.name}: the blank behind every separator is not part of the field.")
     return _quoting(path, plain, notes)
+
+
+def _has_blanks(path: Path, dialect: Dialect) -> bool:
+    """Whether each of the first records has a blank behind each of its separators, or at the end of its line none."""
+    try:
+        found = [fields[1:] for _, fields in islice(_records(path, replace(dialect, blanks=False)), _LOOKED_AT)]
+    except _Broken:
+        found = []
+    filled = [field for fields in found for field in fields if field]
+    return bool(found) and bool(found[0]) and all(field[0] == " " for field in filled) and bool(filled)
 
 
 def _width(path: Path, dialect: Dialect) -> int:

@@ -52,7 +52,10 @@ def _parsed(path: Path, text: str, place: str) -> Any:
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, {place}: not JSON ({error.msg}): {text.strip()[:80]}") from None
+        place = f"line {error.lineno}" if place == "the file" else place
+        before, behind = text[: error.pos].rpartition("\n")[2], text[error.pos :].partition("\n")[0]
+        shown = (before[-40:] + behind[:40]).strip() or text.strip()[:80]
+        raise DataError(f"{path}, {place}: not JSON ({error.msg}).{_hint(text, error.pos)} It reads: {shown}") from None
     except RecursionError:
         raise DataError(f"{path}, {place}: lists or objects are nested too deep to be read.") from None
     except _Twice as error:
@@ -61,6 +64,20 @@ def _parsed(path: Path, text: str, place: str) -> Any:
         ) from None
     except ValueError as error:  # a whole number of thousands of digits
         raise DataError(f"{path}, {place}: {error}") from None
+
+
+def _hint(text: str, at: int) -> str:
+    """What is wrong at a place where JSON ends, if it is one of the usual things."""
+    before, behind = text[:at].rstrip(), text[at:].lstrip()
+    if before.endswith(",") and (behind[:1] in ("]", "}") or not behind):
+        return " No comma stands behind the last value: take it out."
+    if behind[:1] == "," and not behind[1:].strip():
+        return " No comma stands behind an object that has a line of its own: take it out."
+    if behind[:1] == "'":
+        return " JSON's quotes are double ones."
+    if not behind and before[:1] == "{" and len(before) < 40:
+        return " An object of JSON Lines stands on one line; objects over several lines are a list, in a .json file."
+    return " Comments are not part of JSON: take them out." if behind[:2] in ("//", "/*") or behind[:1] == "#" else ""
 
 
 class _Twice(Exception):

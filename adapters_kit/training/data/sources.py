@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from datasets import Audio, Dataset, DatasetDict, load_dataset
+from datasets import Audio, Dataset, DatasetDict, Translation, Value, load_dataset
 
 from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.names import looks_like_file
@@ -167,7 +167,7 @@ def _from_hub(name: str, subset: str | None) -> Parts:
 
 
 def _parted(parts: Mapping[str, Dataset], name: str, folder: Path | None) -> Source:
-    parts = {part: _undecoded(rows) for part, rows in parts.items()}
+    parts = {part: _languages(_undecoded(rows)) for part, rows in parts.items()}
     train = next((parts[part] for part in TRAIN_NAMES if part in parts), None)
     if train is None:
         raise DataError(f"{name} has no train part; it has: {', '.join(parts)}.")
@@ -181,4 +181,20 @@ def _undecoded(rows: Dataset) -> Dataset:
     for name, kind in rows.features.items():
         if isinstance(kind, Audio):
             rows = undecoded(rows, name)
+    return rows
+
+
+def _languages(rows: Dataset) -> Dataset:
+    """A column of `{"en": …, "de": …}`, as translations are published, as the columns `translation.en` and so on."""
+    for name, kind in rows.features.items():
+        fields = kind.languages if isinstance(kind, Translation) else kind if isinstance(kind, dict) else ()
+        if name not in ("translation", "translations") or not len(fields):
+            continue
+        if isinstance(kind, dict) and not all(getattr(field, "dtype", "") == "string" for field in kind.values()):
+            continue
+        cells = rows[name][:]
+        for language in fields:
+            texts = [None if cell is None else cell[language] for cell in cells]
+            rows = rows.add_column(f"{name}.{language}", texts, feature=Value("string"))
+        rows = rows.remove_columns(name)
     return rows

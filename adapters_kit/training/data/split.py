@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import Audio, Dataset, Image
 from sklearn.model_selection import train_test_split
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import in_parts
 
 
 class Splits(NamedTuple):
@@ -26,6 +27,21 @@ class Splits(NamedTuple):
 def take(data: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows, drawn with the seed."""
     return data if limit is None or limit >= len(data) else data.shuffle(seed=seed).select(range(limit))
+
+
+def in_both(parts: Splits) -> int:
+    """How many held-out rows stand, with all their columns, among the training rows too."""
+    columns = parts.train.column_names
+    if any(isinstance(kind, Image | Audio) for kind in parts.train.features.values()):
+        return 0  # files: to compare them is to read them all
+    seen = {hash(row) for row in _written(parts.train, columns)}
+    return sum(hash(row) in seen for row in _written(parts.test, columns))
+
+
+def _written(rows: Dataset, columns: Sequence[str]) -> Iterator[str]:
+    for _, part in in_parts(rows, columns):
+        for row in zip(*(part[name] for name in columns), strict=True):
+            yield repr(row)
 
 
 def split(

@@ -154,3 +154,13 @@ def test_what_offices_write(tmp_path):
         {"#": "2", "text": "b"},
     ]
     assert read(tmp_path / "e.csv", ",text\n0,a\n")[0].column_names == ["column 1", "text"]
+
+
+def test_a_blank_behind_every_separator_is_no_part_of_the_field(tmp_path):
+    lines = [f'"film, {i}", "{"ab"[i % 2]}"' for i in range(8)]
+    found, notes = read(tmp_path / "a.csv", "text, label\n" + "\n".join(lines) + "\n")
+    assert found.to_list()[1] == {"text": "film, 1", "label": "b"} and "blank behind every separator" in notes[0]
+    found, notes = read(
+        tmp_path / "b.csv", "text,label\n" + "\n".join(f"film {i}, {'ab'[i % 2]}" for i in range(8)) + "\n"
+    )
+    assert found.to_list()[1] == {"text": "film 1", "label": " b"} and not notes  # the header has none

@@ -129,3 +129,19 @@ def test_large_files_are_read_in_parts(tmp_path, monkeypatch, suffix):
     assert found[0]["more"] is None
     with pytest.raises(DataError, match=r"not JSON|kind"):
         read(tmp_path / f"b.{suffix}", text[:-20], dumped=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place", "hint"),
+    [
+        ("a.json", '[{"text": "a"},\n {"text": "b",}]', "line 2", "No comma stands behind the last value"),
+        ("a.json", '[{"text": "a"},\n {"text": "b"},\n]', "line 2|line 3", "No comma stands behind the last value"),
+        ("a.json", "[{'text': 'a'}]", "line 1", "JSON's quotes are double ones"),
+        ("a.json", '[\n// the rows\n{"text": "a"}]', "line 2", "Comments are not part of JSON"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"},\n', "line 2", "No comma stands behind an object"),
+        ("a.jsonl", '{\n "text": "a"\n}\n', "line 1", "stands on one line"),
+    ],
+)
+def test_the_usual_slips_are_told_with_their_place(tmp_path, name, text, place, hint):
+    with pytest.raises(DataError, match=f"{name}, ({place}): not JSON .*{hint}"):
+        read(tmp_path / name, text, dumped=False)
