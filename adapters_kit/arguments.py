@@ -236,6 +236,9 @@ def _training(verb: Adder) -> None:
         "--learning-rates", nargs="+", type=float, metavar="RATE", default=rates, help=f"default: {rates}"
     )
     made.add_argument("--ranks", nargs="+", type=int, metavar="R", default=[], help="default: the recipe's own rank")
+    made.add_argument(
+        "--together", choices=("auto", "off"), default="off", help="auto: as many in one pass as there is memory for"
+    )
     made.add_argument("--out", type=Path, help="folder of the run folders (default: runs/ and the recipe's name)")
 
 

@@ -314,6 +314,13 @@ def resident_memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_memory() -> int:
+    """Bytes that this machine can still give without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def end_with_parent() -> None:
     """This process shall not outlive the one that started it: it is killed when that one ends, however it ends."""
     parent = os.getppid()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
 
 from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
@@ -13,6 +16,8 @@ from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open
 from adapters_kit.training.inputs import Given, recipe_from
+from adapters_kit.training.many.passes import passes
+from adapters_kit.training.many.train_many import checked, train_together
 from adapters_kit.training.run import Run
 from adapters_kit.training.table import Table, compare_runs, metric_of
 from adapters_kit.training.train import train
@@ -24,6 +29,7 @@ def sweep(
     *,
     learning_rates: Sequence[float] = (1e-4, 3e-4, 1e-3),
     ranks: Sequence[int] = (),
+    together: Literal["auto", "off"] = "off",
     quiet: bool = False,
 ) -> Table:
     """Trains every learning rate with every rank; returns the table of `compare_runs`, also in `out`/sweep.json.
@@ -33,10 +39,13 @@ def sweep(
     Args:
         out: folder of the run folders, `lr0.001-r8` and so on.
         ranks: values of the method's option `r`; none leaves the recipe's own.
+        together: "auto" trains as many in one pass through the base as there is memory for, each with the trajectory
+            of its own run (`train_many`); "off" one after the other.
 
     Raises:
         RecipeError: a rate that no recipe can have; before anything is trained.
         TrainingError: a run that is there was made with another recipe.
+        ManyError: some of those that went together failed, once the others have finished.
         WriteError: `out` cannot be written, or another process writes there.
     """
     out = Path(out)
@@ -51,7 +60,7 @@ def sweep(
         for path, given in recipes.items():
             if (path / "metrics.json").is_file():
                 _check_same(Run.open(path), given)
-            train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
+        _train(recipes, together == "auto", quiet)
         runs = list(recipes)
         table = compare_runs(runs) if len(runs) > 1 else Table([{"run": str(runs[0]), **Run.open(runs[0]).metrics}])
         for row in table:
@@ -60,6 +69,19 @@ def sweep(
         metric = metric_of(Run.open(runs[0]))
         write_table_page(out, f"{out.name}: learning rates and ranks", table, metric, "run", table.notes)
     return table
+
+
+def _train(recipes: Mapping[Path, Recipe], together: bool, quiet: bool) -> None:
+    left = {path.name: given for path, given in recipes.items() if not (path / "metrics.json").is_file()}
+    if together and left:
+        out = next(iter(recipes)).parent
+        groups, told = passes(left)
+        Console(stderr=True, quiet=quiet or not told).print(told, highlight=False, soft_wrap=True)
+        for names in (names for names in groups if len(names) > 1):
+            asked = {name: left[name] for name in names}
+            train_together(asked, checked(asked), out, resume=True, quiet=quiet)
+    for path, given in recipes.items():  # also what has finished but for its last files
+        train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
 
 
 def _check_same(run: Run, recipe: Recipe) -> None:

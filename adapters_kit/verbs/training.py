@@ -164,5 +164,6 @@ def sweep(options: argparse.Namespace) -> Shown:
     from adapters_kit.training.sweep import sweep as run_sweep
     from adapters_kit.training.table import as_text
 
-    rows = run_sweep(recipe, out, learning_rates=options.learning_rates, ranks=options.ranks)
+    chosen = {"learning_rates": options.learning_rates, "ranks": options.ranks, "together": options.together}
+    rows = run_sweep(recipe, out, **chosen)
     return Shown(rows, f"{as_text(rows)}\nRun folders: {out}")

@@ -8,9 +8,11 @@ import pytest
 from safetensors.torch import load_file
 
 import adapters_kit as ak
+from adapters_kit import system
 from adapters_kit.errors import ManyError, RecipeError
 from adapters_kit.recipe import Recipe
 from adapters_kit.training import assembly
+from adapters_kit.training.many.passes import passes
 from adapters_kit.training.many.seat import Seat
 from adapters_kit.training.many.trainer import JointTrainer
 from tests.support import small
@@ -140,3 +142,22 @@ def test_decoders_and_encoder_decoders_share_their_bodies_too(family, task, more
     assert [seat.alone for seat in seats] == [None] * len(made)
     for number, (given, run) in enumerate(zip(made, together, strict=True)):
         assert distance(run, ak.train(given, tmp_path / f"own{number}", quiet=True)) < close, given.method.label
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_together_where_there_is_memory(rows, tmp_path, monkeypatch, seats, capsys):
+    given = recipe(rows, {"name": "lora", "lora_dropout": 0.1})
+    options = {"learning_rates": [1e-3, 3e-3], "ranks": [2, 4]}
+    table = ak.sweep(given, tmp_path / "together", **options, together="auto")
+    assert len(seats) == 4 and "Up to 4 in one pass" in capsys.readouterr().err
+    apart = ak.sweep(given, tmp_path / "apart", **options, quiet=True)
+    assert len(seats) == 4
+    for row in apart:
+        ours, theirs = (ak.Run.open(tmp_path / folder / row["run"]) for folder in ("together", "apart"))
+        assert distance(ours, theirs) < 1e-4
+    assert sorted(row["run"] for row in table) == sorted(row["run"] for row in apart)
+    monkeypatch.setattr(system, "free_memory", lambda: 1)
+    told = passes({"a": given, "b": given.changed(**{"training.learning_rate": 1e-3})})
+    assert told[0] == [["a"], ["b"]] and "would not fit" in told[1]
+    told = passes({"a": given.changed(method="prefix"), "b": given})
+    assert told[0] == [["a"], ["b"]] and "method prefix" in told[1]

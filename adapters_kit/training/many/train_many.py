@@ -6,7 +6,7 @@ steps together. What is here: everything is checked and loaded before the first 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from adapters_kit import system
 from adapters_kit.errors import ManyError, RecipeError, TrainingError
 from adapters_kit.kernels.recompute import recompute_cheap
 from adapters_kit.quantization import keep_layout
-from adapters_kit.recipe import Recipe
+from adapters_kit.recipe import RECIPE, Recipe
 from adapters_kit.tasks.base import Features
 from adapters_kit.training.assembly import set_dropout
 from adapters_kit.training.callbacks import Interruption
@@ -76,14 +76,37 @@ def train_many(
     given = [recipe_from(recipe, out / "data") for recipe in recipes]
     called = _names(recipes, given, names)
     asked = dict(zip(called, given, strict=True))
+    resolved = checked(asked)
+    with system.lock(out), system.writing(out, "What was saved so far is kept: resume=True goes on."):
+        runs = train_together(asked, resolved, out, resume=resume, overwrite=overwrite, quiet=quiet)
+    return [runs[name] for name in called]
+
+
+def checked(asked: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The recipes as they will run, by name.
+
+    Raises:
+        RecipeError, TrainingError, MissingPackageError: what cannot go together, or not at all.
+    """
     resolved = {name: resolve(recipe) for name, recipe in asked.items()}
     check(resolved)
     for recipe in resolved.values():
         check_trackers(recipe)
+    return resolved
+
+
+def train_together(
+    asked: Mapping[str, Recipe],
+    resolved: Mapping[str, Recipe],
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Run]:
+    """As `train_many`, for recipes that were `checked` and a folder that is locked."""
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
-        stack.enter_context(system.lock(out))
-        stack.enter_context(system.writing(out, "What was saved so far is kept: resume=True goes on."))
         hall = _Hall()
         for name, recipe in resolved.items():
             place = stack.enter_context(held(out / name, resume=resume, overwrite=overwrite))
@@ -91,13 +114,14 @@ def train_many(
             if place.is_finished:
                 runs[name] = opened(out / name, asked[name], console)
             else:
-                hall.jobs[name] = _OfMany(recipe, place, resume, console, hall)
+                goes_on = resume and (place.path / RECIPE).is_file()
+                hall.jobs[name] = _OfMany(recipe, place, goes_on, console, hall)
         failures = hall.train(runs)
     if hall.stop.name is not None:
         raise KeyboardInterrupt(hall.stop.name)
     if failures:
-        raise ManyError([runs.get(name) for name in called], failures) from next(iter(failures.values()))
-    return [runs[name] for name in called]
+        raise ManyError([runs.get(name) for name in asked], failures) from next(iter(failures.values()))
+    return runs
 
 
 def _names(recipes: Sequence[Given], given: Sequence[Recipe], names: Sequence[str] | None) -> list[str]:
