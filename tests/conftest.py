@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes, each of which would import torch
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
 
 import pytest  # noqa: E402
@@ -61,5 +62,20 @@ def real():
             return assets.ASSETS[name][1]()
         except assets.UnreachableError as error:
             pytest.skip(str(error))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def smollm2_blocks(real, tmp_path_factory):
+    """`smollm2_blocks(count) -> Path`: SmolLM2's file with its first blocks alone: real weights, words and widths."""
+    pytest.importorskip("gguf")
+    from tests.support.gguf_files import cut
+
+    folder = tmp_path_factory.mktemp("smollm2")
+
+    def find(count: int) -> Path:
+        out = folder / f"{count}.gguf"
+        return out if out.exists() else cut(real("smollm2"), count, out)
 
     return find

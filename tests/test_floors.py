@@ -98,7 +98,7 @@ def forbidden(room: str, module: str) -> str | None:
     if not target:
         return "nothing inside the package imports the root: name the module that holds it"
     if target not in FLOORS:
-        return f"the room {target!r} has no floor: give it one in DESIGN §3 and here"
+        return f"the room {target!r} has no floor: give it one in CONTRIBUTING.md and here"
     if FLOORS[target] < FLOORS[room] or FLOORS[target] == FLOORS[room] == 0:
         return None
     return f"{target} is on floor {FLOORS[target]}, {room} on floor {FLOORS[room]}"
@@ -113,7 +113,7 @@ def test_a_file_imports_only_lower_floors(file):
         rooms = {room_of(module) for _, module in imports if module not in for_type_checkers().values()}
         assert rooms <= {*FROM_THE_ROOT, ""}, "public names are found when first used"
         return
-    assert room in FLOORS, f"{file}: the room {room!r} has no floor: give it one in DESIGN §3 and here"
+    assert room in FLOORS, f"{file}: the room {room!r} has no floor: give it one in CONTRIBUTING.md and here"
     wrong = [f"{file}:{line} imports {module}: {why}" for line, module in imports if (why := forbidden(room, module))]
     assert not wrong, "\n".join(wrong)
 
@@ -128,6 +128,21 @@ def test_the_ground_floor_is_light(room):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not HEAVY & {name.partition(".")[0] for name in names}, f"{path.name}:{node.lineno}"
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement behind the docstring to the last."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_files_and_functions_fit(file):
+    """A file past 400 lines is usually two rooms; a function's body fits a screen."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [(f.name, body_lines(f)) for f in functions if body_lines(f) > 60]
 
 
 def test_the_walk_sees_every_kind_of_import():

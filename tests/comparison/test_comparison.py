@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
-import signal
 import statistics
 import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +21,9 @@ from adapters_kit.comparison.cell import Cell, rows_of, run_cell
 from adapters_kit.comparison.remaining import Remaining
 from adapters_kit.comparison.study import FULL_RATE, GRID, _search
 from adapters_kit.errors import AdapterError, RecipeError, TrainingError
-from tests.support import small
+from tests.support import small, stopping
 
-pytestmark = pytest.mark.pictures
+drawn = pytest.mark.pictures  # whichever comes first makes `compared`
 TRAINING = {"epochs": 1, "batch_size": 8, "max_length": 16, "evals_per_epoch": 0, "keep_best": False}
 
 
@@ -74,6 +70,7 @@ def compared(recipe, tmp_path_factory):
 
 
 @pytest.mark.slow
+@drawn
 def test_every_method_has_a_row_with_its_costs(compared, recipe):
     rows = {row.label: row for row in compared.rows}
     assert set(rows) == {"full", "lora", "lora+prefix"}
@@ -94,6 +91,7 @@ def test_every_method_has_a_row_with_its_costs(compared, recipe):
 
 
 @pytest.mark.slow
+@drawn
 def test_the_gap_is_paired_by_seed(compared):
     document = json.loads((compared.path / "comparison.json").read_text())
     score = {
@@ -109,6 +107,7 @@ def test_the_gap_is_paired_by_seed(compared):
 
 
 @pytest.mark.slow
+@drawn
 def test_the_folder_tells_everything(compared):
     report = (compared.path / "report.md").read_text()
     for text in ("gap to full", "± ", "validation rows", "lora+prefix", "score_and_parameters.png", "torch "):
@@ -125,6 +124,7 @@ def test_the_folder_tells_everything(compared):
 
 
 @pytest.mark.slow
+@drawn
 def test_again_nothing_is_trained(compared, recipe, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (compared.path / "cells").iterdir()}
     monkeypatch.setattr(subprocess, "Popen", None)  # no worker may start
@@ -245,13 +245,7 @@ def test_killed_it_goes_on_where_it_was(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     out = tmp_path / "out"
     words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "lora", "--seeds", "2", "--grid", "1"]
-    command = [sys.executable, "-m", "adapters_kit", *words, "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600  # a busy machine takes minutes for the imports
-    while not list(out.glob("cells/*.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    stopping.kill_at_file(out, "cells/*.json", cli.main, [*words, "--out", str(out)])
     kept = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
     assert kept and not (out / "comparison.json").exists()
     assert cli.main([*words, "--out", str(out)]) == 0

@@ -79,7 +79,8 @@ def worker(rank, port, folder):
 def folder(tmp_path_factory):
     """What two processes found, a file a kind: they are started once, for all kinds."""
     made = tmp_path_factory.mktemp("two")
-    mp.spawn(worker, (free_port(), made), nprocs=2)
+    # A fork has imported everything already.
+    mp.start_processes(worker, (free_port(), made), nprocs=2, start_method="fork")
     return made
 
 

@@ -19,10 +19,9 @@ from tests.support.shipping import load, save_base, train_on
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 TEXTS = ["The capital of France is Paris, and", "def add(a, b):\n    return a + b\n"]
 
-# Measured on three texts: 4e-6 to 5e-6, 2.0e-4 to 3.3e-4 and 7e-3 to 1e-2 nats; the limits are one and a half to two
-# times the largest, and below what leaving the adapter out costs (2e-2 to 7e-2). llama.cpp rounds activations to the
-# weights' type as well; rounding the weights alone to bf16, in transformers, costs 1.2e-4 to 2.2e-4.
-LIMITS = {"float16": 1e-5, "bfloat16": 7e-4, "q8_0": 1.5e-2}
+# Measured: 4e-6 to 5e-6, 7e-5 and 1e-3 to 2e-3 nats; the limits are about twice the largest, and below what leaving the
+# adapter out costs (1.5e-2 to 2.3e-2). llama.cpp rounds activations to the weights' type as well.
+LIMITS = {"float16": 1e-5, "bfloat16": 1.5e-4, "q8_0": 4e-3}
 
 
 def test_a_wrong_type_or_a_taken_file_is_refused_first(tmp_path):
@@ -91,11 +90,9 @@ def divergence(model, theirs: torch.Tensor, ids: list[int]) -> float:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """A folder with base, adapter and merged, made from the GGUF file of SmolLM2; and the tokenizer."""
-    import assets
-
-    folder, file = tmp_path_factory.mktemp("smollm2"), assets.smollm2()
+def smollm2(smollm2_blocks, tmp_path_factory):
+    """A folder with base, adapter and merged, made from SmolLM2's file of eight blocks; and the tokenizer."""
+    folder, file = tmp_path_factory.mktemp("smollm2"), smollm2_blocks(8)
     gguf_base = convert_gguf(file, folder / "base")
     config = peft.LoraConfig(r=8, use_rslora=True, target_modules="all-linear")
     train_on(gguf_base, config, folder / "adapter", scale=0.02)

@@ -68,6 +68,26 @@ def write(name: str, file: Path, kind: str, **overrides: Any) -> None:
     writer.close()
 
 
+def cut(file: Path, blocks: int, out: Path) -> Path:
+    """The model of a file with its first blocks alone; all else is copied as it is."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            kind, *inner = field.types
+            value = blocks if name.endswith(".block_count") else field.contents()
+            writer.add_key_value(name, value, kind, sub_type=inner[-1] if inner else None)
+    for tensor in reader.tensors:
+        _, _, rest = tensor.name.partition("blk.")
+        if not rest or int(rest.partition(".")[0]) < blocks:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 def pack(value: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """`value` in blocks. The package cannot write K-quants: those get random codes and scales of a sensible size."""
     try:

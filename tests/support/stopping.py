@@ -1,7 +1,7 @@
 """Runs that end in the middle: killed at a chosen write or step, or with a disk that is full from then on.
 
-A kill is an exception that nothing in the package catches, so that hundreds fit into a minute; tests/kills.py also ends
-processes with SIGKILL.
+A kill is an exception that nothing in the package catches, so that hundreds fit into a minute; `kill_at_file` and
+tests/kills.py also end processes with SIGKILL.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,24 @@ def killed_at_step(step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.AdapterTrainer, "compute_loss", compute_loss)
         yield
+
+
+def kill_at_file(folder: Path, pattern: str, run: Callable[..., Any], *arguments: Any) -> None:
+    """Calls `run(*arguments)` in a process of its own, and kills it once `folder` holds a file like `pattern`.
+
+    The process is a fork, which has imported everything already; it is killed with SIGKILL.
+    """
+    process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
+    process.start()
+    deadline = time.monotonic() + 600  # a busy machine
+    try:
+        while not list(folder.glob(pattern)):
+            assert process.is_alive(), "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.join()
 
 
 class Writes:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -277,23 +275,9 @@ def test_the_command_says_where_a_full_disk_was(rows, tmp_path, capsys):
         assert "Traceback" not in capsys.readouterr().err
 
 
-KILL = """
-import sys
-import adapters_kit as ak
-ak.train(ak.Recipe.read(sys.argv[1]), sys.argv[2], quiet=True)
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_process_leaves_its_lock_to_the_next(rows, whole, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(recipe(rows).to_yaml())
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILL, str(tmp_path / "recipe.yaml"), str(tmp_path / "run")]
-    process = subprocess.Popen(command, env=environment)
-    while not list((tmp_path / "run").glob("checkpoints/*/complete.json")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    stopping.kill_at_file(tmp_path / "run", "checkpoints/*/complete.json", run, recipe(rows), tmp_path / "run")
     assert (tmp_path / ".run.lock").is_file()
     assert stopping.digest(run(recipe(rows), tmp_path / "run", resume=True).path) == stopping.digest(whole.path)
     assert not (tmp_path / ".run.lock").exists()

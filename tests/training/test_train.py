@@ -1,12 +1,7 @@
 """Whole runs on tiny models: they learn, leave a complete folder, resume exactly, and stop readably when they must."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -28,7 +23,7 @@ from adapters_kit.errors import (
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.text_classification import TextClassification
 from adapters_kit.training import loop
-from tests.support import small
+from tests.support import small, stopping
 
 QUICK = {"epochs": 8, "batch_size": 8, "learning_rate": 3e-3, "log_every": 2, "samples": 2}
 
@@ -124,13 +119,6 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(rows, tmp_pat
     assert "step 4: held-out accuracy" in shown
 
 
-KILLED = """
-import sys
-import adapters_kit as ak
-ak.train(ak.Recipe.read(sys.argv[1]), sys.argv[2], quiet=True)
-"""
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_if_never_stopped(rows, tmp_path):
     """Kill -9 in the middle of an epoch; the losses after the resume equal those of a run that was left alone."""
@@ -138,19 +126,8 @@ def test_killed_and_resumed_is_as_if_never_stopped(rows, tmp_path):
     training = {"epochs": 3, "save_every": 5, "log_every": 1, "gradient_accumulation": 2}
     given = recipe(rows, training=training, method={"name": "lora", "r": 4, "lora_dropout": 0.2})
     whole = train(given, tmp_path / "whole")
-    (tmp_path / "recipe.yaml").write_text(given.to_yaml())
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(out)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    try:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("checkpoints/checkpoint-5/trainer_state.json")):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    stopping.kill_at_file(out, "checkpoints/checkpoint-5/trainer_state.json", train, given, out)
     assert not (out / "metrics.json").exists()
     with pytest.raises(TrainingError, match="has not finished: resume=True"):
         train(given, out)
