@@ -138,11 +138,12 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_files_and_functions_fit(file):
-    """A file past 400 lines is usually two rooms; a function's body fits a screen."""
+    """A file past 400 lines is usually two rooms; a function's body fits a screen, or says why not."""
     text = (ROOT / file).read_text(encoding="utf-8")
     assert text.count("\n") <= 400
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    assert not [(f.name, body_lines(f)) for f in functions if body_lines(f) > 60]
+    long = [f for f in functions if body_lines(f) > 60]
+    assert not [f.name for f in long if "# Longer than a screen: " not in (ast.get_source_segment(text, f) or "")]
 
 
 def test_the_walk_sees_every_kind_of_import():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +16,7 @@ from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_in
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts
 from adapters_kit.tasks.slow_tokens import encode_pair, is_slow
+from adapters_kit.tasks.text_scores import exact_match, overlap_of
 from adapters_kit.tasks.turns import written_out
 
 _LONGEST_ANSWER = 30  # tokens
@@ -377,28 +375,3 @@ def _best_threshold(best: Mapping[int, Answer], truth: Mapping[int, Sequence[str
     if threshold == -np.inf:
         threshold = min((best[row].null_margin for row in rows), default=0.0) - 1.0
     return highest / max(len(rows), 1), float(threshold)
-
-
-def exact_match(guess: str, texts: Sequence[str]) -> bool:
-    """Whether a guess is one of the answers, as SQuAD compares; an empty one where there are none."""
-    return any(plain(guess) == plain(text) for text in texts) if texts else not plain(guess)
-
-
-def overlap_of(guess: str, texts: Sequence[str]) -> float:
-    """The best F1 of a guess with one of the answers; 1 for an empty guess where there are none."""
-    return max((word_f1(guess, text) for text in texts), default=float(not plain(guess)))
-
-
-def plain(text: str) -> str:
-    """As SQuAD compares: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def word_f1(guess: str, truth: str) -> float:
-    """F1 of the words that two answers share."""
-    left, right = plain(guess).split(), plain(truth).split()
-    shared = sum((Counter(left) & Counter(right)).values())
-    if not left or not right:
-        return float(left == right)
-    return 2 * shared / (len(left) + len(right))

@@ -1,9 +1,11 @@
-"""Scores of written text: BLEU, chrF and ROUGE, by words, or by characters in scripts without spaces."""
+"""Scores of written text: BLEU, chrF and ROUGE, by words or, where a script has no spaces, characters; SQuAD's."""
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 from adapters_kit.errors import MissingPackageError
@@ -82,3 +84,28 @@ def how_counted(truth: Sequence[str]) -> str | None:
     return (
         f"BLEU and ROUGE count characters, not words: most letters of the answers are {script}, written without spaces."
     )
+
+
+def exact_match(guess: str, texts: Sequence[str]) -> bool:
+    """Whether a guess is one of the answers, as SQuAD compares; an empty one where there are none."""
+    return any(plain(guess) == plain(text) for text in texts) if texts else not plain(guess)
+
+
+def overlap_of(guess: str, texts: Sequence[str]) -> float:
+    """The best F1 of a guess with one of the answers; 1 for an empty guess where there are none."""
+    return max((word_f1(guess, text) for text in texts), default=float(not plain(guess)))
+
+
+def plain(text: str) -> str:
+    """As SQuAD compares: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def word_f1(guess: str, truth: str) -> float:
+    """F1 of the words that two answers share."""
+    left, right = plain(guess).split(), plain(truth).split()
+    shared = sum((Counter(left) & Counter(right)).values())
+    if not left or not right:
+        return float(left == right)
+    return 2 * shared / (len(left) + len(right))

@@ -19,8 +19,8 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks import metrics, packing
 from adapters_kit.tasks.base import IGNORED
-from adapters_kit.tasks.question_answering import plain, word_f1
 from adapters_kit.tasks.seq2seq import text_scores
+from adapters_kit.tasks.text_scores import plain, word_f1
 from adapters_kit.tasks.token_classification import spans
 from tests.support import small, sounds, tiny
 

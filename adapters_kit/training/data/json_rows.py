@@ -369,14 +369,9 @@ def kind_of(value: Any) -> str:
     """What a value is, in JSON's words."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "nothing"
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
