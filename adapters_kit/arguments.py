@@ -180,7 +180,7 @@ Adder = Callable[..., Parser]
 
 def _looking(verb: Adder) -> None:
     made = verb(models.inspect)
-    made.add_argument("model", help="folder, hub id or .gguf file")
+    made.add_argument("model", help="folder, hub id or .gguf file; of a run or an adapter, its base")
     made.add_argument("--task", help="put the head of this task on it (default: as it was saved)")
     made.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods (default: all declared ones)")
 

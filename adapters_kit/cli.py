@@ -12,7 +12,10 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from adapters_kit.arguments import Parser, flags_of, help_of, make_parser
 from adapters_kit.errors import AdapterError, did_you_mean
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, verb: Parser) -> int:
     """The verb under the last net: whatever happens is one sentence and a status."""
     try:
-        shown = options.run(options)
+        with _plain_warnings():
+            shown = options.run(options)
         if shown is not None:
             shown.say(options.json)
         sys.stdout.flush()
@@ -71,6 +75,22 @@ def _run(options: argparse.Namespace, verb: Parser) -> int:
             f"That is a fault of ours, not of yours. The whole trace is in {where}: please report it.\n"
         )
         return OURS
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What we warn of is a sentence for whoever typed the command, without the line of code that said it."""
+    usual, here = warnings.formatwarning, os.path.dirname(__file__) + os.sep
+
+    def sentence(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+        ours = category is UserWarning and filename.startswith(here)
+        return f"{message}\n" if ours else usual(message, category, filename, *place)
+
+    warnings.formatwarning = sentence
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _write_trace() -> str:

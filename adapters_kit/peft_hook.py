@@ -44,6 +44,7 @@ def register() -> None:
         for name in PLUGINS:
             importlib.import_module(name)
         record_saves()
+        name_classes()
 
 
 def record_saves() -> None:
@@ -68,6 +69,27 @@ def record_saves() -> None:
     recording: Any = save_pretrained
     recording.records = True
     kind.save_pretrained = recording
+
+
+def name_classes() -> None:
+    """From now on a model into which `PeftModel.from_pretrained` loads an adapter of ours names its classes as
+    the record of the adapter does, where it knew them as LABEL_0 … only: a pipeline then answers with names."""
+    kind: Any = sys.modules["peft"].PeftModel
+    loading = kind.load_adapter
+    if getattr(loading, "names", False):
+        return
+
+    @functools.wraps(loading)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        result = loading(self, model_id, *args, **kwargs)
+        from adapters_kit.artifacts.record_reader import name_classes_of
+
+        name_classes_of(self, model_id)
+        return result
+
+    naming: Any = load_adapter
+    naming.names = True
+    kind.load_adapter = naming
 
 
 class _PeftFinder(MetaPathFinder):

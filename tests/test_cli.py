@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,14 @@ def test_a_plan_for_a_length_needs_no_data(capsys):
     words = ["--model", str(small.model("llama")), "--task", "causal-lm", "--length", "16", "--gpu", "8GB"]
     status, out, err = run(capsys, "plan", *words)
     assert status == 0 and "fits" in out, err
+
+
+def test_what_we_warn_of_is_a_sentence_and_others_warnings_stay_as_they_are():
+    usual = warnings.formatwarning
+    theirs = ("old", FutureWarning, "theirs.py", 3)
+    with cli._plain_warnings():
+        assert (
+            warnings.formatwarning("4 rows are set aside.", UserWarning, cli.__file__, 3) == "4 rows are set aside.\n"
+        )
+        assert warnings.formatwarning(*theirs) == usual(*theirs)
+    assert warnings.formatwarning is usual

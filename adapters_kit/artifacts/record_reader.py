@@ -15,6 +15,7 @@ are refused, and nothing in it names code.
     versions     of the packages that wrote it
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,21 @@ def read_record(folder: Path) -> dict[str, Any]:
     if "quantize" not in record and "quantize" in raw:
         record["quantize"] = None  # known not to have been
     return record
+
+
+def name_classes_of(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Puts the class names of an adapter's record into `model.config`, which has only LABEL_0 … for as many classes.
+
+    A record that cannot be read is no reason to refuse an adapter that is loaded already.
+    """
+    config = getattr(model, "config", None)
+    own = getattr(config, "id2label", None)
+    try:
+        told = read_record(Path(folder)).get("config", {}).get("id2label")
+    except (ShippingError, OSError):
+        return
+    if not isinstance(own, dict) or not told or len(own) != len(told):
+        return
+    if all(name == f"LABEL_{number}" for number, name in own.items()):
+        config.id2label = {int(number): name for number, name in told.items()}
+        config.label2id = {name: number for number, name in config.id2label.items()}

@@ -87,13 +87,19 @@ import adapters_kit as ak
 model = ak.wrap(ak.load("{recipe.model}"{options}), "adapter")
 ```"""
     auto = TASKS[recipe.task].auto_class
-    options = f", num_labels={len(recipe.labels)}, ignore_mismatched_sizes=True" if recipe.labels else ""
-    options += ", trust_remote_code=True" if recipe.trust_remote_code else ""
+    options = ", trust_remote_code=True" if recipe.trust_remote_code else ""
+    named = ""
+    if recipe.labels:
+        named = f"""labels = dict(enumerate({json.dumps(recipe.labels, ensure_ascii=False)}))
+numbers = {{name: number for number, name in labels.items()}}
+# transformers may say that the head is new and has to be trained: it comes with the adapter
+"""
+        options += ", id2label=labels, label2id=numbers, ignore_mismatched_sizes=True"
     return f"""```python
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained("{recipe.model}"{options})
+{named}base = {auto}.from_pretrained("{recipe.model}"{options})
 model = PeftModel.from_pretrained(base, "adapter")
 ```"""
 

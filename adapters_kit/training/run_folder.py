@@ -99,7 +99,7 @@ def _find(out: Path, resume: bool, overwrite: bool) -> Place:
     if begun and overwrite:
         return Place(out, replacing)
     if begun and finished and not resume:
-        raise TrainingError(f"{out} holds a finished run. Choose another `out`, or give overwrite=True to replace it.")
+        raise TrainingError(f"{out} holds a finished run. Choose another folder, or give overwrite=True to replace it.")
     if begun and not resume:
         raise TrainingError(
             f"{out} holds a run that has not finished: resume=True goes on, overwrite=True starts anew."
@@ -117,7 +117,7 @@ def _check_own(out: Path) -> None:
     foreign = sorted(name for name in os.listdir(out) if not _is_ours(name))
     if foreign:
         shown = ", ".join(foreign[:3]) + (" …" if foreign[3:] else "")
-        raise TrainingError(f"{out} exists and is not a run folder (it holds {shown}). Choose another `out`.")
+        raise TrainingError(f"{out} exists and is not a run folder (it holds {shown}). Choose another folder.")
 
 
 def _is_ours(name: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from adapters_kit.errors import AdapterError
+from adapters_kit.names import is_adapter_folder
 from adapters_kit.verbs.display import Shown, console, print_table
 
 
@@ -38,11 +39,18 @@ def inspect(options: argparse.Namespace) -> Shown:
 
     from adapters_kit import registry
     from adapters_kit.anatomy import map_model, tree
+    from adapters_kit.artifacts.adapter import adapter_folder, read_adapter
     from adapters_kit.kernels.fuse import fuse
     from adapters_kit.loading import skeleton
+    from adapters_kit.training.run import recipe_of
     from adapters_kit.wrapping import wrap
 
-    bare = skeleton(options.model, options.task)
+    model, task = options.model, options.task
+    if is_adapter_folder(folder := adapter_folder(model)):  # a run or an adapter: its base is meant
+        named = recipe_of(folder)
+        base = named.model if named else read_adapter(folder).base
+        model, task = base or model, task or (named.task if named else None)
+    bare = skeleton(model, task)
     found = map_model(bare)
     # What a start from the weights, or the length of a run, decides does not change the count.
     needed: dict[str, dict[str, Any]] = {

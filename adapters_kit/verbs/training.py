@@ -132,6 +132,11 @@ def compare(options: argparse.Namespace) -> Shown:
     if missing := [path for path in options.paths if path not in folders]:
         near = did_you_mean(missing[0].name, [path.name for path in missing[0].parent.glob("*/")])
         raise DataError(f"No run folder {str(missing[0])!r}. {near}".rstrip())
+    if len(folders) == 1:
+        raise DataError(
+            f"One run compares with nothing: give another run folder, or --methods full,lora to compare methods on the "
+            f"recipe of {folders[0]}."
+        )
     if options.flags:
         raise DataError(f"{options.flags[0]} changes a recipe; the runs in {folders[0]} are finished.")
     from adapters_kit.training.table import as_text, compare_runs

@@ -1,11 +1,18 @@
 """Rows and recipes as Python has them: frames, tables, dicts and data sets where the command line takes files."""
 
+import json
+import re
+from pathlib import Path
+
 import pandas
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
 import adapters_kit as ak
+from adapters_kit import cli
 from adapters_kit.errors import DataError, ModelError, RecipeError, UnknownNameError
 from adapters_kit.training.inputs import recipe_from, rows_from
 from tests.support import small
@@ -191,3 +198,26 @@ def test_a_run_without_a_folder_goes_where_the_command_line_puts_it(tmp_path, mo
 def test_what_other_libraries_call_it_leads_to_our_name(method, option, meant):
     with pytest.raises(UnknownNameError, match=rf"Did you mean {meant}\?"):
         ak.wrap(ak.load(small.model("bert")), method, **{option: 8})
+
+
+def test_peft_s_own_route_keeps_the_names_of_the_classes(run, monkeypatch):
+    plain = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(run.recipe.model, **plain)
+    assert PeftModel.from_pretrained(base, run.adapter).config.id2label == {0: "bad", 1: "good"}
+    named = AutoModelForSequenceClassification.from_pretrained(
+        run.recipe.model, id2label={0: "x", 1: "y"}, ignore_mismatched_sizes=True
+    )
+    assert PeftModel.from_pretrained(named, run.adapter).config.id2label == {0: "x", 1: "y"}, "names given are kept"
+
+    snippet = re.search(r"```python\n(.*?)```", (run.adapter / "README.md").read_text(), re.DOTALL)[1]
+    there = {"model": None}
+    exec(snippet.replace(f'"{Path(run.recipe.model).name}"', f'"{run.recipe.model}"').replace(
+        '"adapter"', f'"{run.adapter}"'), there)  # fmt: skip
+    assert there["model"].config.id2label == {0: "bad", 1: "good"}
+    assert there["model"].config.label2id == {"bad": 0, "good": 1}
+
+
+def test_inspect_takes_a_run_for_its_base(run, capsys):
+    assert cli.main(["inspect", str(run.path), "--methods", "lora", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["method"] for one in found["methods"]] == ["lora"]
