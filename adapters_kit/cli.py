@@ -7,6 +7,7 @@ file that the message names); 2 a mistake in what was given; 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import re
 import sys
@@ -15,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from adapters_kit.arguments import Parser, flags_of, help_of, make_parser
 from adapters_kit.errors import AdapterError, did_you_mean
@@ -82,9 +82,11 @@ def _plain_warnings() -> Iterator[None]:
     """What we warn of is a sentence for whoever typed the command, without the line of code that said it."""
     usual, here = warnings.formatwarning, os.path.dirname(__file__) + os.sep
 
-    def sentence(message: Any, category: type[Warning], filename: str, *place: Any) -> str:
+    def sentence(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
         ours = category is UserWarning and filename.startswith(here)
-        return f"{message}\n" if ours else usual(message, category, filename, *place)
+        return f"{message}\n" if ours else usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = sentence
     try:
@@ -104,11 +106,21 @@ def _write_trace() -> str:
 
 
 def _let_every_character_out() -> None:
-    """A terminal or file that is not UTF-8 gets `?` for what it cannot show, in place of a crash."""
+    """A terminal or file that is not UTF-8 gets `->` for an arrow and `?` for what it cannot show, not a crash."""
+    codecs.register_error("adapters_kit", _in_plain_letters)
     for stream in (sys.stdout, sys.stderr):
         encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
         if encoding != "utf8" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="adapters_kit")
+
+
+_PLAIN = {"→": "->", "←": "<-", "…": "...", "–": "-", "−": "-", "×": "x", "±": "+-", "’": "'"}
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 def _asked_about(arguments: Sequence[str]) -> str | None:

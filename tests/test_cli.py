@@ -13,6 +13,7 @@ import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.arguments import grouped_keys, make_parser
 from adapters_kit.recipe import known_flags
+from adapters_kit.verbs.display import print_table
 from tests.support import small
 
 
@@ -166,7 +167,7 @@ def test_output_that_is_not_unicode_gets_what_it_can_show(monkeypatch):
         monkeypatch.setattr(sys, "stdout", shown)
         assert cli.main(["inspect", str(small.model("bert")), "--methods", "lora"]) == 0
         shown.flush()
-        assert b"BertForSequenceClassification" in shown.buffer.getvalue()
+        assert b"BertForSequenceClassification" in shown.buffer.getvalue() and b"64 -> 64" in shown.buffer.getvalue()
 
 
 def test_no_colour_where_none_is_wanted(monkeypatch, capsys):
@@ -285,3 +286,14 @@ def test_what_we_warn_of_is_a_sentence_and_others_warnings_stay_as_they_are():
         )
         assert warnings.formatwarning(*theirs) == usual(*theirs)
     assert warnings.formatwarning is usual
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_table_is_never_wider_than_the_terminal_and_nothing_of_it_is_cut(width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["what", "it is", "why not"]
+    rows = [["4 and 8 bit weights (quantize)", "missing", "pip install one-long-word-of-it"], ["b", "works", ""]]
+    print_table(names, rows)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= max(width, 31)  # a word that is longer than the terminal stays whole
+    assert "…" not in out and all(word in out for row in rows for cell in row for word in cell.split())

@@ -116,7 +116,7 @@ def name_classes_of(model: Any, folder: str | os.PathLike[str]) -> None:
 
     A record that cannot be read is no reason to refuse an adapter that is loaded already.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     own = getattr(config, "id2label", None)
     try:
         told = read_record(Path(folder)).get("config", {}).get("id2label")

@@ -105,13 +105,17 @@ def metric_of(run: Run) -> str:
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table of text."""
+    return "\n".join([aligned(cells(rows)), *getattr(rows, "notes", ())])
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The names of the columns, then each row, as people read them."""
 
     def shown(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *[[shown(row.get(key, "")) for key in columns] for row in rows]]
-    return "\n".join([aligned(cells), *getattr(rows, "notes", ())])
+    return [columns, *[[shown(row.get(key, "")) for key in columns] for row in rows]]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

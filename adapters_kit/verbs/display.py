@@ -67,7 +67,6 @@ def console() -> Any:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; where the terminal is too narrow for its words, one line a cell instead: nothing is cut."""
-    from rich.measure import Measurement
     from rich.table import Table
 
     out = console()
@@ -75,7 +74,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*row)
-    if Measurement.get(out, out.options, table).minimum <= out.width and out.width >= 12 * len(columns):
+    whole, *broken = zip(columns, *rows, strict=True)  # the first column keeps its lines, the others break at spaces
+    least = max(map(len, whole)) + sum(
+        2 + max(len(word) for cell in one for word in (cell.split() or [""])) for one in broken
+    )
+    if least <= out.width and out.width >= 12 * len(columns):
         out.print(table, highlight=False, markup=False)
         return
     for row in rows:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapters_kit.errors import DataError, RecipeError, did_you_mean
 from adapters_kit.recipe import RECIPE, Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
-from adapters_kit.verbs.display import Shown, metrics_text
+from adapters_kit.verbs.display import Shown, metrics_text, print_table
 
 if TYPE_CHECKING:
     from adapters_kit.training.run import Run
@@ -139,10 +140,17 @@ def compare(options: argparse.Namespace) -> Shown:
         )
     if options.flags:
         raise DataError(f"{options.flags[0]} changes a recipe; the runs in {folders[0]} are finished.")
-    from adapters_kit.training.table import as_text, compare_runs
+    from adapters_kit.training.table import cells, compare_runs
 
     rows = compare_runs(folders)
-    return Shown(rows, as_text(rows))
+    return Shown(rows, partial(_print, cells(rows), rows.notes))
+
+
+def _print(lines: list[list[str]], below: list[str]) -> None:
+    """A table as wide as the terminal, and what is said below it."""
+    print_table(lines[0], lines[1:])
+    for line in below:
+        print(line)
 
 
 def _compare_methods(options: argparse.Namespace) -> Shown:
@@ -156,10 +164,12 @@ def _compare_methods(options: argparse.Namespace) -> Shown:
         "max_minutes": options.max_minutes,
     }
     from adapters_kit.comparison import compare as run_comparison
+    from adapters_kit.comparison.report import cells
 
     given = {name: value for name, value in given.items() if value is not None}
     found = run_comparison(recipe, seeds=options.seeds, out=out, **given)
-    return Shown(found.document, str(found))
+    head, body = cells(found.document)
+    return Shown(found.document, partial(_print, [head, *body], ["", *found.notes]))
 
 
 def sweep(options: argparse.Namespace) -> Shown:
@@ -167,8 +177,8 @@ def sweep(options: argparse.Namespace) -> Shown:
     recipe = recipe_of(options)
     out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-sweep"
     from adapters_kit.training.sweep import sweep as run_sweep
-    from adapters_kit.training.table import as_text
+    from adapters_kit.training.table import cells
 
     chosen = {"learning_rates": options.learning_rates, "ranks": options.ranks, "together": options.together}
     rows = run_sweep(recipe, out, **chosen)
-    return Shown(rows, f"{as_text(rows)}\nRun folders: {out}")
+    return Shown(rows, partial(_print, cells(rows), [*rows.notes, f"Run folders: {out}"]))
