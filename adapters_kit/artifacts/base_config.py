@@ -21,7 +21,7 @@ _MOST: tuple[tuple[re.Pattern[str], float], ...] = (
     (re.compile(r"label"), 10**6),
     (re.compile(r"position|window|size|dim|vocab|^d_|^ctx|^n_(ctx|embd|positions)"), 1 << 31),
     (re.compile(r"layer|block|depth|stage|loops|repeat"), 4096),
-    (re.compile(r"expert|heads?$|^n_head|groups|codebooks"), 10**5),
+    (re.compile(r"expert|heads?$|head_count|^n_head|groups|codebooks"), 10**5),
     (re.compile(r""), float("inf")),
 )
 _LONGEST = 10**6  # entries of a list or table

@@ -26,6 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from adapters_kit.anatomy import blocks, embeddings
+from adapters_kit.artifacts.base_config import check_config
 from adapters_kit.artifacts.heap import Trimmer
 from adapters_kit.errors import ModelError
 from adapters_kit.kernels.block_tensor import BlockTensor
@@ -47,9 +48,12 @@ def read_config(location: str, name: str) -> PreTrainedConfig:
     tokenizer. So it is shown a file that says the same without the vocabulary, and without the weights.
 
     Raises:
+        ModelError: counts that no model has.
         OSError, ValueError, KeyError: as `AutoConfig.from_pretrained`.
     """
     metadata, tensors = read_gguf_metadata(os.path.join(location, name))
+    counts = {key: value for key, value in metadata.items() if key not in VOCABULARY}
+    check_config(counts, os.path.join(location, name), ModelError)
     if f"{metadata['general.architecture']}.vocab_size" not in metadata:  # counted from the vocabulary then
         return AutoConfig.from_pretrained(location, gguf_file=name, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as folder:

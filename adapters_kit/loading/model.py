@@ -7,6 +7,7 @@ model = load("models/minilm", task="text-classification", labels=["negative", "p
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean, gist
+from adapters_kit.loading.gguf_header import check_header
 from adapters_kit.loading.reader import (
     meta_model,
     needs_transformers,
@@ -275,9 +277,8 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
         if source.gguf_file:
             from adapters_kit.loading.gguf import read_config
 
-            config = read_config(source.location, source.gguf_file)
-            check_config(config.to_dict(), f"The config of {source.name}", ModelError)
-            return config
+            check_header(Path(source.location) / source.gguf_file)
+            return read_config(source.location, source.gguf_file)
         raw, _ = PreTrainedConfig.get_config_dict(source.location, **options)
         check_config(raw, f"The config of {source.name}", ModelError)
         with trusted(source):
