@@ -124,6 +124,104 @@ def test_alberts_attention_adapter_reads_the_stream(tmp_path):
     assert not torch.allclose(plain, expected, atol=1e-2)
 
 
+def gemma2():
+    config = {**TEXT, "num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**config)).eval()
+
+
+@pytest.mark.parametrize("options", [AFTER, BESIDE])
+def test_a_branch_that_is_normalized_first_is_refused_where_the_stream_is_read(options, tmp_path):
+    folder = saved(tmp_path / "a", gemma2(), options, [f"model.layers.{n}.output_adapters" for n in (0, 1)])
+    with pytest.raises(ModelError, match="normalized before it is added"):
+        ak.wrap(gemma2(), folder)
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "Xmod"])
+def test_classes_that_the_library_computes_otherwise_are_refused(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**TEXT)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    lora = {"architecture": "lora", "r": 2, "alpha": 4, "attn_matrices": ["q", "v"]}
+    with pytest.raises(ModelError, match="even without an adapter"):
+        ak.wrap(model, saved(tmp_path / "a", model, lora, []))
+
+
+PREFIX = {"architecture": "prefix_tuning", "flat": True, "prefix_length": 3, "encoder_prefix": True}
+PREFIX |= {"cross_prefix": True, "reduction_factor": None, "original_ln_after": False}
+NUMBERS = 3 * 2 * 2 * WIDTH  # tokens, layers, keys and values
+
+
+def prefixes(folder, model, places):
+    """A folder with a flat prefix of constant numbers for each (module, name of a prefix)."""
+    tensors = {
+        f"{place}.prefix_tuning.pool.prefix_tunings.a.{called}.control_trans": torch.full((NUMBERS,), float(number))
+        for number, (place, called) in enumerate(places, start=1)
+    }
+    return saved(folder, model, PREFIX, [], tensors)
+
+
+def numbers(model, folder):
+    """Attention module -> the number that its prefix is made of."""
+    state = ak.wrap(model, folder).state_dict()
+    found = {name: value for name, value in state.items() if ".prefix_key" in name}
+    assert all(len(set(value.flatten().tolist())) == 1 for value in found.values())
+    return {
+        name.removeprefix("base_model.model.").partition(".prefix")[0]: value.max().item()
+        for name, value in found.items()
+    }
+
+
+def eager(model):
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def test_towers_have_prefixes_of_their_own(tmp_path):
+    sight = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sight |= {"image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=sight, projection_dim=WIDTH)
+    model = eager(transformers.CLIPModel(config))
+    model.config.hidden_size = WIDTH  # as the library notes it
+    called = ["clip_text_model_self_prefix", "clip_vision_model_self_prefix"]
+    folder = prefixes(tmp_path / "a", model, [("text_model.encoder.layers.0.self_attn", name) for name in called])
+    found = numbers(model, folder)
+    assert {value for name, value in found.items() if "text_model" in name} == {1.0}
+    assert {value for name, value in found.items() if "vision_model" in name} == {2.0}
+
+
+def test_encoder_and_decoder_that_call_their_prefixes_the_same_are_told_apart(tmp_path):
+    text = transformers.BertConfig(**TEXT)
+    writer = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    model = transformers.EncoderDecoderModel(
+        encoder=transformers.BertModel(text), decoder=transformers.BertLMHeadModel(writer)
+    )
+    model = eager(model)
+    model.config.decoder_start_token_id, model.config.pad_token_id, model.config.hidden_size = 1, 0, WIDTH
+    layer = "bert.encoder.layer"
+    places = [
+        *((f"encoder.encoder.layer.{n}.attention.self", "self_prefix") for n in (0, 0)),
+        (f"decoder.{layer}.0.attention.self", "self_prefix"),
+        (f"decoder.{layer}.0.crossattention.self", "cross_prefix"),
+    ]
+    found = numbers(model, prefixes(tmp_path / "a", model, places))
+    assert {value for name, value in found.items() if name.startswith("encoder.")} == {2.0}
+    assert {value for name, value in found.items() if ".attention." in name and "decoder." in name} == {3.0}
+    assert {value for name, value in found.items() if "crossattention" in name} == {4.0}
+
+
+def test_distilberts_prefix_has_a_name_of_its_own(tmp_path):
+    config = transformers.DistilBertConfig(vocab_size=40, dim=WIDTH, n_layers=2, n_heads=2, hidden_dim=24)
+    model = eager(transformers.DistilBertModel(config))
+    found = numbers(model, prefixes(tmp_path / "a", model, [("transformer.layer.0.attention", "self")]))
+    assert len(found) == 2 and set(found.values()) == {1.0}
+
+
+def test_prefixes_that_differ_under_one_name_are_refused(tmp_path):
+    model = eager(bert())
+    places = [(f"bert.encoder.layer.{n}.attention.self", "self_prefix") for n in (0, 1)]
+    with pytest.raises(ModelError, match="is not known"):
+        ak.wrap(model, prefixes(tmp_path / "a", model, places))
+
+
 def test_a_trained_head_comes_along(tmp_path):
     model, head = bert(), {"classifier.weight": torch.randn(3, WIDTH), "classifier.bias": torch.randn(3)}
     folder = saved(tmp_path / "a", model, AFTER, BERT_PLACES)

@@ -22,7 +22,7 @@ from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.unread import check_all_read
 from adapters_kit.errors import ModelError, ShippingError
 from adapters_kit.methods.adapterhub.heads import HEADS, head_file, head_state
-from adapters_kit.methods.adapterhub.placement import check_placement
+from adapters_kit.methods.adapterhub.placement import check_class, check_placement
 from adapters_kit.methods.adapterhub.prefix import convert_prefix
 from adapters_kit.methods.bottleneck.config import BottleneckConfig
 from adapters_kit.methods.bottleneck.layer import CHILD
@@ -86,6 +86,7 @@ def convert(source: str | Path, base_model: nn.Module) -> tuple[PeftConfig, dict
                 f"{source} was trained on a model with {key} {saved[key]!r}, but this {type(base_model).__name__} has "
                 f"{here!r}. Load the base model that it was trained on ({saved.get('model_name') or 'not named'})."
             )
+    check_class(source, base_model)
     weights = _read_weights(source)
     architecture = options.get("architecture")
     kinds = {None: _convert_bottleneck, "lora": _convert_lora, "prefix_tuning": convert_prefix}
