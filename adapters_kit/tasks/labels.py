@@ -100,13 +100,8 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
 def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:
     """The labels of every row of a column of lists; None where the list itself is missing."""
     read = label_reader(data, column, given)
-    names = places(data, column, given)
     return [
-        None
-        if value is None
-        else [name for name, mark in zip(names, value, strict=True) if mark]
-        if names is not None
-        else [read(item, row) for item in (value if isinstance(value, list) else [value])]
+        None if value is None else [read(item, row) for item in (value if isinstance(value, list) else [value])]
         for row, value in enumerate(data[column][:])
     ]
 
@@ -122,11 +117,11 @@ def places(data: Dataset, column: str, given: Sequence[str] | None) -> list[str]
         return None
     if not all(isinstance(value, list) and len(value) == len(values[0]) > 1 for value in values):
         return None
-    marks = all(isinstance(mark, bool | int | float) and mark in (0, 1) for value in values for mark in value)
-    # No label stands twice in a list of labels.
-    if not marks or all(len(set(value)) == len(value) for value in values):
+    fits = given is not None and len(given) == len(values[0])
+    # As numbers of classes, these would be all classes in every row.
+    if not all(isinstance(mark, bool | int | float) and mark in (0, 1) for value in values for mark in value):
         return None
-    return list(given) if given is not None and len(given) == len(values[0]) else list(map(str, range(len(values[0]))))
+    return list(map(str, range(len(values[0])))) if given is None else list(given) if fits else None
 
 
 def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str], list[str]]:

@@ -16,7 +16,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
-from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, separated
+from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, places, separated
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut, truncated_ids
 
@@ -49,6 +49,7 @@ class TextClassification(Task):
         super().__init__(recipe, columns, labels, notes)
         self.problem: str = recipe.problem or "single-label"
         self._apart: Callable[[str], list[str]] | None = None
+        self._marked: bool | None = None  # whether a row says 0 or 1 of each class, as the training rows show
         self._end: str | None = None
         self._side = "right"
         self._set_metric()
@@ -117,6 +118,7 @@ class TextClassification(Task):
         column = self.columns["label"]
         if self.problem == "multi-label" and not _is_list(train, column):
             self._apart = separated([name for name in labels_of(train, column) if name], self.notes, column)
+        self._marked = places(train, column, self.recipe.labels) is not None
         seen = [self._names(data) for data in parts]
         declared = declared_names(train, column)
         held_out = seen[1] if test is not None else []
@@ -126,6 +128,8 @@ class TextClassification(Task):
         """The labels of every row that has some: one, or any number of them under multi-label."""
         column = self.columns["label"]
         if self.problem == "multi-label" and _is_list(data, column):
+            if self._marked is not False and (names := places(data, column, self.recipe.labels)) is not None:
+                return [[name for name, mark in zip(names, row, strict=True) if mark] for row in data[column][:]]
             return [[name for name in names or () if name] for names in lists_of(data, column, self.recipe.labels)]
         names = [name or "" for name in labels_of(data, column, self.recipe.labels)]
         if self.problem == "multi-label" and self._apart is not None:

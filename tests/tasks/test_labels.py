@@ -209,8 +209,10 @@ def test_zeros_and_ones_of_each_class_are_no_class_names(tmp_path, kind):
     for row, target in zip(parts.train, task._targets(parts.train), strict=True):
         assert target.tolist() == [float(mark) for mark in row["label"]]
     assert prepared(tmp_path, values, problem="multi-label", labels=["x", "y", "z"])[0].labels == ["x", "y", "z"]
-    numbers, _ = prepared(tmp_path, [[0, 1], [1, 0], [0, 1], [1, 0]] * 4, problem="multi-label")
-    assert numbers.labels == ["0", "1"]  # none stands twice in a row: these are the classes' own numbers
+    # Numbers of classes stay so where the held-out rows alone could be read otherwise.
+    numbers, parts = prepared(tmp_path, [[0, 1], [1], [0, 2], [1, 2]] * 4, [[0, 1], [1, 0]], problem="multi-label")
+    assert numbers.labels == ["0", "1", "2"]
+    assert [target.tolist() for target in numbers._targets(parts.test)] == [[1, 1, 0]] * 2
 
 
 def test_a_column_a_class_says_how_to_make_one_of_them(tmp_path):
