@@ -1,23 +1,28 @@
-"""Pictures as files, bytes or PIL images: opened as they are meant to be seen, in 8-bit RGB."""
+"""Pictures as files, bytes, base64 or PIL images: opened as they are meant to be seen, in 8-bit RGB."""
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from adapters_kit.errors import DataError, MissingPackageError
 
 _LARGEST = 178_956_970  # pixels, where pillow itself refuses; 512 MiB in RGB
+_LONGEST_PATH = 1000  # characters; a system that is asked about a longer one raises
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 # What a complete file of a kind ends with; a picture that a download cut off lacks it.
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}
 
 
 def open_image(value: Any, row: int) -> Any:
-    """A path, {"bytes": ...}, bytes or a PIL image as an RGB image.
+    """A path, {"bytes": ...}, bytes, their base64 or a PIL image as an RGB image.
 
     Turned as its EXIF data says; 16-bit and floating-point pixels are scaled to 8 bits, not clipped; transparent ones
     are laid on white; of several frames the first counts.
@@ -45,10 +50,10 @@ def check_image(value: Any, row: int) -> None:
         DataError: by its row.
     """
     _opened(value, row)
-    path = value.get("path") if isinstance(value, Mapping) and not value.get("bytes") else value
-    content = value.get("bytes") if isinstance(value, Mapping) else value if isinstance(value, bytes) else None
-    if content is None and isinstance(path, str):
-        with open(path, "rb") as file:
+    source = _source(value)
+    content = source if isinstance(source, bytes) else None
+    if isinstance(source, str):
+        with open(source, "rb") as file:
             begin = file.read(2)
             file.seek(0, io.SEEK_END)
             file.seek(max(file.tell() - 65536, 0))
@@ -63,11 +68,20 @@ def check_image(value: Any, row: int) -> None:
 def _opened(value: Any, row: int) -> Any:
     from PIL import Image
 
-    source = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    source = _source(value)
+    if source is None:
+        raise DataError(f"Row {row + 1} has no image. Give it one, or leave the row out.")
     if isinstance(source, bytes):
         source = io.BytesIO(source)
-    if isinstance(source, str) and not Path(source).is_file():
-        raise DataError(f"Row {row + 1}: no image file {source!r}.")
+    if isinstance(source, str) and (len(source) > _LONGEST_PATH or not Path(source).is_file()):
+        raise DataError(
+            f"Row {row + 1}: no image file {source!r:.200}. "
+            + (
+                "An address is not fetched: save the pictures as files first, and name these."
+                if "://" in source
+                else "A path begins at the folder of the table, or where you stand, and has its suffix (.jpg, .png …)."
+            )
+        )
     try:
         picture: Any = Image.open(source) if isinstance(source, str | io.BytesIO) else source
         width, height = picture.size
@@ -83,6 +97,22 @@ def _opened(value: Any, row: int) -> Any:
             "opened."
         )
     return picture
+
+
+def _source(value: Any) -> Any:
+    """What a picture is read from: a path, its bytes, or itself."""
+    source = value.get("bytes") or value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(source, str):
+        return source
+    if source.startswith("file://"):
+        return unquote(urlsplit(source).path)
+    data = source.partition(",")[2] if source.startswith("data:image/") else source
+    if data is source and (len(source) < 200 or not _BASE64.fullmatch(source)):
+        return source
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        return source
 
 
 def _name(value: Any) -> str:

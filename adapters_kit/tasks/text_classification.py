@@ -158,6 +158,8 @@ class TextClassification(Task):
         (XLNet) the very last token, padding or not.
         """
         model.config.problem_type = _LOSSES[self.problem]
+        if model.config.is_encoder_decoder:
+            _pad_without_end(self.processor, model)
         same_padding(self.processor, model, self.recipe.model)
         self._end = self.processor.eos_token if model.config.is_encoder_decoder else None
         self._side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
@@ -289,6 +291,15 @@ class TextClassification(Task):
 
 
 _NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
+
+
+def _pad_without_end(tokenizer: Any, model: nn.Module) -> None:
+    """Lets a tokenizer pad with another token than that of the end, by which the head finds the end of a text."""
+    own = getattr(model.config, "pad_token_id", None)
+    others = (own, tokenizer.unk_token_id)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        pad = next((token for token in others if token not in (None, tokenizer.eos_token_id)), None)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad) if pad is not None else tokenizer.pad_token
 
 
 def _is_list(data: Dataset, column: str) -> bool:

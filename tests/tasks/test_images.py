@@ -1,5 +1,6 @@
 """Pictures are read as they are meant to be seen, or refused by their row before training."""
 
+import base64
 import io
 
 import numpy as np
@@ -86,3 +87,27 @@ def test_pictures_that_are_too_large_or_none(tmp_path):
     for value in (str(tmp_path / "text.png"), {"bytes": b"x"}, b"", 7, {"path": str(tmp_path / "none.png")}):
         with pytest.raises(DataError, match="Row 1: "):
             check_image(value, 0)
+
+
+def test_pictures_written_as_text(tmp_path):
+    content = saved(Image.fromarray(PIXELS), "PNG")["bytes"]
+    (tmp_path / "a b.png").write_bytes(content)
+    text = base64.b64encode(content).decode()
+    for value in (text, f"data:image/png;base64,{text}", (tmp_path / "a b.png").as_uri()):
+        check_image(value, 0)
+        np.testing.assert_array_equal(np.asarray(open_image(value, 0)), PIXELS)
+    with pytest.raises(DataError, match="ends too early"):
+        check_image(base64.b64encode(content[:-40]).decode(), 0)
+
+
+def test_what_is_no_file_says_what_is_looked_for():
+    for value, told in (
+        (None, "Row 3 has no image"),
+        ("https://x.org/a.png", "is not fetched"),
+        ("a", "has its suffix"),
+    ):
+        with pytest.raises(DataError, match=told):
+            check_image(value, 2)
+    with pytest.raises(DataError) as found:
+        check_image("iVBO" * 10_000 + "-", 0)
+    assert len(str(found.value)) < 400

@@ -1,5 +1,7 @@
 """Rows that a tokenizer or a head takes in its own way: nothing, the end of a text inside one, signs dropped."""
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -10,8 +12,8 @@ from adapters_kit.inference.answer_file import predict_file
 from tests.support import small
 
 
-def run_of(tmp_path, rows, task="text-classification", family="bert", **training):
-    recipe = {"model": str(small.model(family)), "task": task, "data": rows}
+def run_of(tmp_path, rows, task="text-classification", family="bert", model=None, **training):
+    recipe = {"model": str(model or small.model(family)), "task": task, "data": rows}
     training = {"max_steps": 2, "samples": 0, "learning_rate": 0.1, **training}
     return ak.train({**recipe, "training": training}, tmp_path / "run", quiet=True)
 
@@ -34,6 +36,18 @@ def test_a_row_is_answered_as_alone_whatever_it_holds(tmp_path, family):
         warnings.simplefilter("ignore", UserWarning)
         alone = torch.cat([scores(run, [text], 1) for text in texts])
     torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_padding_is_no_end_of_a_text(tmp_path, family):
+    """A tokenizer without a padding token pads with the end's, of which the head finds as many as there are."""
+    folder = shutil.copytree(small.model(family), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": None}))
+    run = run_of(tmp_path, small.sentiment(24), model=folder)
+    texts = ["fine", "a the was is with and very quite one two three dull"]
+    alone = torch.cat([scores(run, [text], 1) for text in texts])
+    torch.testing.assert_close(scores(run, texts, 2), alone, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("family", ["bart", "llama"])

@@ -41,7 +41,7 @@ def read_folder(folder: Path, form: Format) -> Parts:
             told = ", ".join(path.name + "/" * path.is_dir() for path in left[:10])
             form.notes.say(f"{folder.name}: {told} belong to no part and are not read as rows.")
         return {part: _part(members, form) for part, members in grouped.items()}
-    if not files and (found := media(folder)) is not None:
+    if not files and (found := media(folder, form.notes)) is not None:
         return {"train": found}
     if (found := media_with_list(folder, files, form)) is not None:
         return {"train": found}
@@ -128,7 +128,7 @@ def _part(members: Sequence[Path], form: Format) -> Dataset:
 def _part_folder(folder: Path, form: Format) -> Dataset:
     """All files of a folder that is itself a part, or its images, recordings or texts, a class a folder."""
     files = row_files(folder)
-    for found in (media_with_list(folder, files, form), media(folder), texts_by_class(folder, form)):
+    for found in (media_with_list(folder, files, form), media(folder, form.notes), texts_by_class(folder, form)):
         if found is not None:
             return found
     if (parts := partitioned(folder, form)) is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from adapters_kit.errors import DataError
+from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.row_file import Format, read_file
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
@@ -20,17 +21,27 @@ def medium(path: Path) -> str | None:
     return next((role for role, suffixes in MEDIA.items() if path.suffix.lower() in suffixes), None)
 
 
-def media(folder: Path) -> Dataset | None:
-    """One row an image or a recording, its folder's name its class; or, without a class, those of the folder itself."""
-    for pattern, classed in (("*/*", True), ("*", False)):
-        found = [(path, medium(path)) for path in sorted(folder.glob(pattern)) if path.is_file()]
-        kinds = {role for _, role in found if role}
-        if len(kinds) > 1:
-            raise DataError(f"The folder {folder} holds images and recordings: keep each kind in a folder of its own.")
-        rows = [{role: str(path), **({"label": path.parent.name} if classed else {})} for path, role in found if role]
-        if rows:
-            return Dataset.from_list(rows)
-    return None
+def media(folder: Path, notes: Notes) -> Dataset | None:
+    """One row an image or a recording, its folder's name its class; or, without a class, those of the folder itself.
+
+    Files deeper in a class's folder are of that class.
+    """
+    if not any(medium(path) for pattern in ("*/*", "*") for path in folder.glob(pattern)):
+        return None
+    found = [(path, medium(path)) for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+    media = [(path, role) for path, role in found if role is not None]
+    if len({role for _, role in media}) > 1:
+        raise DataError(f"The folder {folder} holds images and recordings: keep each kind in a folder of its own.")
+    classed = [
+        {role: str(path), "label": path.relative_to(folder).parts[0]} for path, role in media if path.parent != folder
+    ]
+    beside = [{role: str(path)} for path, role in media if path.parent == folder]
+    if classed and beside:
+        notes.say(
+            f"{folder.name}: {len(beside):,} files lie beside the classes' folders and are not read.",
+            files_without_class=len(beside),
+        )
+    return Dataset.from_list(classed or beside)
 
 
 def media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Dataset | None:
@@ -51,7 +62,14 @@ def media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Datase
 def located(rows: Dataset, column: str, folder: Path) -> Dataset:
     """The rows with the paths in `column` that are relative to `folder` made whole."""
     names = rows[column][:]
-    if not all(isinstance(name, str) for name in names):
+    if not all(isinstance(name, str | None) for name in names):
         return rows
-    whole = [name if Path(name).is_file() or not (folder / name).is_file() else str(folder / name) for name in names]
+    whole = [name and _whole(name, folder) for name in names]
     return rows if whole == names else rows.remove_columns(column).add_column(column, whole)
+
+
+def _whole(name: str, folder: Path) -> str:
+    """The path of a file; the name, if it is none. Windows' way of writing one is read too."""
+    spellings = (name, name.replace("\\", "/"))
+    ways = (way for spelling in spellings for way in (Path(spelling), folder / spelling))
+    return name if len(name) > 1000 else str(next((way for way in ways if way.is_file()), name))

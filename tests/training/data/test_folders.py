@@ -254,3 +254,20 @@ def test_a_configuration_of_a_data_set_in_a_folder(tmp_path):
 def test_addresses_say_how_to_fetch_them(address, advice):
     with pytest.raises(DataError, match=advice):
         read(address)
+
+
+def test_images_deeper_in_a_class_and_beside_the_classes(tmp_path):
+    for name in ("train/cat/1.png", "train/cat/more/2.png", "train/dog/3.png", "train/4.png", "val/dog/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    notes = Notes()
+    found = data.read(DataSpec(train=str(tmp_path)), notes)
+    assert found.train["label"][:] == ["cat", "cat", "dog"] and found.test["label"][:] == ["dog"]
+    assert notes.counts == {"files_without_class": 1}
+
+
+def test_paths_of_images_of_which_one_is_missing_or_windows_own(tmp_path):
+    lay(tmp_path, **{"pictures/1.png": "x"})
+    rows = [{"image": "pictures\\1.png"}, {"image": None}, {"image": "pictures/2.png"}]
+    found = data.located(Dataset.from_list(rows), "image", tmp_path)["image"][:]
+    assert found == [str(tmp_path / "pictures/1.png"), None, "pictures/2.png"]
