@@ -65,7 +65,11 @@ def located(rows: Dataset, column: str, folder: Path) -> Dataset:
     if not all(isinstance(name, str | None) for name in names):
         return rows
     whole = [name and _whole(name, folder) for name in names]
-    return rows if whole == names else rows.remove_columns(column).add_column(column, whole)
+    if whole == names:
+        return rows
+    if rows.num_columns == 1:
+        return Dataset.from_dict({column: whole})
+    return rows.remove_columns(column).add_column(column, whole)
 
 
 def _whole(name: str, folder: Path) -> str:
