@@ -29,6 +29,7 @@ from adapters_kit.recipe_sections import (
     CardSpec,
     DataSpec,
     MethodSpec,
+    PathText,
     TaskName,
     TrainingSpec,
     rows_suffix,
@@ -51,7 +52,7 @@ class Recipe(BaseModel):
 
     version: Literal[1] = 1
     """Version of this format."""
-    model: str
+    model: PathText
     """The base model: a folder, a hub id or a .gguf file."""
     task: TaskName
     """What the model learns to do."""
@@ -241,8 +242,26 @@ def _explain(error: ValidationError) -> list[Problem]:
             choices = _choices(item["ctx"]["expected"]) if item["type"] == "literal_error" else list(TASKS)
             problems.append((path, f"{given!r} is not one of {', '.join(choices)}. {_near(str(given), choices)}"))
         else:
-            problems.append((path, f"{given!r} does not fit: {item['msg'][:1].lower() + item['msg'][1:]}."))
+            told = _ELSEWHERE.get(".".join(path), f"{item['msg'][:1].lower() + item['msg'][1:]}.")
+            problems.append((path, f"{_short(given)} does not fit: {told}"))
     return problems
+
+
+def _short(value: Any) -> str:
+    """A value as its user wrote it; of objects the kind alone, whose text would fill the screen."""
+    if isinstance(value, str | int | float | bool | list | tuple | dict | None):
+        text = repr(value)
+        return text if len(text) <= 200 else f"{text[:200]} …"
+    return f"an object of the kind {type(value).__name__}"
+
+
+# Where objects that no recipe can write down may go instead.
+_ELSEWHERE = {
+    "model": "give the folder or hub id that it comes from; a model in memory is for ak.wrap and a Trainer.",
+    "method": "give its name and options, {'name': 'lora', 'r': 8}; ak.wrap takes a peft config.",
+    "data": "give a file, a folder or a hub id; ak.train takes rows in memory, in a dict of the recipe's keys.",
+    "data.train": "give a file, a folder or a hub id; ak.train takes rows in memory, in a dict of the recipe's keys.",
+}
 
 
 _MISSING = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import codecs
 import encodings.aliases
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from adapters_kit.errors import did_you_mean, nearest
@@ -61,6 +62,10 @@ Delimiter = Annotated[str, AfterValidator(_one_character)]
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
 
 
+PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
+"""A text that names a file, a folder or something on the hub; a `Path` or a `Run` becomes one."""
+
+
 class MethodSpec(BaseModel):
     """The fine-tuning method: a name, then any option of that method's peft config (`r`, `lora_alpha` …)."""
 
@@ -73,6 +78,7 @@ class MethodSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         return {"name": value} if isinstance(value, str | list | tuple) else value
 
     @property
@@ -91,11 +97,11 @@ class DataSpec(BaseModel):
 
     model_config = STRICT
 
-    train: str
+    train: PathText
     """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
     and test (shards are joined), one saved by `datasets`, or with one sub-folder of images or recordings a class; or a
     hub id."""
-    test: str | None = None
+    test: PathText | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role to column name, such as {text: review, label: stars}; recognised by name where left out."""
@@ -125,7 +131,7 @@ class DataSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
-        return {"train": str(value)} if isinstance(value, str | Path) else value
+        return {"train": os.fspath(value)} if isinstance(value, str | os.PathLike) else value
 
 
 class TrainingSpec(BaseModel):

@@ -149,7 +149,11 @@ def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[S
     data_source = listed(data_source)
     if isinstance(data_source, str) and not _names_data(data_source):
         data_source = [data_source]
-    if isinstance(data_source, list) and data_source and all(isinstance(item, str) for item in data_source):
+    if isinstance(data_source, list) and any(isinstance(item, str) for item in data_source):
+        if odd := [number for number, item in enumerate(data_source, 1) if not isinstance(item, str)]:
+            raise DataError(
+                f"Texts are strings; number {odd[0]} of {len(data_source):,} is {data_source[odd[0] - 1]!r}."
+            )
         data_source = [text_row(recipe, text, adapter) for text in data_source]
     rows = rows_of(data_source, recipe.data)
     task = make_task(recipe, rows, answers=False)

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
@@ -26,7 +26,7 @@ from adapters_kit.training.data.json_rows import tables
 _OWN: Mapping[str, str] = MappingProxyType({})  # each role's column is called as the role
 _LISTS = ("tokens", "tags", "messages")  # roles whose value in one row is a list
 
-Given = Recipe | Mapping[str, Any] | str | Path
+Given = Recipe | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def rows_from(value: Any, columns: Mapping[str, str] = _OWN) -> Dataset | None:
@@ -40,7 +40,7 @@ def rows_from(value: Any, columns: Mapping[str, str] = _OWN) -> Dataset | None:
     Raises:
         DataError: something else, or nothing in it.
     """
-    if isinstance(value, str | Path):
+    if isinstance(value, str | os.PathLike):
         return None
     if isinstance(value, Dataset):
         rows = value
@@ -52,7 +52,7 @@ def rows_from(value: Any, columns: Mapping[str, str] = _OWN) -> Dataset | None:
         rows = _from_pandas(value)
     elif isinstance(value, Mapping):
         rows = _from_list(_from_columns(value, columns) or [dict(value)])
-    elif isinstance(value, Iterable):
+    elif isinstance(value, Iterable) and not isinstance(value, bytes):
         rows = _from_list(list(value))
     else:
         raise DataError(f"Rows are a file, a frame, a Dataset or a list of dicts; this is {_short(value)}.")
@@ -75,13 +75,13 @@ def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
     """
     if isinstance(given, Recipe):
         return given
-    if isinstance(given, str | Path):
-        return Recipe.read(given)
+    if isinstance(given, str | os.PathLike):  # a `Run` is one, and means its folder
+        return Recipe.read(os.fspath(given))
     if not isinstance(given, Mapping):
         raise DataError(f"A recipe is an ak.Recipe, a YAML file or a dict of its keys; this is {_short(given)}.")
     plain = {key: value for key, value in given.items() if "." not in str(key)}
     dotted = {key: value for key, value in given.items() if "." in str(key)}
-    if "data" not in plain or isinstance(plain["data"], DataSpec | str | Path):
+    if "data" not in plain or isinstance(plain["data"], DataSpec | str | os.PathLike):
         return _made(plain, dotted)
     _made({**plain, "data": "rows in memory"}, dotted)  # nothing is written for a recipe that is refused
     return _made({**plain, "data": _named(plain["data"], folder or cache())}, dotted)
@@ -93,11 +93,11 @@ def default_folder(given: Given) -> Path:
     Args:
         given: as for `recipe_from`; a run folder is its own.
     """
-    if isinstance(given, str | Path):
+    if isinstance(given, str | os.PathLike):
         return Path(given) if Path(given).is_dir() else Path("runs") / Path(given).stem
     data = given.data if isinstance(given, Recipe) else given.get("data") if isinstance(given, Mapping) else None
     file = data.train if isinstance(data, DataSpec) else data.get("train") if isinstance(data, Mapping) else data
-    return Path("runs") / (Path(file).stem if isinstance(file, str | Path) else "run")
+    return Path("runs") / (Path(file).stem if isinstance(file, str | os.PathLike) else "run")
 
 
 def _made(plain: Mapping[str, Any], dotted: Mapping[str, Any]) -> Recipe:
@@ -134,6 +134,8 @@ def _file(value: Any, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         rows.to_parquet(name)
         with open(name, "rb") as file:
@@ -144,6 +146,9 @@ def _file(value: Any, folder: Path) -> str:
     except BaseException:
         os.unlink(name)
         raise
+    finally:
+        if not silent:
+            enable_progress_bars()
     return str(path)
 
 
@@ -170,7 +175,7 @@ def _from_columns(value: Mapping[str, Any], names: Mapping[str, str] = _OWN) -> 
 
 def listed(value: Any) -> Any:
     """What holds values one by one (a Series, an array, an iterator, a column of a Dataset) as a list."""
-    whole = isinstance(value, str | os.PathLike | Mapping | Dataset | list) or hasattr(value, "columns")
+    whole = isinstance(value, str | bytes | os.PathLike | Mapping | Dataset | list) or hasattr(value, "columns")
     if whole or not isinstance(value, Iterable):
         return value
     for plain in ("to_pylist", "tolist"):  # of pyarrow; of numpy and pandas, whose numbers become Python's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -35,7 +36,7 @@ class Table(list[dict[str, Any]]):
         return "".join(f"<p>{escape(note)}</p>" for note in self.notes) + rows_table(self)
 
 
-def compare_runs(paths: Iterable[str | Path]) -> Table:
+def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Table:
     """One row a run: its name, the recipe fields in which the runs differ, its scores, parameters, time and memory.
 
     Rows are sorted by the task's metric, best first; runs that were scored on different rows stay in the order given,
@@ -44,7 +45,7 @@ def compare_runs(paths: Iterable[str | Path]) -> Table:
     Raises:
         TrainingError: a folder without a finished run, fewer than two runs, or runs of different tasks.
     """
-    runs = [Run.open(path) for path in paths]
+    runs = [Run.open(Path(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if len(runs) < 2:
         raise TrainingError(f"Comparing needs two runs or more, here is {len(runs)}.")
     kinds = sorted({run.recipe.task for run in runs})

@@ -65,8 +65,8 @@ def train(
 
     Args:
         recipe: a `Recipe`, the path of its YAML file or of a run folder, or a dict of its keys. In a dict, `data` may
-            be rows in memory: a frame, a `datasets.Dataset`, a list of dicts; they are written to `data/HASH.parquet`
-            beside the run folder.
+            be rows in memory: a frame, a `datasets.Dataset`, a list of dicts; they are written to
+            `rows-in-memory/HASH.parquet` beside the run folder.
         out: the run folder, made here, locked as long as the run is written. By default `runs/` and the name of the
             recipe or data file, as on the command line; a run folder given as the recipe is its own.
         resume: go on from the last checkpoint in `out`; the run ends as if it had never stopped. Starts from the
@@ -83,7 +83,7 @@ def train(
     out = Path(out) if out is not None else default_folder(recipe)
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
-    asked = recipe_from(recipe, out.parent / "data")
+    asked = recipe_from(recipe, out.parent / "rows-in-memory")
     resolved = resolve(asked)
     check_trackers(resolved)
     with (

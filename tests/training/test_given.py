@@ -7,14 +7,20 @@ from pathlib import Path
 import pandas
 import pyarrow as pa
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from peft import PeftModel
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import adapters_kit as ak
 from adapters_kit import cli
-from adapters_kit.errors import DataError, ModelError, RecipeError, UnknownNameError
+from adapters_kit.artifacts import hub_ping
+from adapters_kit.errors import DataError, ModelError, RecipeError, TrainingError, UnknownNameError
+from adapters_kit.recipe import Recipe
+from adapters_kit.training.data import sources
 from adapters_kit.training.inputs import recipe_from, rows_from
+from adapters_kit.training.resolve import rows_of
 from tests.support import small
 
 ROWS = small.sentiment(24)
@@ -221,3 +227,50 @@ def test_inspect_takes_a_run_for_its_base(run, capsys):
     assert cli.main(["inspect", str(run.path), "--methods", "lora", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["method"] for one in found["methods"]] == ["lora"]
+
+
+def test_paths_and_runs_stand_wherever_a_name_does(run, tmp_path):
+    recipe = Recipe(model=Path(run.recipe.model), task="text-classification", data=Path("a.csv"), method=run.adapter)
+    assert (recipe.model, recipe.data.train, recipe.method.name) == (run.recipe.model, "a.csv", str(run.adapter))
+    assert recipe_from(run) == run.recipe and ak.train(run, resume=True, quiet=True).path == run.path
+    with pytest.raises(TrainingError, match="two runs or more"):
+        ak.compare_runs(str(run.path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model": torch.nn.Sequential(torch.nn.Linear(2, 2))}, "a model in memory is for ak.wrap"),
+        ({"method": LoraConfig(r=4)}, "an object of the kind LoraConfig does not fit.*ak.wrap takes a peft config"),
+        (
+            {"data": pandas.DataFrame(ROWS)},
+            "of the kind DataFrame does not fit.*ak.train takes rows in memory",
+        ),
+    ],
+    ids=["model", "method", "data"],
+)
+def test_objects_that_no_recipe_can_hold_are_told_where_they_may_go(fields, told):
+    given = {"model": "m", "task": "text-classification", "data": "d.csv", **fields}
+    with pytest.raises(RecipeError, match=told) as error:
+        Recipe(**given)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("given", [["fine", None], pandas.Series(["fine", float("nan")]), iter(["fine", 3])])
+def test_what_is_no_text_among_texts_is_named_by_its_place(given, run):
+    with pytest.raises(DataError, match="Texts are strings; number 2 of 2"):
+        ak.predict(run, given)
+
+
+def test_a_data_set_of_the_hub_is_not_waited_for_where_the_hub_does_not_answer(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    hub_ping.reachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr(sources, "load_dataset", lambda *_: asked.append(constants.HF_HUB_OFFLINE) or 1 / 0)
+    try:
+        with pytest.raises(DataError, match=r"127\.0\.0\.1:9\) does not answer"):
+            rows_of("owner/rows")
+    finally:
+        hub_ping.reachable.cache_clear()
+    assert asked == [True] and not constants.HF_HUB_OFFLINE

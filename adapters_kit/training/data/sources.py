@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from datasets import Audio, Dataset, DatasetDict, Translation, Value, load_dataset
+from datasets import Audio, Dataset, DatasetDict, Translation, Value, config, load_dataset
+from huggingface_hub import constants
 
+from adapters_kit.artifacts.hub_ping import endpoint, reachable
 from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
@@ -157,13 +160,31 @@ def _subset(path: Path, subset: str) -> Path:
 
 def _from_hub(name: str, subset: str | None) -> Parts:
     try:
-        found = load_dataset(name, subset)
+        with _asked_briefly():
+            found = load_dataset(name, subset)
     except Exception as error:  # the hub library has no common root for what can go wrong
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not reachable():
+            raise DataError(
+                f"There is no file or folder {name!r} here, the cache has no data set of that name, and the hub "
+                f"({endpoint()}) does not answer. Check the name, or the network; behind a mirror set HF_ENDPOINT."
+            ) from error
         raise DataError(f"{name!r} is neither a file here nor a data set that the hub gives: {first_line}") from error
     if not isinstance(found, DatasetDict):
         raise DataError(f"{name!r} is a data set of the hub that is only streamed; download it and name its files.")
     return dict(found)
+
+
+@contextmanager
+def _asked_briefly() -> Iterator[None]:
+    """The cache alone is looked at where the hub does not answer: its library would ask again for half a minute."""
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    if not reachable():
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 
 
 def _parted(parts: Mapping[str, Dataset], name: str, folder: Path | None) -> Source:
