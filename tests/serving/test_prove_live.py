@@ -52,17 +52,15 @@ def server(file, **options):
 
 
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory):
+def shipped(smollm2_blocks, tmp_path_factory):
     """A folder with an adapter and its proof, and the files that a server takes."""
     pytest.importorskip("llama_cpp.server.app", reason='needs pip install "llama-cpp-python[server]" (a long build)')
     try:
         gguf.converters()
     except ak.AdapterError as error:
         pytest.skip(str(error))
-    import assets
-
     folder = tmp_path_factory.mktemp("live")
-    base = convert_gguf(assets.smollm2(), folder / "base")
+    base = convert_gguf(smollm2_blocks(8), folder / "base")
     config = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear")
     tuned = train_on(base, config, folder / "adapter", scale=0.02)
     ak.record(folder / "adapter", base)
@@ -76,7 +74,7 @@ def shipped(tmp_path_factory):
     (folder / "twice/adapter_config.json").write_text(json.dumps(told | {"lora_alpha": 2 * told["lora_alpha"]}))
     ak.export(folder / "twice", folder / "twice.gguf", format="gguf", dtype="float32", base=base)
     ak.merge(folder / "adapter", folder / "merged", verify="off")
-    ak.export(folder / "merged", folder / "q8.gguf", format="gguf", dtype="q8_0")
+    ak.export(folder / "merged", folder / "q4.gguf", format="gguf", dtype="q4_k_m")
     shutil.rmtree(folder / "merged")
     return folder
 
@@ -88,9 +86,9 @@ def shipped(tmp_path_factory):
         ("base.gguf", None, None, "the base"),
         ("base.gguf", "twice.gguf", None, "cannot tell"),
         ("base.gguf", "adapter.gguf", "llama-2", "another template"),
-        ("q8.gguf", None, None, "quantized"),
+        ("q4.gguf", None, None, "quantized"),
     ],
-    ids=["right adapter", "no adapter", "wrong scale", "wrong template", "q8 file"],
+    ids=["right adapter", "no adapter", "wrong scale", "wrong template", "q4 file"],
 )
 def test_what_answers(file, lora, template, verdict, shipped):
     options = {"lora_path": shipped / lora} if lora else {}
