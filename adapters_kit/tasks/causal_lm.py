@@ -26,7 +26,7 @@ from adapters_kit.tasks.conversation import (
 from adapters_kit.tasks.generation import Limits, positions, set_stops, tell_settings, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
-from adapters_kit.tasks.turns import shortened
+from adapters_kit.tasks.turns import shortened, written_out
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
@@ -63,7 +63,9 @@ class CausalLM(Task):
         """Refuses preference pairs, before any column is taken for another. Raises DataError."""
         kinds = data.features.items()
         booleans = [name for name, kind in kinds if isinstance(kind, Value) and kind.dtype == "bool"]
-        refuse_preferences(data.column_names, given, booleans=booleans)
+        strings = [name for name, kind in kinds if isinstance(kind, Value) and kind.dtype == "string"]
+        texts = [name for name in strings if not isinstance(written_out(data[0][name]), list)]
+        refuse_preferences(data.column_names, given, booleans=booleans, texts=texts)
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Reads every row, so that one that is no conversation is refused before the model loads. Raises DataError."""
@@ -121,7 +123,7 @@ class CausalLM(Task):
                 learned_from.add(row)
         if not features:
             raise DataError(
-                "None of the rows has anything to learn: no assistant turn, no completion, or nothing left of it "
+                "None of the rows has anything to learn: no text, assistant turn or completion, or nothing left of it "
                 f"within max_length {self.max_length} (training.max_length raises that)."
             )
         self._tell(cuts, [row for row in range(len(data)) if row not in learned_from], len(data))

@@ -137,13 +137,16 @@ def past_turns(value: Any, where: str) -> list[Turn]:
     return turns
 
 
-def refuse_preferences(columns: Sequence[str], given: Mapping[str, str], *, booleans: Sequence[str] = ()) -> None:
+def refuse_preferences(
+    columns: Sequence[str], given: Mapping[str, str], *, booleans: Sequence[str] = (), texts: Sequence[str] = ()
+) -> None:
     """Refuses data of preference tuning, of which supervised fine-tuning would use one half without a word.
 
     Args:
         columns: all columns of the data.
         given: role to column name, as the user named them: who names `chosen` has chosen.
         booleans: the columns that hold true and false.
+        texts: the columns that hold running text, and no turns.
 
     Raises:
         DataError: with the mapping that trains on the preferred answers.
@@ -151,10 +154,17 @@ def refuse_preferences(columns: Sequence[str], given: Mapping[str, str], *, bool
     names = {name.lower(): name for name in columns}
     if "chosen" in names and "rejected" in names and names["chosen"] not in given.values():
         prompt = next((names[name] for name in ("prompt", "question", "instruction") if name in names), None)
-        keys = f"{{prompt: {prompt}, completion: {names['chosen']}}}" if prompt else f"{{messages: {names['chosen']}}}"
+        role = "text" if names["chosen"] in texts else "messages"
+        keys = f"{{prompt: {prompt}, completion: {names['chosen']}}}" if prompt else f"{{{role}: {names['chosen']}}}"
         raise DataError(
             f"The columns {names['chosen']!r} and {names['rejected']!r} are preference pairs, which DPO and its like "
             f"train on (TRL's DPOTrainer). To train on the chosen answers alone: data.columns: {keys}"
+        )
+    if {"message_id", "parent_id", "role", "text"} <= set(names) and not given:
+        raise DataError(
+            f"The columns {names['message_id']!r} and {names['parent_id']!r} make trees of messages, which are no "
+            "conversations yet. Give every path from a root to a leaf a row: a column messages, the list of its turns "
+            "{role, content}."
         )
     if {"prompt", "completion"} <= set(names) and names.get("label") in booleans and not given:
         raise DataError(

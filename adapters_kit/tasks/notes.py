@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from adapters_kit.errors import DataError
+
 
 class Notes:
     """Sentences in the order in which they were said, each once, and counts by name, added up.
@@ -44,10 +46,15 @@ class Notes:
 
     @contextmanager
     def about(self, part: str) -> Iterator[None]:
-        """Sentences said inside begin with `part` ("training data", "held-out data"), so that equal ones differ."""
+        """Sentences said inside begin with `part` ("training data", "held-out data"), so that equal ones differ.
+
+        So does a DataError that is raised inside.
+        """
         before, self._part = self._part, part
         try:
             yield
+        except DataError as error:
+            raise DataError(f"{part}: {error}") from error
         finally:
             self._part = before
 

@@ -27,7 +27,7 @@ _LOSSES = {  # transformers chooses the loss by this field; left empty it would 
 }
 
 
-_NAMES_OF_LABELS = {"label", "labels", "class", "category", "sentiment", "rating", "stars", "score"}
+_NAMES_OF_LABELS = {"label", "labels", "class", "category", "sentiment", "rating", "stars", "score", "gold_label"}
 
 
 class TextClassification(Task):

@@ -29,6 +29,17 @@ class TokenClassification(Task):
     metric = "f1"
     higher_is_better = True
 
+    @classmethod
+    def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
+        """Refuses running text whose lines are a word and its tag, read as such by another suffix. Raises DataError."""
+        text = data[0].get("text") if data.column_names == ["text"] else None
+        lines = [line.split() for line in text.splitlines()] if isinstance(text, str) else []
+        if lines and all(len(line) == len(lines[0]) > 1 for line in lines) and len(lines[0]) < 5:
+            raise DataError(
+                f"The rows are running text, the first {text!r:.80}. If each line is a word and its tag, with an empty "
+                "line behind each sentence, name the file NAME.conll: then it is read so."
+            )
+
     def unlabelled(self, data: Dataset) -> list[int]:
         """Rows whose tags, or one of them, are missing."""
         rows = lists_of(as_lists(data, [self.columns["tags"]]), self.columns["tags"], self.recipe.labels)
@@ -38,8 +49,9 @@ class TokenClassification(Task):
         """Checks that words and tags are lists of equal length; learns the tags."""
         words, tags = self.columns["tokens"], self.columns["tags"]
         seen: list[set[str]] = []
-        for data in (as_lists(part, [words, tags]) for part in (train, test) if part is not None):
-            if (row := _one_word(data, words)) is not None:
+        for given in (train,) if test is None else (train, test):
+            data = as_lists(given, [words, tags])
+            if (row := _one_word(given, words)) is not None:
                 raise DataError(
                     f"Each row of {words!r} and {tags!r} is one word and its tag, as {row!r:.80}; a row is a sentence, "
                     "a list of words and a list of tags. A file with a word and its tag on each line, a tab between "
@@ -195,9 +207,11 @@ def _as_list(value: Any) -> Any:
 
 
 def _one_word(data: Dataset, words: str) -> Any:
-    """The first row, if all of several rows have one word: a table with a word a row."""
-    rows = data[words][: 1000 if len(data) > 1000 else len(data)]
-    return rows[0] if len(rows) > 2 and all(isinstance(row, list) and len(row) == 1 for row in rows) else None
+    """The first cell, if the cells are texts of one word each: a table with a word a row."""
+    cells = data[words][: 1000 if len(data) > 1000 else len(data)]
+    return (
+        cells[0] if len(cells) > 2 and all(isinstance(cell, str) and len(cell.split()) == 1 for cell in cells) else None
+    )
 
 
 # A word's place in a span, in the letters of IOB, IOE, BIOES, BILOU and BMEWO, and in those that seqeval knows.

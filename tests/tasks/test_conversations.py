@@ -359,6 +359,7 @@ def test_a_template_that_refuses_names_row_and_rule():
             },
             {"messages": "chosen"},
         ),
+        ({"chosen": "Human: q Assistant: a", "rejected": "Human: q Assistant: b"}, {"text": "chosen"}),
     ],
 )
 def test_preference_pairs_are_refused_with_advice_that_works(tmp_path, row, advice):
@@ -535,3 +536,10 @@ def test_a_refusal_is_an_answer_and_characters_are_not_chosen():
 def test_columns_that_nobody_knows_are_asked_for_in_every_shape():
     with pytest.raises(DataError, match=r"\{messages: NAME\}, or \{prompt: NAME, completion: NAME\}, or \{text:"):
         reading.recognise(Dataset.from_dict({"x": ["a"]}), {}, CausalLM.needs, CausalLM.optional)
+
+
+def test_single_messages_of_a_tree_are_no_texts_to_learn():
+    rows = Dataset.from_list([{"message_id": "a", "parent_id": "", "role": "prompter", "text": "hello"}])
+    with pytest.raises(DataError, match="every path from a root to a leaf"):
+        CausalLM.refuse(rows, {})
+    CausalLM.refuse(rows, {"text": "text"})

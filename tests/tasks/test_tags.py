@@ -61,12 +61,32 @@ def test_lists_that_a_table_holds_as_text(tmp_path, write):
     assert ak.predict(runs[1], texts[2:3]) == ak.predict(runs[0], rows[2:3])
 
 
+def prepared(tmp_path, rows):
+    path = small.write_jsonl(tmp_path / "rows.jsonl", rows)
+    return prepare(ak.Recipe(model="m", task="token-classification", data=str(path)))
+
+
 def test_a_word_a_row_is_no_sentence(tmp_path):
     rows = [{"tokens": word, "tags": tag} for word, tag in zip(WORDS, SCHEMES["IOB"], strict=True)]
-    with pytest.raises(DataError, match=r"one word and its tag, as \['anna'\].* NAME\.conll"):
+    with pytest.raises(DataError, match=r"one word and its tag, as 'anna'.* NAME\.conll"):
         prepare(
             ak.Recipe(model="m", task="token-classification", data=str(small.write_jsonl(tmp_path / "a.jsonl", rows)))
         )
+
+
+def test_sentences_of_one_word_are_sentences(tmp_path):
+    task, _ = prepared(tmp_path, [{"tokens": ["a"], "tags": [tag]} for tag in "XY" * 9])
+    assert task.labels == ["X", "Y"]
+
+
+def test_words_and_tags_in_a_text_file_ask_for_another_suffix(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("anna B-P\nlives O\n\nrome B-L\nis O\n\n" * 9)
+    recipe = ak.Recipe(model="m", task="token-classification", data=str(path))
+    with pytest.raises(DataError, match=r"name the file NAME\.conll"):
+        prepare(recipe)
+    task, _ = prepare(recipe.changed(data={"train": str(path.rename(tmp_path / "rows.conll"))}))
+    assert task.labels == ["B-L", "B-P", "O"]
 
 
 def test_minus_100_is_no_tag(tmp_path):

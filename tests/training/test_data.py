@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import adapters_kit as ak
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DataSpec
@@ -204,3 +205,10 @@ def test_rows_that_stand_in_both_parts_are_counted(tmp_path):
     assert task.notes.counts["rows_in_both"] == 3
     task, _ = prepare(Recipe(model="m", task="text-classification", data=str(path)))
     assert "rows_in_both" not in task.notes.counts
+
+
+def test_what_is_wrong_with_the_held_out_rows_is_said_of_them(tmp_path):
+    rows = {"train": [{"text": "a film"}] * 4, "test": [{"text": ""}] * 2}
+    recipe = {"model": str(small.model("llama")), "task": "causal-lm", "data": rows, "training": {"max_steps": 1}}
+    with pytest.raises(DataError, match=r"held-out data: None of the rows has anything to learn: no text"):
+        ak.train(recipe, tmp_path / "run", quiet=True)

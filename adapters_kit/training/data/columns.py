@@ -14,7 +14,7 @@ _LOOKED_AT = 1000  # rows
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2", "question"),
-    "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score"),
+    "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score", "gold_label"),
     "prompt": ("prompt", "instruction", "question", "query", "input", "user"),
     "completion": ("completion", "response", "answer", "output", "chosen", "assistant"),
     "input": ("input", "context"),
