@@ -41,8 +41,8 @@ def table_page(title: str, rows: Sequence[Mapping[str, Any]], score: str, name: 
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table that sorts."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """The rows as a table that sorts; a column that is empty in all of them is left out."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value not in (None, "")))
     return html.table(columns, [[row.get(column) for column in columns] for row in rows], sortable=True)
 
 

@@ -23,7 +23,9 @@ p { margin: .5rem 0; } .soft { color: var(--soft); } .good { color: var(--good);
 .figures b { display: block; font-size: 1.25rem; } .figures span { color: var(--soft); font-size: .85rem; }
 table { border-collapse: collapse; font-size: .92rem; overflow-wrap: normal; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+@media (max-width: 40rem) { th, td { padding: .3rem .4rem; } }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--mark); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem; overflow-x: auto;

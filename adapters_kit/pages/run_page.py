@@ -39,7 +39,9 @@ def run_page(folder: Path, called: Path | None = None) -> str:
     sentence, better = verdict(metrics, details.get("metric"))
     body = [
         f'<h1>{escape(name)}</h1><p class="{"good" if better else "bad"}"><b>{escape(sentence)}</b></p>',
-        "".join(f"<p>{escape(line)}</p>" for line in metrics.get("advice", [])),
+        "".join(
+            f"<p>{escape(line)}</p>" for line in metrics.get("advice", []) if not line.startswith("The adapter is")
+        ),
         f'<p class="soft">{escape(_about(details, metrics))}</p>',
         html.figures(_costs(metrics)),
         html.section("Scores", scores_table(metrics)),

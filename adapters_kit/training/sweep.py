@@ -19,7 +19,7 @@ from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.many.passes import passes
 from adapters_kit.training.many.train_many import checked, train_together
 from adapters_kit.training.run import Run
-from adapters_kit.training.table import Table, compare_runs, metric_of
+from adapters_kit.training.table import Table, compare_runs, metric_of, row_of
 from adapters_kit.training.train import train
 
 
@@ -62,7 +62,7 @@ def sweep(
                 _check_same(Run.open(path), given)
         _train(recipes, together == "auto", quiet)
         runs = list(recipes)
-        table = compare_runs(runs) if len(runs) > 1 else Table([{"run": str(runs[0]), **Run.open(runs[0]).metrics}])
+        table = compare_runs(runs) if len(runs) > 1 else Table([row_of(Run.open(runs[0]), {})])
         for row in table:
             row["run"] = Path(row["run"]).name  # the folder may be moved
         write_json(out / "sweep.json", table)

@@ -55,7 +55,7 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Table:
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
     differing = [key for key in differing if _FOLLOWS.get(key) not in differing]
-    rows = [_row(run, {key: recipe.get(key) for key in differing}) for run, recipe in zip(runs, recipes, strict=True)]
+    rows = [row_of(run, {key: recipe.get(key) for key in differing}) for run, recipe in zip(runs, recipes, strict=True)]
     if notes := _other_rows(runs, differing):
         return Table(rows, notes)
     metric = metric_of(runs[0])
@@ -63,7 +63,8 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Table:
     return Table(sorted(rows, key=lambda row: row[metric], reverse=higher))
 
 
-def _row(run: Run, differing: dict[str, Any]) -> dict[str, Any]:
+def row_of(run: Run, differing: dict[str, Any]) -> dict[str, Any]:
+    """A run in the table: its folder, what sets it apart, its scores and what it cost."""
     metric = metric_of(run)
     _check_numbers(run, (metric, f"base_{metric}"))
     scores = {name[5:]: run.metrics.get(name[5:]) for name in run.metrics if name.startswith("base_")}

@@ -274,3 +274,10 @@ def test_a_data_set_of_the_hub_is_not_waited_for_where_the_hub_does_not_answer(m
     finally:
         hub_ping.reachable.cache_clear()
     assert asked == [True] and not constants.HF_HUB_OFFLINE
+
+
+def test_a_sweep_of_one_run_has_the_columns_of_several(run, tmp_path):
+    recipe = {"model": run.recipe.model, "task": "text-classification", "data": ROWS, "training.max_steps": 1}
+    table = ak.sweep(recipe, tmp_path, learning_rates=[1e-3], quiet=True)
+    assert next(iter(table[0])) == "run" and {"accuracy", "base_accuracy", "trainable_params"} <= set(table[0])
+    assert not {"notes", "advice", "counts"} & set(table[0])
