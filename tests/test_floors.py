@@ -236,8 +236,13 @@ def test_editors_see_the_public_names():
 def test_importing_every_module_hides_no_public_name():
     """Python binds an imported submodule to its package: `compare` the module could take the place of the function."""
     for module in pkgutil.walk_packages(adapters_kit.__path__, "adapters_kit."):
-        if not module.name.endswith("__main__"):
+        if module.name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as missing:
+            if missing.name != "gradio":  # the extra of ui/page.py
+                raise
     assert not [name for name in adapters_kit._HOME if not callable(getattr(adapters_kit, name))]
 
 

@@ -134,6 +134,7 @@ def test_the_command_answers_a_file(classifier, tmp_path, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_goes_into_a_file_too(writers, tmp_path):
     rows = write(tmp_path / "in.jsonl", [{"messages": [{"role": "user", "content": "say hello"}]}] * 3)
     made = answer_file.predict_file(writers[0], rows, tmp_path / "out.jsonl")

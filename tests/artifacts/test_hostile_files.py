@@ -249,10 +249,11 @@ def test_what_a_link_leads_to_is_not_shipped(base, adapter, tmp_path):
             assert b"-private-" not in path.read_bytes(), path
 
 
-def test_a_pickle_beside_the_weights_is_not_shipped(base, adapter, tmp_path):
+def test_a_pickle_beside_the_weights_is_neither_opened_nor_shipped(base, adapter, tmp_path):
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    ak.export(adapter, tmp_path / "exported", base=base)
-    assert not (tmp_path / "exported" / "adapter_model.bin").exists()
+    with pytest.raises(AdapterError, match=r"both .* and adapter_model\.bin.*Remove the stale one"):
+        ak.export(adapter, tmp_path / "exported", base=base)
+    assert not (tmp_path / "exported").exists()
 
 
 # --- the last net ---

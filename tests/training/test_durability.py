@@ -84,6 +84,7 @@ def test_killed_at_a_write_and_resumed(rows, whole, tmp_path):
         assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(rows, whole, tmp_path):
     given = recipe(rows)
     for number in (1, 12):
@@ -127,6 +128,7 @@ def test_a_moved_run_folder_goes_on(rows, whole, tmp_path):
     assert stopping.digest(resumed.path) == stopping.digest(whole.path)
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_a_failure_after_training_loses_no_metric(rows, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
@@ -146,6 +148,7 @@ def test_a_failure_after_training_loses_no_metric(rows, whole, tmp_path, monkeyp
     assert done.metrics["train_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_the_old_run_goes_only_when_the_new_one_is_complete(rows, whole, tmp_path):
     out = tmp_path / "run"
     run(recipe(rows, max_steps=2), out)

@@ -78,6 +78,7 @@ def test_a_config_and_a_length_are_enough(config, quantize, monkeypatch):
     assert (short.largest_batch, short.longest) == (whole.largest_batch, whole.longest)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_cut_is_run_whole(config, monkeypatch):
     asked = {"model": config, "task": "causal-lm", "training": {"batch_size": 2}}
     expected = ak.plan(asked, length=64)

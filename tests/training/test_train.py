@@ -99,6 +99,7 @@ def test_the_adapter_alone_gives_the_run_s_scores_and_loads_with_peft(rows, tmp_
     assert [answer["score"] for answer in answers] == pytest.approx([score.max().item() for score in scores], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(rows, tmp_path):
     first, second = (train(recipe(rows, training={"epochs": 1}), tmp_path / name) for name in "ab")
     other = train(recipe(rows, training={"epochs": 1, "seed": 5}), tmp_path / "c")
@@ -197,6 +198,7 @@ def test_accumulated_batches_train_as_one(rows, tmp_path, family):
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_early_stopping_and_the_best_adapter(rows, tmp_path):
     """A learning rate that wrecks the model: the run stops, and the best evaluation's adapter is what is kept."""
     wild = {"epochs": 12, "learning_rate": 0.5, "scheduler": "constant", "warmup": 0.0, "early_stopping": 2}
@@ -208,6 +210,7 @@ def test_early_stopping_and_the_best_adapter(rows, tmp_path):
     assert ak.evaluate(run.path)["accuracy"] == pytest.approx(max(scores))
 
 
+@pytest.mark.slow
 def test_continue_from_an_adapter(rows, tmp_path):
     first = train(recipe(rows, training={"epochs": 2}), tmp_path / "a")
     more = train(recipe(rows, training={"epochs": 2}, method=str(first.adapter)), tmp_path / "b")
