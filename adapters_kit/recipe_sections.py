@@ -127,6 +127,10 @@ class DataSpec(BaseModel):
     """Text put before every source, such as T5's "summarize: "."""
     max_seconds: float | None = Field(None, gt=0)
     """Recordings: the longest that is heard whole; by default what the model can take, at most 30 seconds."""
+    language: str | None = None
+    """Speech recognition with a model of several languages (Whisper): the one that is spoken, by its code: en, de."""
+    speech_task: Literal["transcribe", "translate"] | None = None
+    """Speech recognition, models of several languages: write what is said (the default), or its English."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ class Row:
         home: where its class is, "module:Class", imported when the task is first used.
         roles: the roles that its data columns can play; `data.columns` in a recipe names the column for each.
         auto_class: the class of transformers that puts the fitting head on a body.
+        second_class: the class for bodies of another kind, where a task has two (speech that is spelled, not written).
         task_type: peft's name for the task (a member of `peft.TaskType`); None where peft has none.
         pipeline: the hub's name for the task, the `pipeline_tag` of a model card.
         own_head: whether the head belongs to the user's task, so that it is trained and saved with an adapter.
@@ -31,6 +32,12 @@ class Row:
     labelled: bool = False
     keys: tuple[str, ...] = ()
     example: str | None = None
+    second_class: str | None = None
+
+    @property
+    def auto_classes(self) -> tuple[str, ...]:
+        """Both classes of transformers, or the one."""
+        return (self.auto_class,) if self.second_class is None else (self.auto_class, self.second_class)
 
 
 TASKS: dict[str, Row] = {
@@ -112,10 +119,20 @@ TASKS: dict[str, Row] = {
         keys=("data.max_seconds",),
         example="facebook/wav2vec2-base",
     ),
+    "speech-recognition": Row(
+        "adapters_kit.tasks.speech_recognition:SpeechRecognition",
+        roles=("audio", "transcript", "sampling_rate"),
+        auto_class="AutoModelForSpeechSeq2Seq",
+        task_type=None,
+        pipeline="automatic-speech-recognition",
+        keys=("data.max_seconds", "data.language", "data.speech_task"),
+        example="openai/whisper-tiny",
+        second_class="AutoModelForCTC",
+    ),
 }
 
-# Heads that `wrap` trains with an adapter too, though no task here does: their models come from the user's own code.
-OTHER_HEADS = ("AutoModelForMultipleChoice",)
+# Heads that `wrap` trains with an adapter too: of models that come from the user's own code, and the letters of CTC.
+OTHER_HEADS = ("AutoModelForMultipleChoice", "AutoModelForCTC")
 
 
 def labelled() -> list[str]:

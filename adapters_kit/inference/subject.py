@@ -103,7 +103,8 @@ def task_of_model(path: Path) -> dict[str, Any]:
     config = read_base_config(path)
     saved_as = (config.get("architectures") or [""])[0]
     for task, row in TASKS.items():
-        names = getattr(transformers, row.auto_class)._model_mapping._model_mapping.values()
+        mappings = [getattr(transformers, auto_class)._model_mapping._model_mapping for auto_class in row.auto_classes]
+        names = [name for mapping in mappings for name in mapping.values()]
         if any(saved_as in ((name,) if isinstance(name, str) else name) for name in names):
             problem = _PROBLEMS.get(str(config.get("problem_type"))) if task == "text-classification" else None
             return {"task": task, **({"problem": problem} if problem else {})}

@@ -293,18 +293,20 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
 def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:
     """The Auto class of `task`; refuses a model type that has no such head."""
 
-    def fits(candidate: str) -> bool:
-        auto_class = getattr(transformers, TASKS[candidate].auto_class)
-        remote = getattr(config, "auto_map", None) or {}
-        return type(config) in auto_class._model_mapping or auto_class.__name__ in remote
+    remote = getattr(config, "auto_map", None) or {}
 
-    if not fits(task):
-        has = [candidate for candidate in TASKS if fits(candidate)]
+    def fitting(candidate: str) -> Any:
+        classes = [getattr(transformers, name) for name in TASKS[candidate].auto_classes]
+        return next((one for one in classes if type(config) in one._model_mapping or one.__name__ in remote), None)
+
+    found = fitting(task)
+    if found is None:
+        has = [candidate for candidate in TASKS if fitting(candidate) is not None]
         raise ModelError(
             f"{source.name} is a {config.model_type} model, which has no head for {task!r}. "
             + (f"It can do: {', '.join(has)}." if has else "None of the known tasks fits it.")
         )
-    return getattr(transformers, TASKS[task].auto_class)
+    return found
 
 
 def skeleton(name: str | os.PathLike, task: str | None = None, *, labels: Sequence[str] | None = None) -> Any:

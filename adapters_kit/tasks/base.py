@@ -47,6 +47,9 @@ class Task:
     generates: ClassVar[bool] = False
     """Whether an answer is text that the model writes, so that `stream` works."""
 
+    unplanned: tuple[str, ...] = ()
+    """Parts of a batch whose values a model looks at, which a plan does not have; they weigh next to nothing."""
+
     def __init__(
         self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
     ) -> None:

@@ -69,7 +69,8 @@ class FromData:
     def batch(self, rows: int, length: int) -> Batch:
         """The longest examples, repeated to so many rows and so many tokens."""
         batch = self.task.collate_training([self.largest[i % len(self.largest)] for i in range(rows)])
-        batch.pop("row", None)
+        for name in ("row", *self.task.unplanned):
+            batch.pop(name, None)
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]  # a full mask is dropped inside the model, but only if its values can be seen
         now = batch["input_ids"].shape[1] if "input_ids" in batch else None
@@ -102,8 +103,10 @@ class FromLength:
         head, problem = TASKS[self.recipe.task].auto_class, self.recipe.problem
         if head.endswith("QuestionAnswering"):
             return {**made, "start_positions": torch.zeros(rows).long(), "end_positions": torch.zeros(rows).long()}
-        if head.endswith("Seq2SeqLM"):
+        if head.endswith(("Seq2SeqLM", "SpeechSeq2Seq")):
             made.pop("decoder_input_ids", None)  # made from the labels
+        if head.endswith("SpeechSeq2Seq") and "input_values" in made:
+            return made  # CTC's loss looks at the values of labels, and keeps next to nothing
         if head.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
             classes = self.bare.config.num_labels
             target = torch.zeros(rows, classes) if problem == "multi-label" else torch.zeros(rows).long()

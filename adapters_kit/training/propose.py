@@ -26,6 +26,7 @@ _ORDER = (
     "token-classification",
     "image-classification",
     "audio-classification",
+    "speech-recognition",
     "causal-lm",
     "seq2seq",
     "text-classification",
@@ -138,7 +139,7 @@ def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
         return all(isinstance(kinds[role], Sequence | list) or "List" in type(kinds[role]).__name__ for role in kinds)
     if task == "image-classification":
         return isinstance(kinds["image"], Image) or data.medium(Path(str(rows[0][columns["image"]])[-20:])) == "image"
-    if task == "audio-classification":
+    if task in ("audio-classification", "speech-recognition"):
         return isinstance(kinds["audio"], Audio) or data.medium(Path(str(rows[0][columns["audio"]])[-20:])) == "audio"
     if task == "question-answering":
         return {"question", "context", "answers"} <= set(columns)
@@ -161,6 +162,7 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
         "seq2seq": "one text for each other text",
         "image-classification": "images with a class each",
         "audio-classification": "recordings with a class each",
+        "speech-recognition": "recordings with what is said in them",
         "causal-lm": "texts alone",
     }.get(task, "by its columns")
 

@@ -86,7 +86,9 @@ import adapters_kit as ak
 
 model = ak.wrap(ak.load("{recipe.model}"{options}), "adapter")
 ```"""
-    auto = TASKS[recipe.task].auto_class
+    row = TASKS[recipe.task]
+    auto = row.auto_class
+    other = f"  # {row.second_class} for a model that spells" if row.second_class else ""
     options = ", trust_remote_code=True" if recipe.trust_remote_code else ""
     named = ""
     if recipe.labels:
@@ -97,7 +99,7 @@ numbers = {{name: number for number, name in labels.items()}}
         options += ", id2label=labels, label2id=numbers, ignore_mismatched_sizes=True"
     return f"""```python
 from peft import PeftModel
-from transformers import {auto}
+from transformers import {auto}{other}
 
 {named}base = {auto}.from_pretrained("{recipe.model}"{options})
 model = PeftModel.from_pretrained(base, "adapter")

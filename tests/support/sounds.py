@@ -71,7 +71,7 @@ def model(name: str, head: str = "AutoModelForAudioClassification", **options: A
     """The folder of a model: random weights, nowhere neutral, and its feature extractor."""
     extractor, how, config_class, fields = KINDS[name]
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=small._root()))
-    config = getattr(transformers, config_class)(**fields, **options)
+    config = getattr(transformers, config_class)(**fields | options)
     for key, value in vars(config).items():
         if ("drop" in key) and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -82,6 +82,49 @@ def model(name: str, head: str = "AutoModelForAudioClassification", **options: A
         tiny.perturb(made, seed, 0.3)
     made.save_pretrained(folder)
     getattr(transformers, extractor)(**how).save_pretrained(folder)
+    return folder
+
+
+# The languages in the order in which Whisper counts them.
+SPOKEN = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
+SPOKEN += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+
+
+@cache
+def speaker(name: str, letters: str = "|abc") -> Path:
+    """As `model`, with a vocabulary of a few letters: Whisper in two languages, or a head for CTC."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-speaks-", dir=small._root()))
+    if name != "whisper":
+        plain = model(name)
+        vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", *letters])}
+        rows_file(folder / "vocab.json", [vocabulary])
+        tokenizer = transformers.Wav2Vec2CTCTokenizer(
+            str(folder / "vocab.json"), unk_token="<unk>", pad_token="<pad>", bos_token=None, eos_token=None
+        )
+        made = transformers.AutoModelForCTC.from_pretrained(
+            model(name, "AutoModelForCTC", vocab_size=len(vocabulary), pad_token_id=0)
+        )
+        made.save_pretrained(folder)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(plain)
+        transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+        return folder
+    words = ["a", "b", "c", "d", "Ġ", *SPOKEN]
+    vocabulary = {token: index for index, token in enumerate(words)}
+    tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPOKEN[1:]})
+    ids = {token: vocabulary[token] for token in SPOKEN}
+    ends = {"eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"]}
+    ends |= {"pad_token_id": ids["<|endoftext|>"], "decoder_start_token_id": ids["<|startoftranscript|>"]}
+    source = model("whisper", "AutoModelForSpeechSeq2Seq", **ends)
+    made = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(source)
+    config = made.generation_config
+    config._from_model_config = False
+    config.is_multilingual, config.no_timestamps_token_id = True, ids["<|notimestamps|>"]
+    config.lang_to_id = {token: ids[token] for token in ("<|en|>", "<|zh|>", "<|de|>")}
+    config.task_to_id = {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}
+    made.save_pretrained(folder)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(source)
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -124,5 +167,5 @@ def melodies(count: int, folder: Path, longest: int = 4) -> list[dict[str, str]]
 
 def rows_file(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -80,6 +80,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "domain_adaptation": lambda: [{"text": r["context"]} for r in questions],
         "image_classification": lambda: pictures(tmp_path / "pictures", 48),
         "audio_classification": lambda: sounds.tones(48, tmp_path / "tones"),
+        "speech_recognition": lambda: sounds.melodies(32, tmp_path / "melodies"),
         "bottleneck": lambda: small.sentiment(160),
         "lora_and_prefix": lambda: small.sentiment(160),
         "mix_and_match": lambda: small.sentiment(320),
@@ -103,6 +104,7 @@ MODELS = {
     "domain_adaptation": ["bert:BertForMaskedLM"],
     "image_classification": ["vit"],
     "audio_classification": ["wav2vec2"],
+    "speech_recognition": ["whisper"],
     "instruct": ["gpt2", "llama"],
     "chat": ["qwen3"],
     "language_model": ["gpt2"],
@@ -116,6 +118,7 @@ MODELS = {
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
     "audio_classification": {"training.head_learning_rate": 3e-3, "training.max_length": None},
+    "speech_recognition": {"training.learning_rate": 1e-2, "training.max_length": None, "data.language": "en"},
     "bottleneck": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
     "mix_and_match": {"training.epochs": 8.0, "training.learning_rate": 1e-3},
     "prefix": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
@@ -140,7 +143,7 @@ def test_example_recipes_run_and_lower_the_loss(example, family, tmp_path):
     name, _, model_class = family.partition(":")
     if name in sounds.KINDS:
         pytest.importorskip("soundfile", reason="sound files need soundfile: pip install 'adapters-kit[audio]'")
-        folder = sounds.model(name)
+        folder = sounds.speaker(name) if example == "speech_recognition" else sounds.model(name)
     else:
         folder = small.model(name, model_class=model_class or None, chat=example == "chat")
     path = small.write_jsonl(tmp_path / "rows.jsonl", rows_for(example, tmp_path))

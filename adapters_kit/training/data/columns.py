@@ -30,6 +30,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "source": ("source", "src", "input", "document", "article", "dialogue", "text", "question"),
     "target": ("target", "tgt", "output", "summary", "highlights", "translation", "answer"),
     "audio": ("audio", "speech", "sound", "recording", "wav", "clip", "file_name", "file", "path"),
+    "transcript": ("transcript", "transcription", "text", "sentence", "normalized_text"),
     "sampling_rate": ("sampling_rate", "sample_rate"),
     "image": ("image", "img", "picture", "file_name", "file", "path"),
 }
