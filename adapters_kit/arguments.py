@@ -257,6 +257,9 @@ def _using(verb: Adder) -> None:
         metavar="FILE",
         help="write to this file instead: .jsonl, for --input also .csv, .tsv, .parquet",
     )
+    made.add_argument(
+        "--n-best", type=int, default=1, metavar="N", help="so many answers a row, best first, each with its score"
+    )
     made.add_argument("--overwrite", action="store_true", help="replace the file")
 
     made = verb(inference.chat, takes_keys=True, json=False)

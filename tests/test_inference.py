@@ -102,3 +102,56 @@ def test_a_file_of_prompts_gives_json_lines(tmp_path, capsys):
     assert cli.main(words) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == PROMPTS
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_the_n_best_answers_are_the_likeliest_of_all(family):
+    """One token is searched exactly: the scores are those of the whole vocabulary's likeliest tokens."""
+    options = {"task": CASES[family], "max_new_tokens": 1}
+    rows = ak.predict(model(family), PROMPTS, n_best=4, **options)
+    loaded = ak.load(model(family), task=CASES[family]).eval()
+    tokenizer = ak.load_processor(model(family))
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        batch = tokenizer(prompt, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        if CASES[family] == "seq2seq":
+            batch["decoder_input_ids"] = torch.tensor([[loaded.config.decoder_start_token_id]])
+        with torch.no_grad():
+            truth = loaded(**batch).logits[0, -1].double().log_softmax(-1).topk(4).values.tolist()
+        assert [one["score"] for one in row["best"]] == pytest.approx(truth, abs=1e-4)
+        assert row["answer"] == row["best"][0]["answer"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_n_best_answers_of_many_tokens_do_not_depend_on_their_company(family):
+    options = {"task": CASES[family], "max_new_tokens": 6, "n_best": 3}
+    together = ak.predict(model(family), PROMPTS, **options)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        (alone,) = ak.predict(model(family), prompt, **options)
+        assert [one["answer"] for one in alone["best"]] == [one["answer"] for one in row["best"]]
+        scores = [one["score"] for one in row["best"]]
+        assert scores == sorted(scores, reverse=True) and len(scores) == 3
+
+
+def test_n_best_classes_in_memory_in_files_and_on_the_command_line(tmp_path, capsys):
+    recipe = {"model": model("bert"), "task": "text-classification", "data": small.sentiment(24)}
+    run = ak.train({**recipe, "training.max_steps": 1, "training.samples": 0}, tmp_path / "run", quiet=True)
+    (row,) = ak.predict(run, "a fine film", n_best=9)
+    assert row["best"][0] == {"label": row["label"], "score": row["score"]} and len(row["best"]) == 2
+    assert sum(one["score"] for one in row["best"]) == pytest.approx(1, abs=1e-5)
+    assert "best" not in ak.predict(run, "a fine film")[0]
+    path = small.write_jsonl(tmp_path / "rows.jsonl", [{"text": "a fine film"}])
+    words = ["predict", str(run.path), "--input", str(path), "--out", str(tmp_path / "out.jsonl"), "--n-best", "2"]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["predicted_best"] == row["best"]
+    capsys.readouterr()
+    assert cli.main(["predict", str(run.path), "a fine film", "--n-best", "0"]) == 2
+    assert "--n-best 0: how many answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "question-answering", "token-classification"])
+def test_tasks_without_a_second_best_say_so(task):
+    rows = [{"text": "a [MASK]", "question": "a", "context": "b", "tokens": ["a"]}]
+    labels = {"labels": ["O", "B-X"]} if "token" in task else {}
+    with pytest.raises(DataError, match=f"n_best=2: only classes and written texts.*{task}"):
+        ak.predict(model("bert"), rows, task=task, n_best=2, **labels)

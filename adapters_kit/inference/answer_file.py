@@ -24,7 +24,7 @@ from pyarrow import parquet
 from adapters_kit.artifacts.files import replacing
 from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
-from adapters_kit.inference.subject import Subject, describe, load_subject, make_task
+from adapters_kit.inference.subject import Subject, ask_for, describe, load_subject, make_task
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.resolve import rows_of
@@ -63,6 +63,7 @@ def predict_file(
     out: str | os.PathLike[str],
     *,
     batch_size: int | None = None,
+    n_best: int = 1,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **recipe_keys: Any,
@@ -77,6 +78,7 @@ def predict_file(
         source: CSV, TSV, JSON, JSONL or Parquet file, a folder or a hub id.
         out: the file to write; its suffix says how: .csv, .tsv, .jsonl or .parquet.
         batch_size: rows in a forward pass; rows of similar length are put together.
+        n_best: as for `predict`; the column is `predicted_best`.
         overwrite: replace `out`, and forget what a stopped call left.
         progress: called with the rows done and the rows in all.
         **recipe_keys: as for `predict`.
@@ -94,10 +96,12 @@ def predict_file(
     recipe, adapter = describe(name, **recipe_keys)
     rows = rows_of(os.fspath(source))
     task = make_task(recipe, rows, answers=False)
+    ask_for(task, recipe, n_best)
     own = [column for column in rows.column_names if column.startswith(("predicted_", "p_"))]
     part = _part_of(out)
     made_from = {"rows": os.fspath(source), "fingerprint": _fingerprint(Path(source)), "subject": os.fspath(name)}
-    made_from["keys"] = json.dumps(recipe_keys, sort_keys=True, default=str)
+    asked = recipe_keys | ({"n_best": n_best} if n_best > 1 else {})
+    made_from["keys"] = json.dumps(asked, sort_keys=True, default=str)
     if overwrite:
         part.unlink(missing_ok=True)
     done = kept = _answered(part, made_from)
@@ -190,7 +194,10 @@ def _answers(subject: Subject, piece: Dataset, batch_size: int, first: int) -> l
         features = task.encode(piece, answers=False)
         results = task.run(model, features, batch_size)
         return [
-            {**_named(task.show(result, piece[feature["row"]]), given), **_probabilities(task, result)}
+            {
+                **_named({**task.show(result, piece[feature["row"]]), **task.likeliest(result)}, given),
+                **_probabilities(task, result),
+            }
             for result, feature in zip(results, features, strict=True)
         ]
     except DataError as error:

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from adapters_kit import tasks
 from adapters_kit.errors import DataError, did_you_mean
-from adapters_kit.inference.subject import NO_DATA, Subject, describe, load_subject, make_task
+from adapters_kit.inference.subject import NO_DATA, Subject, ask_for, describe, load_subject, make_task
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
@@ -66,7 +66,9 @@ def evaluate(
     return {**task.score(results, features), "examples": len(rows)}
 
 
-def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **recipe_keys: Any) -> list[dict[str, Any]]:
+def predict(
+    name: Name, data_source: Any, *, batch_size: int | None = None, n_best: int = 1, **recipe_keys: Any
+) -> list[dict[str, Any]]:
     """One answer for each row; the target columns may be absent.
 
     Example:
@@ -80,13 +82,15 @@ def predict(name: Name, data_source: Any, *, batch_size: int | None = None, **re
             ("owner/name"); a list of dicts, a dict of columns, a frame, a Series or a Dataset. A text that is the name
             of a file here is that file.
         batch_size: rows in a forward pass.
+        n_best: with more than 1, `best` holds so many answers a row, best first: classes with their probability, or
+            texts of a beam search of that width with the mean log-probability of their tokens (nats).
         **recipe_keys: as for `evaluate`.
 
     Raises:
         ModelError: as for `evaluate`; and a plain model that has no trained head for the task.
     """
     recipe, adapter = describe(name, **recipe_keys)
-    subject, rows = _prepared(recipe, adapter, data_source)
+    subject, rows = _prepared(recipe, adapter, data_source, n_best)
     found = subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
     _tell(subject.task)
     return found
@@ -144,7 +148,7 @@ def generates(name: Name, **recipe_keys: Any) -> bool:
     return tasks.get(describe(name, **recipe_keys)[0].task).generates
 
 
-def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[Subject, Dataset]:
+def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any, n_best: int = 1) -> tuple[Subject, Dataset]:
     """The subject and the rows that it is asked about, whatever they were given as."""
     data_source = listed(data_source)
     if isinstance(data_source, str) and not _names_data(data_source):
@@ -157,6 +161,7 @@ def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any) -> tuple[S
         data_source = [text_row(recipe, text, adapter) for text in data_source]
     rows = rows_of(data_source, recipe.data)
     task = make_task(recipe, rows, answers=False)
+    ask_for(task, recipe, n_best)
     return load_subject(recipe, task, adapter), rows
 
 

@@ -80,6 +80,21 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
 _TASKS = f"There are: {', '.join(TASKS)}."
 
 
+def ask_for(task: Task, recipe: Recipe, n_best: int) -> None:
+    """Lets a task give several answers a row.
+
+    Raises:
+        DataError: no number of answers, or a task whose answer is neither a class nor a text.
+    """
+    if n_best < 1:
+        raise DataError(f"n_best={n_best}: how many answers a row, 1 or more.")
+    classes = TASKS[task.name].labelled and "tokens" not in task.needs[-1] and recipe.problem != "regression"
+    if n_best > 1 and not (classes or task.generates):
+        what = "a regression" if recipe.problem == "regression" else task.name
+        raise DataError(f"n_best={n_best}: only classes and written texts have a second best; this is {what}.")
+    task.n_best = n_best
+
+
 def _with_problem(recipe: Recipe, metrics: Path) -> Recipe:
     """Runs of the first versions did not write down which kind of target a classifier had; their scores tell."""
     if recipe.task != "text-classification" or recipe.problem or not metrics.is_file():

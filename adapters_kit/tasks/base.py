@@ -33,6 +33,7 @@ class Task:
         labels: names of the classes in the order of the model's outputs; None where a task has none.
         processor: the tokenizer or image processor.
         notes: what was done to the rows that nobody asked for: cut, left out, guessed.
+        n_best: answers of each row that `predict` gives, where more than the best are asked for.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,7 @@ class Task:
         self.notes = notes if notes is not None else Notes()
         self.processor: Any = None
         self.max_length = recipe.training.max_length or 512
+        self.n_best = 1
 
     @classmethod
     def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
@@ -125,7 +127,23 @@ class Task:
         """The model's answer to every row, as a user wants to see it; the target columns may be absent."""
         features = self.encode(data, answers=False)
         results = self.run(model, features, batch_size)
-        return [self.show(result, data[feature["row"]]) for result, feature in zip(results, features, strict=True)]
+        return [
+            {**self.show(result, data[feature["row"]]), **self.likeliest(result)}
+            for result, feature in zip(results, features, strict=True)
+        ]
+
+    def likeliest(self, result: Any) -> dict[str, Any]:
+        """`best`: the `n_best` classes with their probabilities, best first; nothing where only one is asked for."""
+        labels = self.labels or []
+        if self.n_best == 1 or np.shape(result) != (len(labels),):
+            return {}
+        order = np.argsort(-np.asarray(result), kind="stable")[: self.n_best]
+        return {"best": [{"label": labels[index], "score": round(float(result[index]), 6)} for index in order]}
+
+    @staticmethod
+    def answered(found: str | list[dict[str, Any]]) -> dict[str, Any]:
+        """`answer`, and where several were asked for `best`: each with its score, best first."""
+        return {"answer": found} if isinstance(found, str) else {"answer": found[0]["answer"], "best": found}
 
     def stream(self, model: nn.Module, row: Mapping[str, Any]) -> Iterator[str]:
         """The model's answer to one row while it is being written; joined, what `predict` gives as `answer`."""

@@ -23,7 +23,7 @@ from adapters_kit.tasks.conversation import (
     system_beside,
     with_input,
 )
-from adapters_kit.tasks.generation import Limits, positions, set_stops, tell_settings, tokenizer_of, written
+from adapters_kit.tasks.generation import Limits, n_best, positions, set_stops, tell_settings, tokenizer_of, written
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.turns import shortened, written_out
@@ -266,12 +266,19 @@ class CausalLM(Task):
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         """Of each row what was asked (`messages`, `prompt` or `text`) and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
-        results = self.run(model, features, batch_size, self.generate, lambda f: self.collate(f, side="left"))
+        results = self.run(model, features, batch_size, self._write, lambda f: self.collate(f, side="left"))
         given = next(role for role in ("messages", "prompt", "text") if role in self.columns)
         asked = [row[self.columns[given]] for row in data]
         if given == "messages":  # without what no template sees, such as the time of a turn
             asked = [conversation(row, self.columns, index, answer=False).turns for index, row in enumerate(data)]
-        return [{given: asked[f["row"]], "answer": text} for f, text in zip(features, results, strict=True)]
+        return [{given: asked[f["row"]], **self.answered(r)} for f, r in zip(features, results, strict=True)]
+
+    def _write(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
+        if self.n_best == 1:
+            return self.generate(model, batch)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        start, limits = batch["input_ids"].shape[1], {"max_new_tokens": self.limits.answer}
+        return n_best(model, self.processor, inputs, self.n_best, start, **limits)
 
     def generate(self, model: nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[str]:
         """The answers to a batch of prompts padded on the left; greedy; `options` go to `model.generate`."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapters_kit.tasks.notes import Notes
@@ -100,6 +101,29 @@ def tell_settings(model: nn.Module, name: str, notes: Notes) -> None:
 
 def _told(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value!s:.40}" for key, value in settings.items())
+
+
+def n_best(
+    model: nn.Module, tokenizer: Any, inputs: Mapping[str, torch.Tensor], count: int, start: int, **limits: Any
+) -> list[list[dict[str, Any]]]:
+    """The likeliest answers that a beam search of width `count` finds for each row, best first, each with its score.
+
+    Args:
+        start: where the answer begins in what `model.generate` returns.
+        **limits: for `model.generate`.
+
+    Returns:
+        {"answer": text, "score": mean log-probability of its tokens, in nats}, `count` a row.
+    """
+    width = {"num_beams": count, "num_return_sequences": count, "do_sample": False, "length_penalty": 1.0}
+    generating: Any = model.generate
+    out = generating(**inputs, **limits, **width, return_dict_in_generate=True, output_scores=True)
+    texts = [written(tokenizer, ids, model) for ids in out.sequences[:, start:].tolist()]
+    found = [
+        {"answer": text, "score": round(score, 6)}
+        for text, score in zip(texts, out.sequences_scores.tolist(), strict=True)
+    ]
+    return [found[row : row + count] for row in range(0, len(found), count)]
 
 
 def without_empty_thinking(text: str) -> str:

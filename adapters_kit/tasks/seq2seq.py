@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
-from adapters_kit.tasks.generation import positions, set_stops, tell_settings, written
+from adapters_kit.tasks.generation import n_best, positions, set_stops, tell_settings, written
 from adapters_kit.tasks.languages import set_languages
 from adapters_kit.tasks.text_scores import how_counted, text_scores
 
@@ -142,6 +142,12 @@ class Seq2Seq(Task):
     def predict(self, model: nn.Module, data: Dataset, batch_size: int = 16) -> list[dict[str, Any]]:
         """Of each row the `source` and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
-        texts = self.run(model, features, batch_size, self.generate)
+        found = self.run(model, features, batch_size, self._write)
         sources = self.text(data, "source")
-        return [{"source": sources[f["row"]], "answer": text} for f, text in zip(features, texts, strict=True)]
+        return [{"source": sources[f["row"]], **self.answered(r)} for f, r in zip(features, found, strict=True)]
+
+    def _write(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
+        if self.n_best == 1:
+            return self.generate(model, batch)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        return n_best(model, self.processor, inputs, self.n_best, 1, max_new_tokens=self.new_tokens)

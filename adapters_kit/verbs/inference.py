@@ -51,10 +51,16 @@ def predict(options: argparse.Namespace) -> Shown | None:
     from adapters_kit.inference import generates, stream
     from adapters_kit.inference import predict as answer
 
-    if options.text and not options.out and not options.json and generates(options.name, **keys):
+    if (
+        options.text
+        and not options.out
+        and not options.json
+        and options.n_best == 1
+        and generates(options.name, **keys)
+    ):
         _print_streams(options.text, stream(options.name, options.text, **keys))
         return None
-    answers = answer(options.name, options.data or options.text, **keys)
+    answers = answer(options.name, options.data or options.text, n_best=options.n_best, **keys)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     if options.out:
         from adapters_kit.artifacts.files import write_text
@@ -77,6 +83,7 @@ def _predict_file(options: argparse.Namespace, keys: dict[str, Any]) -> Shown:
             options.name,
             options.data,
             options.out,
+            n_best=options.n_best,
             overwrite=options.overwrite,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
             **keys,
