@@ -61,6 +61,7 @@ class Task:
         self.processor: Any = None
         self.max_length = recipe.training.max_length or 512
         self.n_best = 1
+        self.embedded: int | None = None  # how many tokens the model has embeddings for
 
     @classmethod
     def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
@@ -94,17 +95,54 @@ class Task:
             raise ModelError(
                 f"training.max_length is {self.max_length}; {self.recipe.model} takes at most {self.longest} tokens."
             )
+        self.embedded = embedded(model)
+        self._pad_with_what_is_embedded()
         config = model.config
         if getattr(config, "pad_token_id", None) is None and getattr(processor, "pad_token_id", None) is not None:
             # Models look for it: where the last token of a row is, what stands for a label that no loss counts.
             config.pad_token_id = processor.pad_token_id
         self.adapt(model)
 
+    def _pad_with_what_is_embedded(self) -> None:
+        """Takes another padding token where the tokenizer's is one of those that were added behind the embeddings."""
+        tokens, pad = self.processor, getattr(self.processor, "pad_token_id", None)
+        if self.embedded is None or pad is None or pad < self.embedded:
+            return
+        before = tokens.pad_token
+        special = (tokens.eos_token_id, tokens.unk_token_id, tokens.bos_token_id, 0)
+        tokens.pad_token = tokens.convert_ids_to_tokens(next(i for i in special if i is not None and i < self.embedded))
+        self.notes.say(
+            f"The tokenizer's padding token {before!r} (number {pad}) is none of the {self.embedded:,} tokens that the "
+            f"model has embeddings for: {tokens.pad_token!r} pads instead."
+        )
+
+    def check_ids(self, features: Features) -> None:
+        """Refuses tokens that the model has no embedding for.
+
+        Raises:
+            ModelError: with the first such token, its row, and what to do.
+        """
+        size = self.embedded
+        if size is None or not hasattr(self.processor, "__len__") or len(self.processor) <= size:
+            return
+        for feature in features:
+            keys = ("input_ids", "labels") if self.generates else ("input_ids",)
+            for token in (max(feature[key], default=0) for key in keys if key in feature):
+                if token >= size:
+                    row = f" (row {feature['row'] + 1})" if "row" in feature else ""
+                    raise ModelError(
+                        f"The token {self.processor.convert_ids_to_tokens(int(token))!r}{row} has the number {token}, "
+                        f"and {self.recipe.model} has embeddings for {size:,}. Take the tokenizer that belongs to the "
+                        "model, or give the model more embeddings before: "
+                        "model.resize_token_embeddings(len(tokenizer)), and save both as the base."
+                    )
+
     def adapt(self, model: nn.Module) -> None:
         """Sets what the task needs in a model's config."""
 
     def training_features(self, features: Features) -> Features:
         """What one training row is made of; packing joins several examples."""
+        self.check_ids(features)
         return features
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
@@ -174,6 +212,7 @@ class Task:
         Under a launcher with several processes every process takes its share of the batches and gets all results.
         """
         step, collate = step or self.step, collate or self.collate
+        self.check_ids(features)
         state = PartialState()
         order = sorted(range(len(features)), key=lambda i: -self.length(features[i]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -244,6 +283,16 @@ def strings(data: Dataset, column: str, role: str) -> list[str]:
 def outputs_of(model: nn.Module) -> list[str]:
     """The names of a classifier's outputs, in their order, as its config has them."""
     return [model.config.id2label[index] for index in sorted(model.config.id2label)]
+
+
+def embedded(model: nn.Module) -> int | None:
+    """How many tokens a model has embeddings for; None for one without such a table."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    size = getattr(table, "num_embeddings", None)
+    return size if isinstance(size, int) else None
 
 
 def longest_input(processor: Any, model: nn.Module) -> int:

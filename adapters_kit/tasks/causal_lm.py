@@ -102,6 +102,11 @@ class CausalLM(Task):
                 f"The tokenizer of {self.recipe.model} has no chat template, which the column "
                 f"{self.columns['messages']!r} needs. Give prompt and completion columns, or an instruct model."
             )
+        if self.template is None and self.processor.eos_token_id is None:
+            self.notes.say(
+                f"The tokenizer of {self.recipe.model} has no token for the end of a text: nothing teaches where an "
+                "answer ends. eos_token in its tokenizer_config.json names one."
+            )
         set_stops(model, self.processor, self.template.stops if self.template is not None else [])
         tell_settings(model, self.recipe.model, self.notes)
         if self.recipe.training.packing and next(model.parameters()).device.type != "meta":
@@ -225,6 +230,7 @@ class CausalLM(Task):
 
     def training_features(self, features: Features) -> Features:
         """The samples, packed to rows of `max_length` tokens where the recipe asks for it."""
+        features = super().training_features(features)
         return packing.pack(features, self.max_length) if self.recipe.training.packing else features
 
     def collate_training(self, features: Features) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ class MaskedLM(Task):
         kind = draw.random(len(at))
         masked[at[kind < 0.8]] = self.processor.mask_token_id
         swapped = at[(kind >= 0.8) & (kind < 0.9)]
-        masked[swapped] = draw.integers(0, len(self.processor), size=len(swapped))
+        masked[swapped] = draw.integers(0, min(len(self.processor), self.embedded or 10**9), size=len(swapped))
         return masked, labels
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

@@ -6,8 +6,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import adapters_kit as ak
+from adapters_kit.errors import ModelError
 from adapters_kit.inference.answer_file import predict_file
 from tests.support import small
 
@@ -48,6 +50,53 @@ def test_padding_is_no_end_of_a_text(tmp_path, family):
     texts = ["fine", "a the was is with and very quite one two three dull"]
     alone = torch.cat([scores(run, [text], 1) for text in texts])
     torch.testing.assert_close(scores(run, texts, 2), alone, rtol=0, atol=3e-6)
+
+
+def with_more_words(tmp_path, family, **special):
+    """A model whose tokenizer has words behind its embeddings, as when tokens were added and the model not resized."""
+    folder = shutil.copytree(small.model(family), tmp_path / "model")
+    tokens = AutoTokenizer.from_pretrained(folder)
+    tokens.add_tokens([f"new{i}" for i in range(128)])
+    tokens.add_special_tokens(special)
+    tokens.save_pretrained(folder)
+    return folder
+
+
+ROWS = {
+    "bert": ("token-classification", {"tokens": ["new127", "film"], "tags": ["X", "O"]}),
+    "t5": ("seq2seq", {"source": "a film", "target": "new127"}),
+    "llama": ("causal-lm", {"prompt": "a film", "completion": "new127"}),
+    "roberta": ("masked-lm", {"text": "a film new127 is fine"}),
+}
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_a_token_behind_the_embeddings_is_refused_by_name(tmp_path, family):
+    task, row = ROWS[family]
+    folder = with_more_words(tmp_path, family)
+    plain = {key: ["a"] * len(value) if isinstance(value, list) else "a film" for key, value in row.items()}
+    with pytest.raises(ModelError, match=r"'new127'.* has embeddings for 128\. .*resize_token_embeddings"):
+        run_of(tmp_path, {"train": [row] * 8, "test": [plain] * 2}, task, model=folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "bart"])
+def test_a_padding_token_behind_the_embeddings_is_replaced_and_told(tmp_path, family):
+    folder = with_more_words(tmp_path, family, pad_token="<pad>")
+    run = run_of(tmp_path, small.sentiment(24), model=folder)
+    assert any("'<pad>'" in note and "pads instead" in note for note in run.metrics["notes"])
+    texts = ["fine", "a the was is with and very quite one two three dull"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone = torch.cat([scores(run, [text], 1) for text in texts])
+        torch.testing.assert_close(scores(run, texts, 2), alone, rtol=0, atol=3e-6)
+
+
+def test_a_tokenizer_without_an_end_is_told(tmp_path):
+    folder = shutil.copytree(small.model("llama"), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    run = run_of(tmp_path, [{"prompt": "a film", "completion": "fine"}] * 12, "causal-lm", model=folder)
+    assert any("no token for the end of a text" in note for note in run.metrics["notes"])
 
 
 @pytest.mark.parametrize("family", ["bart", "llama"])
