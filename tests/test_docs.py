@@ -135,6 +135,13 @@ def test_readme_is_short():
     assert len(text_of("README.md").splitlines()) < 150
 
 
+def test_the_readme_counts_peft_s_other_methods():
+    from adapters_kit import registry
+
+    others = set(registry.known_names()) - set(registry.names()) - {"prompt-tuning"}  # which is `prompt`
+    assert f"and {len(others)} more of peft's" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_every_page_is_in_the_navigation():
     nav = text_of("mkdocs.yml").partition("\nnav:")[2]
     assert [name for name in NAMES if name.startswith("docs/") and name.removeprefix("docs/") not in nav] == []
