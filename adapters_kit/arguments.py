@@ -135,7 +135,8 @@ def make_parser(recipe_keys: bool = False) -> tuple[Parser, dict[str, Parser]]:
         prog="adapters-kit",
         description="Freeze a Hugging Face model, train a small module on it, ship exactly what was trained.",
         epilog="Exit status: 0 done; 1 a check failed, or an error that is a fault of ours; 2 a mistake in what was "
-        "given; 3 to 6 what prove found instead of the tuned model; 130 interrupted. --json after a verb prints its result as one JSON value.",
+        "given; 3 to 6 what prove found in place of the tuned model; 130 interrupted. --json after a verb prints its "
+        "result as one JSON value.",
     )
     parser.add_argument("--version", action="version", version=f"adapters-kit {_version()}")
     subparsers: Any = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)

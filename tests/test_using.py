@@ -4,8 +4,10 @@ import csv
 import json
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
+from itertools import product
 
 import pandas
 import pytest
@@ -329,3 +331,65 @@ def test_a_proposed_recipe_trains(tmp_path):
     assert fields == made.fields
     run = ak.train(ak.Recipe.read(recipe, ["--training.max_steps", "1"]), tmp_path / "run", quiet=True)
     assert run.metrics["steps"] == 1
+
+
+def at_once(served, requests):
+    """The answers to requests that all wait while something else is computed; how many were computed together."""
+    sizes, answers, computed = [], {}, served._computed
+
+    def counted(asked):
+        sizes.append(len(asked))
+        return computed(asked)
+
+    served._computed = counted
+    threads = [
+        threading.Thread(target=lambda i=i, one=one: answers.update({i: served.tokens(*one)}))
+        for i, one in enumerate(requests)
+    ]
+    with served._lock:
+        for thread in threads:
+            thread.start()
+        while len(served._waiting) < len(requests):
+            time.sleep(0.01)
+    for thread in threads:
+        thread.join()
+    del served._computed
+    return [answers[i] for i in range(len(requests))], sizes
+
+
+def test_requests_for_several_adapters_that_wait_are_answered_together_as_alone(writers):
+    served = Served({"first": writers[0], "second": writers[1].adapter})
+    prompts = [served.writer.ids_of_turns(MESSAGES), [5, 9, 20, 31, 7, 8, 4], [11]]
+    requests = [
+        (name, ids, Sampling(max_new_tokens=most), 2)
+        for most, (name, ids) in enumerate(product(served.names, prompts), 1)
+    ]
+    alone = [served.tokens(*one) for one in requests]
+    together, sizes = at_once(served, requests)
+    assert sizes == [len(requests)]
+    for (ids, logs), (expected, their_logs) in zip(together, alone, strict=True):
+        assert ids == expected
+        assert [log for log, _ in logs] == pytest.approx([log for log, _ in their_logs], abs=1e-4)
+    assert served.tokens(*requests[0])[0] == alone[0][0], "nothing of the batch stays"
+
+
+def test_draws_are_made_alone_and_a_batch_that_fails_is_answered_one_by_one(writers, monkeypatch):
+    served = Served({"first": writers[0], "second": writers[1].adapter})
+    drawn = Sampling(max_new_tokens=2, temperature=1.0, seed=1)
+    greedy = Sampling(max_new_tokens=2)
+    requests = [("first", [5, 9], drawn, 0), ("second", [5, 9], greedy, 0), ("first", [7], greedy, 0)]
+    alone = [served.tokens(*one) for one in requests]
+    found, sizes = at_once(served, requests)
+    assert [ids for ids, _ in found] == [ids for ids, _ in alone] and sorted(sizes) == [1, 2]
+
+    generate = served.writer.generate_batch
+
+    def breaks(rows, sampling, **options):
+        made = generate(rows, sampling, **options)
+        if len(rows) > 1:
+            raise RuntimeError("no memory")
+        return made
+
+    monkeypatch.setattr(served.writer, "generate_batch", breaks)
+    found, sizes = at_once(served, requests[1:])
+    assert [ids for ids, _ in found] == [ids for ids, _ in alone[1:]] and sizes == [2, 1, 1]

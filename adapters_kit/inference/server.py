@@ -5,8 +5,8 @@
     POST /v1/chat/completions       messages, stream, temperature, top_p, max_tokens, stop, seed, logprobs
     POST /v1/completions            prompt (text or token ids, one or several), the same, and echo
 
-One model computes one answer at a time: requests wait for each other. For many users merge and serve with vLLM, or give
-the adapter to a server that takes it (`adapters-kit check`).
+Requests that wait while an answer is computed are answered together (`served`); what is streamed is computed by itself.
+For many users merge and serve with vLLM, or give the adapter to a server that takes it (`adapters-kit check`).
 """
 
 from __future__ import annotations

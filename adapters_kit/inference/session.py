@@ -104,17 +104,25 @@ class Writer:
         """
 
         def generate(**options: Any) -> None:
-            self._generate(ids, sampling, base, **options)
+            self._generate([ids], sampling, base, **options)
 
         return _until(pieces(self.tokenizer, generate), sampling.stop)
 
     def generate(self, ids: Sequence[int], sampling: Sampling, *, base: bool = False, **options: Any) -> Any:
         """What `model.generate` returns for one prompt, in this thread; `options` go there."""
-        return self._generate(ids, sampling, base, **options)
+        return self._generate([ids], sampling, base, **options)
 
-    def _generate(self, ids: Sequence[int], sampling: Sampling, base: bool, **options: Any) -> Any:
+    def generate_batch(
+        self, rows: Sequence[Sequence[int]], sampling: Sampling, *, base: bool = False, **options: Any
+    ) -> Any:
+        """The same for several prompts at once, padded on the left."""
+        return self._generate(rows, sampling, base, **options)
+
+    def _generate(self, rows: Sequence[Sequence[int]], sampling: Sampling, base: bool, **options: Any) -> Any:
         device = next(self.model.parameters()).device
-        inputs = torch.tensor([list(ids)], device=device)
+        longest, padding = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        inputs = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
         without = self.model.disable_adapter() if base and hasattr(self.model, "disable_adapter") else None
         with contextlib.ExitStack() as around:
             for context in (
@@ -128,7 +136,7 @@ class Writer:
                 torch.manual_seed(sampling.seed)
             return self.model.generate(
                 input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
+                attention_mask=mask,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **sampling.options(),
                 **options,
