@@ -66,7 +66,7 @@ def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
 
     Args:
         given: a `Recipe`, the path of a YAML file, or a mapping of a recipe's keys, whose `data` (or `data.train`,
-            `data.test`) may be rows in memory (see `rows_from`) or a `DatasetDict` with `train` and `test`.
+            `data.test`) may be rows in memory (see `rows_from`) or a `DatasetDict` with `train` and others.
         folder: where rows in memory are written, as HASH.parquet; by default the user's cache.
 
     Raises:
@@ -122,9 +122,24 @@ def _named(value: Any, folder: Path) -> Any:
     if isinstance(value, DatasetDict):
         if "train" not in value:
             raise DataError(f"A DatasetDict for training needs a part named train; this one has {', '.join(value)}.")
-        held_out = next((name for name in ("test", "validation", "dev") if name in value), None)
-        return _named({"train": value["train"], "test": value[held_out] if held_out else None}, folder)
+        return {"train": _folder({name: rows for name, rows in value.items() if len(rows)}, folder)}
     return _file(value, folder)
+
+
+def _folder(parts: Mapping[str, Dataset], folder: Path) -> str:
+    """All parts, a file each, in a folder under the sha256 of their content; their rows tell which is held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
+        for name, rows in parts.items():
+            path = Path(_file(rows, Path(made)))
+            digest.update(f"{name} {path.name} ".encode())
+            path.rename(path.with_name(f"{name}.parquet"))
+        target = folder / digest.hexdigest()[:16]
+        if not target.exists():
+            os.chmod(made, 0o755)
+            os.rename(made, target)
+    return str(target)
 
 
 def _file(value: Any, folder: Path) -> str:

@@ -20,7 +20,7 @@ from adapters_kit.errors import DataError, ModelError, RecipeError, TrainingErro
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.data import sources
 from adapters_kit.training.inputs import recipe_from, rows_from
-from adapters_kit.training.resolve import rows_of
+from adapters_kit.training.resolve import prepare, rows_of
 from tests.support import small
 
 ROWS = small.sentiment(24)
@@ -281,3 +281,21 @@ def test_a_sweep_of_one_run_has_the_columns_of_several(run, tmp_path):
     table = ak.sweep(recipe, tmp_path, learning_rates=[1e-3], quiet=True)
     assert next(iter(table[0])) == "run" and {"accuracy", "base_accuracy", "trainable_params"} <= set(table[0])
     assert not {"notes", "advice", "counts"} & set(table[0])
+
+
+def test_a_part_without_labels_is_passed_over_for_the_next(tmp_path):
+    """As the hub's benchmarks are: their test part says -1, their validation part has labels."""
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    texts = [row["text"] for row in small.sentiment(24)]
+    data = Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(24)]}, kinds)
+    parts = DatasetDict(
+        train=data,
+        test=Dataset.from_dict({"text": texts[:4], "label": [-1] * 4}, kinds),
+        validation=Dataset.from_dict({"text": ["a film", "fine"], "label": [0, 1]}, kinds),
+    )
+    recipe = recipe_from({"model": "m", "task": "text-classification", "data": parts}, tmp_path)
+    task, splits = prepare(recipe)
+    assert len(splits.test) == 2 and task.labels == ["bad", "good"]
+    assert any("'test' cannot be used" in note for note in task.notes.sentences)
+    again = recipe_from({"model": "m", "task": "text-classification", "data": parts}, tmp_path)
+    assert again == recipe and len(list(tmp_path.iterdir())) == 1

@@ -99,7 +99,7 @@ def _detected(path: Path, bad: tuple[int, int], notes: Notes) -> str:
             "line as UTF-8, or say how the whole file is written: data.encoding: cp1252."
         )
     best = from_bytes(sample, cp_isolation=_CANDIDATES).best()
-    found = best.encoding if best is not None else None
+    found = _japanese(sample) or (best.encoding if best is not None else None)
     if found is None or found in _LATIN:
         # The library takes the first that fits; Western Europe's is the most common, unless it makes signs of letters.
         readings = {name: _reads(sample, name) for name in ("cp1252", *([found] if found else []), *_LATIN)}
@@ -116,6 +116,15 @@ def _detected(path: Path, bad: tuple[int, int], notes: Notes) -> str:
         "are wrong, name the right one: data.encoding."
     )
     return found
+
+
+def _japanese(sample: bytes) -> str | None:
+    """The Japanese encoding by which much of a text is kana, which no other's text looks like; else None."""
+    for name in ("shift_jis", "euc_jp"):
+        letters = [letter for letter in _reads(sample, name) or "" if letter > "\x7f"]
+        if letters and sum("\u3040" <= letter <= "\u30ff" for letter in letters) > 0.2 * len(letters):
+            return name
+    return None
 
 
 def _reads(sample: bytes, encoding: str) -> str | None:

@@ -164,3 +164,17 @@ def test_a_blank_behind_every_separator_is_no_part_of_the_field(tmp_path):
         tmp_path / "b.csv", "text,label\n" + "\n".join(f"film {i}, {'ab'[i % 2]}" for i in range(8)) + "\n"
     )
     assert found.to_list()[1] == {"text": "film 1", "label": " b"} and not notes  # the header has none
+
+
+@pytest.mark.parametrize("encoding", ["shift_jis", "euc_jp"])
+def test_japanese_is_told_from_korean_and_chinese(tmp_path, encoding):
+    lines = [f"この映画はとても面白い {i},{'良い' if i % 2 else '悪い'}" for i in range(20)]
+    found, notes = read(tmp_path / "a.csv", "text,label\n" + "\n".join(lines) + "\n", encoding)
+    assert found[1] == {"text": "この映画はとても面白い 1", "label": "良い"} and encoding in notes[0]
+    for other, text in (
+        ("cp949", "이 영화는 아주 재미있다"),
+        ("gb18030", "这部电影很好看"),
+        ("big5", "這部電影很好看"),
+    ):
+        found, _ = read(tmp_path / "b.csv", "text,label\n" + f"{text},a\n" * 20, other)
+        assert found[0]["text"] == text
