@@ -95,6 +95,7 @@ def environment() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu130
     found["cpus"] = os.cpu_count()
     found["threads"] = torch.get_num_threads()
     found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -29,7 +29,7 @@ def write(name: str, file: Path, kind: str, **overrides: Any) -> None:
     architecture, known_as = ARCHITECTURES[name]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{index}" for index in range(3, tiny.VOCAB))])
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁t{index}" for index in range(3, tiny.VOCAB))])
     writer.add_token_scores([-float(index) for index in range(tiny.VOCAB)])
     writer.add_token_types([2, 3, 3, *[1] * (tiny.VOCAB - 3)])  # unknown, control, normal
     writer.add_unk_token_id(0)

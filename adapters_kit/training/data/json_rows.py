@@ -69,7 +69,8 @@ def _parsed(path: Path, text: str, place: str) -> Any:
 def _hint(text: str, at: int) -> str:
     """What is wrong at a place where JSON ends, if it is one of the usual things."""
     before, behind = text[:at].rstrip(), text[at:].lstrip()
-    if before.endswith(",") and (behind[:1] in ("]", "}") or not behind):
+    after = behind[1:].lstrip() if behind[:1] == "," else behind  # Python 3.13 points to the comma, others behind it
+    if (before.endswith(",") or behind[:1] == ",") and (after[:1] in ("]", "}") or not behind):
         return " No comma stands behind the last value: take it out."
     if behind[:1] == "," and not behind[1:].strip():
         return " No comma stands behind an object that has a line of its own: take it out."
