@@ -6,6 +6,7 @@ an adapter without it computes something else: so it is refused, by name. What o
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -86,10 +87,11 @@ def check_all_read(folder: Path, read: Collection[str], weights: Mapping[str, to
                 f"{folder} holds both {WEIGHTS} and {PICKLE}, with other weights in each: one of them is left over "
                 "from an older save. Remove the stale one."
             )
-        what, way = next(
-            ((what, way) for start, what, way in _WHOSE if re.match(start, name, re.IGNORECASE)),
-            ("weights of a kind that is not known here", "Load it with the code that wrote it."),
-        )
+        known = next(((what, way) for start, what, way in _WHOSE if re.match(start, name, re.IGNORECASE)), None)
+        if known is None and not _names_weights(path):
+            warnings.warn(f"{path} is not read: nothing in it is named as weights are.", UserWarning, stacklevel=4)
+            continue
+        what, way = known or ("weights of a kind that is not known here", "Load it with the code that wrote it.")
         raise ShippingError(
             f"{folder} holds {name} beside the adapter{_content(path)}: {what}. It is not read here, and without it "
             f"the model would compute something else. {way} To have the adapter alone, move {name} out of the folder."
@@ -144,6 +146,9 @@ def tensor_names(path: Path) -> list[str]:
     """
     if path.suffix == ".safetensors":
         return list(read_header(path)[0])
+    if path.suffix == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return [name.removesuffix(".npy") for name in file.namelist()]
     return list(_unpickled(path, "meta"))
 
 
@@ -160,13 +165,23 @@ def _unpickled(path: Path, device: str) -> dict[str, torch.Tensor]:
 
 def _is_copy(path: Path, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether every tensor of a file is one that was read."""
-    names = tensor_names(path)
+    names = [] if path.suffix == ".npz" else tensor_names(path)
     if not names or not weights.keys() >= set(names):
         return False
     if path.suffix == ".safetensors":
         with open_file(path) as file:
             return all(torch.equal(file.read(name), weights[name]) for name in names)
     return all(torch.equal(tensor, weights[name]) for name, tensor in _unpickled(path, "cpu").items())
+
+
+def _names_weights(path: Path) -> bool:
+    """Whether a file's tensors are named as a model's are; yes for a format that is not opened here."""
+    try:
+        names = tensor_names(path)
+    except ShippingError:
+        return True
+    opened = path.suffix == ".npz" or zipfile.is_zipfile(path) or path.suffix == ".safetensors"
+    return not opened or any(re.search(r"weight|bias|lora_|embed|head", name) for name in names)
 
 
 def _content(path: Path) -> str:

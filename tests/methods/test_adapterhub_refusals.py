@@ -145,6 +145,27 @@ def test_classes_that_the_library_computes_otherwise_are_refused(kind, tmp_path)
         ak.wrap(model, saved(tmp_path / "a", model, lora, []))
 
 
+def interface(folder, **names):
+    """What the library saves of a class that it was told about."""
+    (folder / "adapter_interface.json").write_text(json.dumps({"interface": names}))
+    return folder
+
+
+def test_a_class_whose_stream_the_library_was_not_told_is_refused_where_it_is_read(tmp_path):
+    config = transformers.MPNetConfig(**TEXT)
+    model = transformers.MPNetModel(config).eval()
+    folder = saved(tmp_path / "a", model, AFTER, [f"encoder.layer.{n}.output_adapters" for n in (0, 1)])
+    with pytest.raises(ModelError, match="was not told where the stream is"):
+        ak.wrap(model, interface(folder, layer_pre_ffn=None, layer_output_proj="output.dense"))
+
+
+def test_a_fused_projection_that_the_library_gave_a_random_bias_is_refused(tmp_path):
+    model = transformers.ModernBertModel(transformers.ModernBertConfig(**TEXT, cls_token_id=1, sep_token_id=2)).eval()
+    folder = saved(tmp_path / "a", model, {"architecture": "lora", "r": 2, "alpha": 4, "attn_matrices": ["q"]}, [])
+    with pytest.raises(ModelError, match=r"layers\.0\.attn\.Wqkv a bias that this ModernBertModel does not have"):
+        ak.wrap(model, interface(folder, attn_qkv_proj="Wqkv"))
+
+
 PREFIX = {"architecture": "prefix_tuning", "flat": True, "prefix_length": 3, "encoder_prefix": True}
 PREFIX |= {"cross_prefix": True, "reduction_factor": None, "original_ln_after": False}
 NUMBERS = 3 * 2 * 2 * WIDTH  # tokens, layers, keys and values

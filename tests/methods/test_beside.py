@@ -94,6 +94,13 @@ def test_a_trainers_state_copies_and_models_of_their_own_are_no_loss(saved, tmp_
     torch.testing.assert_close(read_by(verb, folder, tmp_path / "out"), saved[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_of_other_tensors_is_told(saved, tmp_path):
+    folder = shutil.copytree(saved[0], tmp_path / "a")
+    torch.save({"x": {"input_ids": torch.ones(2, 3)}, "y": torch.ones(2)}, folder / "reference.pt")
+    with pytest.warns(UserWarning, match=r"reference\.pt is not read"):
+        torch.testing.assert_close(logits(ak.wrap(tiny.build("llama"), folder)), saved[1])
+
+
 def test_other_adapters_in_the_folder_are_told(saved, tmp_path):
     folder = shutil.copytree(saved[0], tmp_path / "a")
     shutil.copytree(saved[0], folder / "reference")

@@ -15,10 +15,12 @@ from torch import nn
 from adapters_kit import anatomy
 from adapters_kit.anatomy import probe_inputs
 from adapters_kit.anatomy.parts import Block, Branch, Tap
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import ModelError
 
 # Found by running every class of the library 1.3.0 without an adapter, before and after it took the model over.
 _REWRITTEN = ("deberta", "xmod")
+_INTERFACE = "adapter_interface.json"
 
 
 def check_class(source: Path, model: nn.Module) -> None:
@@ -37,6 +39,28 @@ def check_class(source: Path, model: nn.Module) -> None:
             "others than transformers' even without an adapter. What was trained there is not for this model. It was "
             "not converted. Train it anew with the method of the same name here."
         )
+    fused = _interface(source).get("attn_qkv_proj")
+    bare = next((path for path, one in model.named_modules() if fused and _ends(path, fused) and _no_bias(one)), None)
+    if bare is not None:
+        raise ModelError(
+            f"{source}: AdapterHub's library gave {bare} a bias that this {type(model).__name__} does not have, at "
+            "random, and did not save it: what was trained there cannot be had again. Train it anew with the method "
+            "of the same name here."
+        )
+
+
+def _interface(source: Path) -> dict[str, Any]:
+    """What the library was told of a class that it does not know: which modules are which."""
+    told = read_json(source / _INTERFACE).get("interface") if (source / _INTERFACE).is_file() else None
+    return told if isinstance(told, dict) else {}
+
+
+def _ends(path: str, name: Any) -> bool:
+    return isinstance(name, str) and f".{path}".endswith(f".{name}")
+
+
+def _no_bias(module: nn.Module) -> bool:
+    return hasattr(module, "weight") and getattr(module, "bias", None) is None
 
 
 def check_placement(source: Path, model: nn.Module, sites: Mapping[str, Mapping[str, Any]]) -> None:
@@ -50,7 +74,7 @@ def check_placement(source: Path, model: nn.Module, sites: Mapping[str, Mapping[
     Raises:
         ModelError: says which branch, and what it does otherwise.
     """
-    found = anatomy.map_model(model)
+    found, interface = anatomy.map_model(model), _interface(source)
     used = {(site["layer"], site["role"]): site for site in sites.values()}
     wanted = [
         (block, branch, used[number, branch.kind])
@@ -59,6 +83,9 @@ def check_placement(source: Path, model: nn.Module, sites: Mapping[str, Mapping[
         if (number, branch.kind) in used
     ]
     for block, branch, site in wanted:
+        told = interface.get("layer_pre_self_attn" if branch.kind == "attention" else "layer_pre_ffn")
+        if interface and site["reads"] != "branch" and (not told or branch.norm is not None):
+            raise _unproved(source, model, branch, "the library was not told where the stream is")
         if site["reads"] != "branch" and _parallel(block, branch):
             raise _unproved(source, model, branch, "attention and feed-forward are added to the stream side by side")
         if branch.branch_norm is not None and site["reads"] != "branch":
