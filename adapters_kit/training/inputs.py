@@ -168,6 +168,9 @@ def _file(value: Any, folder: Path) -> str:
 
 
 def _from_pandas(frame: Any) -> Dataset:
+    named = {name for name in frame.index.names if name is not None}
+    if named and not named & set(frame.columns):  # a column of the user's that was made the index
+        frame = frame.reset_index()
     names = [str(name) for name in frame.columns]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -25,6 +25,7 @@ from tests.support import small
 
 ROWS = small.sentiment(24)
 KINDS = {
+    "pandas with a column as index": lambda: pandas.DataFrame(ROWS).set_index("text"),
     "pandas": lambda: pandas.DataFrame(ROWS, index=range(100, 124)),
     "arrow": lambda: pa.Table.from_pylist(ROWS),
     "dataset": lambda: Dataset.from_list(ROWS),
