@@ -120,7 +120,7 @@ def test_the_card_s_code_loads_what_was_trained_and_check_s_command_ships_it(qua
     folder = tmp_path / "here"
     folder.mkdir()
     write("llama", folder / "model.gguf", "Q4_1")
-    words = [{"text": f"t{3 + index} t{40 + index % 4}"} for index in range(12)]  # of that file
+    words = [{"text": f"{row['name']} {row['answer']}"} for row in small.questions(12)]
     rows = small.write_jsonl(tmp_path / "rows.jsonl", words)
     recipe = {
         "model": str(folder / "model.gguf"),

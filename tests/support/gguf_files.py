@@ -29,7 +29,9 @@ def write(name: str, file: Path, kind: str, **overrides: Any) -> None:
     architecture, known_as = ARCHITECTURES[name]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁t{index}" for index in range(3, tiny.VOCAB))])
+    letters = ["▁", *map(chr, range(33, 127))]  # without merges, a text is its letters
+    words = ["<unk>", "<s>", "</s>", *letters, *(f"t{index}" for index in range(tiny.VOCAB))]
+    writer.add_token_list(words[: tiny.VOCAB])
     writer.add_token_scores([-float(index) for index in range(tiny.VOCAB)])
     writer.add_token_types([2, 3, 3, *[1] * (tiny.VOCAB - 3)])  # unknown, control, normal
     writer.add_unk_token_id(0)
