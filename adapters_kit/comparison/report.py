@@ -9,7 +9,7 @@ from typing import Any
 
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.comparison import score_plots
-from adapters_kit.comparison.summary import LESS_IS_BETTER, Row
+from adapters_kit.comparison.summary import UNBOUNDED, Row
 from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
@@ -52,7 +52,7 @@ def shown(value: float | None, metric: str, sign: str = "") -> str:
     """A score for people: 0.8123 of an accuracy is 81.2 points, a perplexity stays one."""
     if value is None:
         return "–"
-    return f"{value:{sign}.2f}" if metric in LESS_IS_BETTER else f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.2f}" if metric in UNBOUNDED else f"{100 * value:{sign}.1f}"
 
 
 def gap(row: Mapping[str, Any], metric: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.comparison.summary import LESS_IS_BETTER
+from adapters_kit.comparison.summary import UNBOUNDED
 from adapters_kit.pages.plots import place_names
 from adapters_kit.training import pictures
 
@@ -15,7 +15,7 @@ def draw(document: Mapping[str, Any], out: Path, prefix: str = "") -> list[Path]
     """score_and_parameters.png and score_and_cost.png in `out`, `prefix` before their names; returns their paths."""
     if not pictures.available():
         return []
-    scale = 1 if document["metric"] in LESS_IS_BETTER else 100
+    scale = 1 if document["metric"] in UNBOUNDED else 100
     label = document["metric"] if scale == 1 else f"{document['metric']} (points)"
     rows = document["methods"]
     kinds: dict[str, list[tuple[str, float, str, bool]]] = {

@@ -18,11 +18,12 @@ from adapters_kit import system, tasks
 from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
 from adapters_kit.comparison.remaining import Remaining
-from adapters_kit.comparison.summary import LESS_IS_BETTER, Row, summarize
+from adapters_kit.comparison.summary import Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
 from adapters_kit.loading import skeleton
 from adapters_kit.pages.comparison_page import rows_table
+from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.callbacks import duration

@@ -10,7 +10,8 @@ from typing import Any
 
 LEVEL = 0.95
 # Scores of which less is better, shown as they are; every other one is a part of one, shown in points of a hundred.
-LESS_IS_BETTER = ("loss", "perplexity")
+UNBOUNDED = ("loss", "perplexity", "mae")
+"""Scores that are no shares, and are shown as they are."""
 # What a cell costs; the median over the seeds stands in the table.
 COSTS = (
     "trainable_params",
@@ -78,7 +79,7 @@ def summarize(
                 fmean(scores.values()),
                 stdev(scores.values()) if len(scores) > 1 else None,
                 fmean(differences) if differences else None,
-                interval(differences, least=0.0 if metric in LESS_IS_BETTER else resolution(held_out)),
+                interval(differences, least=0.0 if metric in UNBOUNDED else resolution(held_out)),
                 {name: median(result[name] for result in results.values()) for name in COSTS},
                 merge,
             )

@@ -68,6 +68,11 @@ def write_gguf(
         raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
     if (source / CONFIG).is_file():
         adapter = read_adapter(source)
+        if whole := sorted(adapter.config.modules_to_save or ()):
+            raise ShippingError(
+                f"{source} saves whole modules ({', '.join(whole)}), which a GGUF adapter cannot hold. "
+                f"adapters-kit merge {source} merged, then export that."
+            )
         named = base_of(adapter, base)
         if named.suffix == ".gguf":
             from adapters_kit.serving.lora_gguf import write_lora_gguf

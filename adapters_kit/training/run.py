@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from adapters_kit import tasks
 from adapters_kit.artifacts.adapter import CONFIG
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import TrainingError
@@ -63,12 +64,20 @@ class Run:
 
     def _repr_html_(self) -> str:
         """The scores, for a notebook; `report.html` in the folder tells the rest."""
-        sentence, _ = verdict(self.metrics)
+        sentence, _ = verdict(self.metrics, metric_of(self))
         return f"<p><b>{escape(sentence)}</b> Page: {escape(str(self.path / PAGE))}</p>{scores_table(self.metrics)}"
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         return read_json_lines(self.path / "metrics.jsonl")
+
+
+def metric_of(run: Run) -> str:
+    """The score by which a run's evaluations were compared."""
+    chosen = tasks.get(run.recipe.task).metric
+    if chosen in run.metrics:
+        return chosen
+    return next((name for name in ("f1", "pearson") if name in run.metrics), "loss")
 
 
 def recipe_of(adapter: Path) -> Recipe | None:

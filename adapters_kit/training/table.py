@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from adapters_kit import tasks
 from adapters_kit.errors import TrainingError
 from adapters_kit.pages.comparison_page import rows_table
+from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.recipe_changes import flat
-from adapters_kit.training.run import Run
+from adapters_kit.training.run import Run, metric_of
 
 _COSTS = ("trainable_params", "train_seconds", "tokens_per_second", "peak_memory_bytes")
 
@@ -59,8 +59,7 @@ def compare_runs(paths: Iterable[str | os.PathLike[str]]) -> Table:
     if notes := _other_rows(runs, differing):
         return Table(rows, notes)
     metric = metric_of(runs[0])
-    higher = tasks.get(kinds[0]).higher_is_better or metric != "loss"
-    return Table(sorted(rows, key=lambda row: row[metric], reverse=higher))
+    return Table(sorted(rows, key=lambda row: row[metric], reverse=metric not in LESS_IS_BETTER))
 
 
 def row_of(run: Run, differing: dict[str, Any]) -> dict[str, Any]:
@@ -95,14 +94,6 @@ def _check_numbers(run: Run, names: Iterable[str]) -> None:
             raise TrainingError(
                 f"{run.path / 'metrics.json'}: {name} is {run.metrics.get(name)!r}, where a number belongs."
             )
-
-
-def metric_of(run: Run) -> str:
-    """The score by which a run's evaluations were compared."""
-    chosen = tasks.get(run.recipe.task).metric
-    if chosen in run.metrics:
-        return chosen
-    return next((name for name in ("f1", "pearson") if name in run.metrics), "loss")
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:

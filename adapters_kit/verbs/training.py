@@ -88,8 +88,9 @@ def train(options: argparse.Namespace) -> Shown | None:
     if not PartialState().is_main_process:
         return None
     from adapters_kit.pages.verdict import verdict
+    from adapters_kit.training.run import metric_of
 
-    sentence, better = verdict(run.metrics)
+    sentence, better = verdict(run.metrics, metric_of(run))
     return Shown(
         {"path": run.path, "adapter": run.adapter, "metrics": run.metrics, "better": better, "verdict": sentence},
         f"{sentence}\n{metrics_text(run.metrics)}\nRun folder: {run.path}   adapter: {run.adapter}\n{_next(run)}",
@@ -100,9 +101,10 @@ def train_many(options: argparse.Namespace) -> Shown:
     """Train several recipes of one base in one pass: one base in memory, each adapter as its own run would have it."""
     from adapters_kit.pages.verdict import verdict
     from adapters_kit.training.many.train_many import train_many as run_many
+    from adapters_kit.training.run import metric_of
 
     runs = run_many(options.recipes, options.out, resume=options.resume, overwrite=options.overwrite)
-    told = [(run, *verdict(run.metrics)) for run in runs]
+    told = [(run, *verdict(run.metrics, metric_of(run))) for run in runs]
     return Shown(
         [{"path": run.path, "metrics": run.metrics, "better": better, "verdict": said} for run, said, better in told],
         "\n".join(f"{run.path}: {said}" for run, said, _ in told),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import adapters_kit as ak
+from adapters_kit import tasks
 from adapters_kit.pages.comparison_page import table_page, write_table_page
 from adapters_kit.pages.run_page import run_page, write_run_page
-from adapters_kit.pages.verdict import verdict
+from adapters_kit.pages.verdict import LESS_IS_BETTER, verdict
+from adapters_kit.task_table import TASKS
 from adapters_kit.training import pictures
 from tests.support import small
 
@@ -190,6 +192,20 @@ def test_a_run_that_got_worse_says_so_first():
 
 
 @pytest.mark.slow
+def test_a_run_is_judged_by_the_score_of_its_task():
+    better = {"base_loss": 4.0, "loss": 3.0, "base_exact_match": 0.0, "exact_match": 0.0, "base_f1": 0.0, "f1": 0.5}
+    assert verdict(better, "loss") == ("loss 4 → 3.", True) and verdict(better, "f1") == ("f1 0 → 0.5.", True)
+    assert not verdict(better, "exact_match")[1]
+    words = {"base_loss": 2.0, "loss": 1.0, "base_perplexity": 7.4, "perplexity": 2.7, "base_wer": 0.5, "wer": 0.2}
+    assert verdict(words, "loss") == ("perplexity 7.4 → 2.7.", True) and verdict(words, "wer")[1]
+
+
+def test_every_task_agrees_about_which_way_its_score_gets_better():
+    for name in TASKS:
+        task = tasks.get(name)
+        assert task.higher_is_better == (task.metric not in LESS_IS_BETTER), name
+
+
 def test_a_run_writes_its_page_and_shows_itself_in_a_notebook(tmp_path):
     recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": small.sentiment(32),
               "training": {"max_steps": 2, "log_every": 1}}  # fmt: skip

@@ -14,6 +14,7 @@ import adapters_kit as ak
 from adapters_kit.merging.base_folder import convert_gguf
 from adapters_kit.serving import llama_cpp as gguf
 from adapters_kit.serving.quantizer import quantizer, requantize
+from tests.support import small
 from tests.support.shipping import load, save_base, train_on
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -60,6 +61,14 @@ def test_a_class_that_the_converter_does_not_know_is_refused_with_those_that_it_
     (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
     with pytest.raises(ak.AdapterError, match="it began"):
         ak.export(model, tmp_path / "x.gguf", format="gguf")
+
+
+def test_an_adapter_with_a_head_is_refused_with_what_to_do(tmp_path):
+    rows = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}] * 8
+    recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": rows, "training.max_steps": 1}
+    run = ak.train(recipe, tmp_path / "run", quiet=True)
+    with pytest.raises(ak.AdapterError, match=r"saves whole modules \(.*classifier.*adapters-kit merge"):
+        ak.export(run, tmp_path / "x.gguf", format="gguf")
 
 
 @pytest.fixture(scope="module")
