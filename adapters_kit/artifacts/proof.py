@@ -178,6 +178,25 @@ def make_proof(tuned: Run, base: Run, tokenizer: Any, dtype: str, *, steps: int 
     return Proof(dtype, tolerance(dtype), found)
 
 
+def ask_again(proof: Proof, run: Run, tokenizer: Any) -> list[list[tuple[str, dict[str, float]]]]:
+    """What a model in memory says to a proof's prompts: for each, (token, likeliest tokens -> log-probability) of every
+    position, in the words of servers."""
+    rows, ones = [prompt.ids for prompt in proof.prompts], [1] * len(proof.prompts)
+    steps = max(len(prompt.positions) for prompt in proof.prompts)
+    answers = _greedy(run, rows, run(rows, ones), steps)
+    told = [row + answer[:-1] for row, answer in zip(rows, answers, strict=True)]
+    said = []
+    for row, answer, values in zip(rows, answers, run(told, [steps] * len(told)), strict=True):
+        positions = []
+        for index, token in enumerate(answer):
+            before = row + answer[:index]
+            likely = values[index].topk(min(4 * TOP, values.shape[-1])).indices.tolist()
+            table = {_text(tokenizer, before, one): values[index, one].item() for one in reversed(likely)}
+            positions.append((_text(tokenizer, before, token), table))
+        said.append(positions)
+    return said
+
+
 def _greedy(run: Run, rows: Sequence[list[int]], first: Sequence[torch.Tensor], steps: int) -> list[list[int]]:
     """The likeliest tokens of each row, `steps` of them; `first` holds the first position's."""
     answers = [[int(values[-1].argmax())] for values in first]

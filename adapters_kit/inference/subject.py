@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you
 from adapters_kit.names import looks_like_path
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
+from adapters_kit.serving.prove import replay
 from adapters_kit.task_table import TASKS
 from adapters_kit.tasks.base import Task
 from adapters_kit.training import data
@@ -208,6 +210,10 @@ def load_subject(recipe: Recipe, task: Task, adapter: Path | None, *, trained: b
         _check_head(recipe, adapter, model)
     if adapter is not None:
         model = wrap(model, str(adapter))
+    elif TASKS[recipe.task].task_type == "CAUSAL_LM":
+        told = replay(Path(recipe.model), model.eval(), task.processor)
+        if told is not None:
+            warnings.warn(told, UserWarning, stacklevel=2)
     return Subject(recipe, adapter, task, model.eval())
 
 

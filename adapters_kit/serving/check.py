@@ -14,7 +14,7 @@ from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.leaks import Leak, find_leaks
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
-from adapters_kit.serving.rules import RULES, VERSIONS, VLLM_RANKS, Problem, missing_base, model_problems
+from adapters_kit.serving.rules import RULES, VERSIONS, VLLM_RANKS, Problem, missing_base, model_problems, other_version
 from adapters_kit.serving.start import modelfile, vllm_command
 
 MOST_LEAKS = 20
@@ -35,6 +35,8 @@ class CheckReport:
     """What its text files tell about the machine and the data; it loads in any case."""
     start: str = ""
     """How the folder is started there, ready to paste: vLLM's command line, Ollama's Modelfile."""
+    other: str | None = None
+    """The version of the server that is installed here, where the rules are of another: for it nothing is known."""
 
     @property
     def ok(self) -> bool:
@@ -53,6 +55,10 @@ class CheckReport:
             count = len(self.problems)
             lines = [f"{self.path} in {self.target}: {count} problem{'s' * (count > 1)} ({rules})"]
             lines += [f"  - {problem}" for problem in self.problems]
+        if self.other is not None:
+            lines.append(
+                f"Not known for {self.other}, which is installed here: the rules are of {VERSIONS[self.target]}."
+            )
         if self.leaks:
             lines.append(f"Whoever gets {self.path} can read there ({len(self.leaks)}; take out what should stay):")
             lines += [f"  - {leak}" for leak in self.leaks[:MOST_LEAKS]]
@@ -78,7 +84,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     if target not in VERSIONS:
         raise UnknownNameError(f"Unknown target {target!r}. {did_you_mean(target, VERSIONS)}")
     path = adapter_folder(folder)
-    report = CheckReport(path, target, leaks=find_leaks(path))
+    report = CheckReport(path, target, leaks=find_leaks(path), other=other_version(target))
     if not (path / CONFIG).is_file():
         if not (path / "config.json").is_file():
             raise ShippingError(f"{path} holds neither an adapter ({CONFIG}) nor a model (config.json).")

@@ -10,9 +10,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from adapters_kit.artifacts.adapter import adapter_folder
-from adapters_kit.artifacts.proof import PROOF, Prompt, Proof, read_proof
+from adapters_kit.artifacts.proof import PROOF, Prompt, Proof, ask_again, read_proof, runner
 from adapters_kit.errors import ShippingError
 from adapters_kit.serving.client import Reply, Server
 from adapters_kit.serving.evidence import Measured, measure
@@ -113,6 +117,28 @@ def prove(
             f"By chat the prompts have {_span(lengths)} tokens there, and {_span(expected)} in training."
         )
     return report
+
+
+def replay(folder: Path, model: nn.Module, tokenizer: Any) -> str | None:
+    """Ask a model in memory what a folder's proof.json was asked.
+
+    Returns:
+        What to tell where it is not the tuned model; None where it is, or where no proof tells it from the base.
+    """
+    proof = read_proof(folder) if (folder / PROOF).is_file() else None
+    if proof is None or not proof.prompts or not all(prompt.positions for prompt in proof.prompts):
+        return None
+    with torch.no_grad():
+        said = ask_again(proof, runner(model), tokenizer)
+    replies = [(prompt, Reply("", one, None)) for prompt, one in zip(proof.prompts, said, strict=True)]
+    judged = _judge(proof, list(replies))
+    alike = judged.measured is None or judged.measured.apart <= proof.tolerance
+    if alike or judged.verdict in (TUNED, QUANTIZED):
+        return None
+    return (
+        f"{folder} does not answer as the model that its {PROOF} was written of: {judged.verdict} ({judged.measured}). "
+        "Its weights were changed since; merge again, or delete that file if they were meant to be."
+    )
 
 
 def _home(folder: str | os.PathLike[str]) -> Path:

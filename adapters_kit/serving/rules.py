@@ -4,8 +4,10 @@ Rules err on the side of telling. What a server does with an adapter was read, n
 and llama.cpp, which the tests run.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,19 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What Ollama's converter takes: architectures, and the names that it translates.
 _OLLAMA = ("llama", "gemma2")
 _OLLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"}
+
+
+def other_version(target: str) -> str | None:
+    """The server that is installed here, where the rules are of another version of it; None where it is that one, or
+    none is installed."""
+    for package, known in re.findall(r"([A-Za-z][\w-]*) (\d+\.\d+\.\d+)", VERSIONS[target]):
+        try:
+            found = version(package.lower())
+        except PackageNotFoundError:
+            continue
+        if found.partition("+")[0] != known:
+            return f"{package} {found}"
+    return None
 
 
 @dataclass(frozen=True)

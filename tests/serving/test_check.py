@@ -36,6 +36,15 @@ def test_a_plain_adapter_loads_everywhere(target, base, tmp_path):
         assert report, str(report)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_another_version_that_is_installed_is_not_known(target, base, tmp_path, monkeypatch):
+    folder = adapter(base, tmp_path / "a", LORA(r=8, target_modules=["o_proj", "down_proj"]))
+    assert "Not known for" not in str(ak.check(folder, target))
+    monkeypatch.setattr("adapters_kit.serving.rules.version", lambda _: "99.1.0")
+    told = "which is installed here: the rules are of" in str(ak.check(folder, target))
+    assert told is (target != "ollama")  # which is no package
+
+
 TAKEN = [
     (LORA(target_modules=["q_proj"], rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 3}), "vllm"),
     (LORA(target_modules=["q_proj"], use_rslora=True, modules_to_save=["score"]), "vllm"),
