@@ -39,3 +39,9 @@ def looks_like_file(name: str | os.PathLike[str]) -> bool:
 def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
     """Whether an adapter is saved in that folder, by whichever library."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_inside(name: str) -> str:
+    """The adapter's folder where a run folder is named; every other name as it is, methods' too."""
+    inside = os.path.join(name, "adapter")
+    return inside if looks_like_folder(name) and not is_adapter_folder(name) and is_adapter_folder(inside) else name

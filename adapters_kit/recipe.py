@@ -303,7 +303,7 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     for name in method if isinstance(method, list | tuple) else [method]:
         if not isinstance(name, str) or registry.canonical(name) in known:
             continue
-        if not names.is_adapter_folder(name):
+        if not names.is_adapter_folder(names.adapter_inside(name)):
             missing = f"no {names.ADAPTER_CONFIG} in that folder."
             reason = missing if names.looks_like_folder(name) else did_you_mean(name, known)
             problems.append((("method",), f"there is no method {name!r}: {reason}"))

@@ -8,10 +8,20 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from adapters_kit.errors import did_you_mean, nearest
+from adapters_kit.names import adapter_inside
 from adapters_kit.task_table import TASKS
 
 # Files of rows, which are no recipes.
@@ -73,13 +83,18 @@ class MethodSpec(BaseModel):
 
     name: str | list[str] = "lora"
     """Short name of a method (`adapters-kit methods` lists them), a list of names to train as one adapter, or the
-    folder of a saved adapter to continue from."""
+    folder of a saved adapter, or of its run, to continue from."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         return {"name": value} if isinstance(value, str | list | tuple) else value
+
+    @field_validator("name")
+    @classmethod
+    def _adapter_of_a_run(cls, name: str | list[str]) -> str | list[str]:
+        return adapter_inside(name) if isinstance(name, str) else [adapter_inside(one) for one in name]
 
     @property
     def label(self) -> str:

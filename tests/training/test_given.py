@@ -300,3 +300,12 @@ def test_a_part_without_labels_is_passed_over_for_the_next(tmp_path):
     assert any("'test' cannot be used" in note for note in task.notes.sentences)
     again = recipe_from({"model": "m", "task": "text-classification", "data": parts}, tmp_path)
     assert again == recipe and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_folder_is_gone_on_from_as_its_adapter_is(run, tmp_path):
+    recipe = {"model": run.recipe.model, "task": "text-classification", "data": ROWS, "training.max_steps": 1}
+    again = ak.train({**recipe, "method": str(run.path)}, tmp_path / "again", quiet=True)
+    assert again.recipe.method.name == str(run.adapter)
+    assert again.metrics["base_loss"] != again.metrics["loss"]
+    given = Recipe(model="m", task="text-classification", data="d.csv", method=run)
+    assert given.method.name == str(run.adapter)
