@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -296,4 +297,5 @@ def test_a_table_is_never_wider_than_the_terminal_and_nothing_of_it_is_cut(width
     print_table(names, rows)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= max(width, 31)  # a word that is longer than the terminal stays whole
+    assert not re.search(r" $", out, re.MULTILINE)
     assert "…" not in out and all(word in out for row in rows for cell in row for word in cell.split())

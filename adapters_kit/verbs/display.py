@@ -78,9 +78,15 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     least = max(map(len, whole)) + sum(
         2 + max(len(word) for cell in one for word in (cell.split() or [""])) for one in broken
     )
-    if least <= out.width and out.width >= 12 * len(columns):
-        out.print(table, highlight=False, markup=False)
-        return
+    with out.capture() as caught:
+        if least <= out.width and out.width >= 12 * len(columns):
+            out.print(table, highlight=False, markup=False)
+        else:
+            _print_list(out, columns, rows)
+    print("\n".join(line.rstrip() for line in caught.get().splitlines()))
+
+
+def _print_list(out: Any, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         out.print(row[0], style="bold", highlight=False, markup=False)
         for name, cell in zip(columns[1:], row[1:], strict=True):
