@@ -105,7 +105,7 @@ class QuestionAnswering(Task):
             small=("input_ids", "token_type_ids") if len(self.processor) < 2**16 else ("token_type_ids",)
         )
         names = [self.columns[role] for role in ("question", "context", *(["answers"] if answers else []))]
-        outside = 0
+        outside, long = 0, set()
         for start, part in in_parts(data, names):
             questions, contexts = (
                 check_text(part[self.columns[role]], start, self.columns[role], role, data.column_names)
@@ -133,8 +133,16 @@ class QuestionAnswering(Task):
                     feature["span"] = _token_span(feature, spans)
                     if feature["span"] != (feature["cls"],) * 2:
                         held.add(window.row)
+                    if feature["span"][1] - feature["span"][0] >= _LONGEST_ANSWER:
+                        long.add(window.row)
                 features.append(feature)
             outside += sum(bool(spans) and row not in held for row, spans in found.items())
+        if long:
+            self.notes.say(
+                f"{len(long):,} of {len(data):,} answers are longer than the {_LONGEST_ANSWER} tokens that an answer "
+                "of the model may have: it can give a part of them.",
+                answers_long=len(long),
+            )
         if outside:
             self.notes.say(
                 f"{outside:,} of {len(data):,} answers lie across the edge of every window of {self.max_length} "
@@ -308,7 +316,7 @@ def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> 
         raise DataError(f"Row {index + 1}: {len(texts or [])} answers with {len(starts or [])} positions.")
     found = []
     for start, text in zip(starts or [], texts or [], strict=True):
-        if not text:
+        if not text.strip():
             continue
         at = context.find(text) if start is None else int(start) if str(start).isdecimal() else start
         if not isinstance(at, int) or at < 0 or context[at : at + len(text)] != text:
@@ -319,7 +327,8 @@ def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> 
                 f"Row {index + 1}: the answer {text!r:.80} does not stand in the context{where}. It {hint}. Mend the "
                 "row or leave it out; an answer without answer_start is looked for."
             )
-        found.append((at, text))
+        # A blank at an end of an answer is of no token.
+        found.append((at + len(text) - len(text.lstrip()), text.strip()))
     return found
 
 

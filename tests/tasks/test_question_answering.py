@@ -202,6 +202,20 @@ def test_answers_in_the_spellings_of_tables(tmp_path, write):
     assert not task.unanswerable and "answers_placed_first" not in task.notes.counts
 
 
+def test_a_blank_at_the_end_of_an_answer_is_of_no_token(tmp_path):
+    task, parts = given(tmp_path, lambda context: {"text": [" rome "], "answer_start": [context.index(" rome")]})
+    row = parts.train[0]
+    assert qa.spans_of(row, task.columns, 0) == [(row["context"].index("rome"), "rome")]
+    assert qa.spans_of({**row, "answers": " "}, task.columns, 0) == []
+
+
+def test_an_answer_longer_than_any_that_is_given_is_told(tmp_path):
+    rows = [{"question": "where", "context": "film " * 45, "answers": {"text": ["film " * 40], "answer_start": [0]}}]
+    recipe = {"model": str(small.model("bert")), "task": "question-answering", "data": rows * 8}
+    run = ak.train({**recipe, "training": {"max_steps": 1, "samples": 0}}, tmp_path / "run", quiet=True)
+    assert run.metrics["counts"]["answers_long"] == 8 and "answers_cut" not in run.metrics["counts"]
+
+
 def test_an_answer_in_another_place_says_where_it_stands(tmp_path):
     for wrong in (15, 17, 999, -3):
         with pytest.raises(DataError, match=rf"Row 1: .* at {wrong}\. It first stands at 16; places count characters"):
