@@ -52,9 +52,15 @@ def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Cal
         if isinstance(value, datetime | date | time):
             return value.isoformat()
         if not isinstance(value, str | int | Decimal):
+            number = isinstance(value, float) and inner is kind
+            hint = (
+                "To predict a number, set problem: regression."
+                if number
+                else "Give a class by its name or its number; shares of several classes are not read."
+            )
             raise DataError(
                 f"Labels are strings or integers; column {column!r}, row {row + 1} holds {value!r:.80} "
-                f"({type(value).__name__}). To predict a number, set problem: regression."
+                f"({type(value).__name__}). {hint}"
             )
         text = str(value)
         if not text.strip() or (numbers and text.strip().lower() in _NOT_A_NUMBER):

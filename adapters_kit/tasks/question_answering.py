@@ -130,10 +130,10 @@ class QuestionAnswering(Task):
                 if answers:
                     spans = found[window.row]
                     feature["answers"] = [text for _, text in spans]
-                    feature["span"] = _token_span(feature, spans)
-                    if feature["span"] != (feature["cls"],) * 2:
+                    feature["span"] = first, last = _token_span(feature, spans)
+                    if (first, last) != (feature["cls"],) * 2:
                         held.add(window.row)
-                    if feature["span"][1] - feature["span"][0] >= _LONGEST_ANSWER:
+                    if last - first >= _LONGEST_ANSWER:
                         long.add(window.row)
                 features.append(feature)
             outside += sum(bool(spans) and row not in held for row, spans in found.items())

@@ -118,6 +118,12 @@ class TextClassification(Task):
         column = self.columns["label"]
         if self.problem == "multi-label" and not _is_list(train, column):
             self._apart = separated([name for name in labels_of(train, column) if name], self.notes, column)
+        one_each = self.problem == "multi-label" and all(len(names or ()) < 2 for names in train[column][:])
+        if self.recipe.problem is None and one_each:
+            self.notes.say(
+                f"Column {column!r} holds lists, each of one label: problem: multi-label is taken: a row may have "
+                "several. For one label a row, write it without a list."
+            )
         self._marked = places(train, column, self.recipe.labels) is not None
         seen = [self._names(data) for data in parts]
         declared = declared_names(train, column)

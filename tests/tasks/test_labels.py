@@ -230,6 +230,16 @@ def test_a_column_a_class_says_how_to_make_one_of_them(tmp_path):
     assert task.labels == ["loud", "rude"] and len(parts.train) + len(parts.test) == 16
 
 
+def test_lists_of_one_label_and_shares_of_classes_are_told(tmp_path):
+    task, _ = prepared(tmp_path, [["a"], ["b"]] * 8)
+    assert task.problem == "multi-label" and any("each of one label" in note for note in task.notes.sentences)
+    for shares in ([0.2, 0.8], {"a": 0.2, "b": 0.8}):
+        with pytest.raises(DataError, match="shares of several classes are not read"):
+            prepared(tmp_path, [shares] * 8)
+    with pytest.raises(DataError, match="problem: regression"):
+        prepared(tmp_path, [0.5, 1.5] * 8)
+
+
 def test_labels_that_may_be_meant_as_one_are_told(tmp_path):
     for values in (["Yes", "yes", "no"], ["1", "1.0", "2"], ["a", "a ", "b"]):
         task, _ = prepared(tmp_path, values * 6)
