@@ -30,7 +30,9 @@ _WANTED = re.compile(
     )""",
     re.VERBOSE | re.IGNORECASE,
 )
-_SUBFOLDERS = {"additional_chat_templates": (".jinja",), "1_Pooling": (".json",), "2_Normalize": (".json",)}
+_TEMPLATES = "additional_chat_templates"
+# The layers that sentence-transformers puts behind the model, each in a folder of its own: with their weights.
+_LAYER, _OF_LAYER = re.compile(r"\d+_[A-Za-z]\w*"), (".json", ".safetensors", ".bin")
 # Of an adapter's folder only what a tokenizer or processor consists of: training may have changed that.
 _PROCESSOR = re.compile(r"(?!generation_config|modules|sentence_bert|config_|LICEN|NOTICE|USE_POLICY|COPYING)", re.I)
 _CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -105,11 +107,13 @@ def side_files(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, name relative to the folder) of the side files that a model folder holds."""
     if not folder.is_dir():
         return
-    places = [(folder, "", None), *((folder / sub, f"{sub}/", ends) for sub, ends in _SUBFOLDERS.items())]
+    layers = sorted(path.name for path in folder.iterdir() if _LAYER.fullmatch(path.name))
+    within = [(_TEMPLATES, (".jinja",)), *((name, _OF_LAYER) for name in layers)]
+    places = [(folder, "", None), *((folder / name, f"{name}/", ends) for name, ends in within)]
     for place, prefix, ends in places:
         for path in sorted(place.iterdir()) if place.is_dir() and not place.is_symlink() else ():
             wanted = path.name.endswith(ends) if ends else bool(_WANTED.fullmatch(path.name))
-            index = path.name.endswith(".index.json") or path.name == "config.json"
+            index = path.name.endswith(".index.json") or (path.name == "config.json" and not ends)
             if wanted and not index and path.is_file() and at_home(path, folder):
                 yield path, prefix + path.name
 

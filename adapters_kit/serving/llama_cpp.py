@@ -23,7 +23,7 @@ from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
-from adapters_kit.artifacts.side_files import write_side_files
+from adapters_kit.artifacts.side_files import side_files, write_side_files
 from adapters_kit.artifacts.source import base_of
 from adapters_kit.errors import MissingPackageError, ShippingError, nearest
 from adapters_kit.serving.quantizer import TYPES, quantizer, requantize
@@ -159,6 +159,12 @@ def clean_folder(source: Path, folder: Path) -> Path:
             f"{source} needs code of its own ({', '.join(map(str, names)) or 'auto_map'}), which is not run here. "
             "Convert it "
             "with llama.cpp itself where you trust that code."
+        )
+    behind = next((name for path, name in side_files(source) if path.suffix in (".safetensors", ".bin")), None)
+    if behind is not None:
+        raise ShippingError(
+            f"{source} computes its embeddings with {behind} behind the model, which a GGUF file would lack: they "
+            "would be others. Serve the folder with sentence-transformers."
         )
     folder.mkdir()
     write_side_files(source, source, raw, folder)

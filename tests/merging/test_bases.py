@@ -149,6 +149,27 @@ def test_pickled_bases(parts, tied, tmp_path):
     torch.testing.assert_close(said(shipping.load(tmp_path / "merged")), said(trained), **rounding(said(trained)))
 
 
+@pytest.mark.parametrize(
+    ("family", "stranger"),
+    [
+        ("bert", "bert.embeddings.position_ids"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("deepseek-v3", "model.layers.61.mlp.up_proj.weight"),
+    ],
+)
+def test_what_no_reader_asks_for_is_copied(family, stranger, tmp_path):
+    """Buffers that older versions saved, and layers that the class is told to ignore."""
+    model = tiny.build(family)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(file), stranger: torch.arange(8.0)[None]}, file, metadata={"format": "pt"})
+    trained = train(tmp_path / "base", type(model).__name__, tmp_path / "a")
+    ak.merge(tmp_path / "a", tmp_path / "merged")
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[stranger], torch.arange(8.0)[None])
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(said(merged), said(trained), **rounding(said(trained)))
+
+
 def test_a_base_in_sixteen_shards(tmp_path):
     model = tiny.build("llama")
     model.save_pretrained(tmp_path / "base", max_shard_size=sum(p.nbytes for p in model.parameters()) // 16)
