@@ -24,6 +24,7 @@ from adapters_kit.tasks.notes import Notes
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _NOT_A_NUMBER = {"nan", "na", "n/a", "null", "none"}
 _SEPARATORS = ("|", ";", ",")
+_SCALE = 20  # so many different numbers with fractions are a scale, and no classes
 
 
 def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Callable[[Any, int], str | None]:
@@ -194,6 +195,8 @@ def class_names(
         return list(given)
     if len(seen) < 2:
         raise DataError(f"Column {column!r} has one class only, {sorted(seen)}: nothing can be learned from it.")
+    if declared is None:
+        _tell_numbers(seen, column, notes)
     extra = held_out - seen
     if extra:
         notes.say(
@@ -207,6 +210,19 @@ def class_names(
             "a number is written only; they are classes of their own."
         )
     return list(declared) if declared is not None else sorted(seen | extra, key=_by_value)
+
+
+def _tell_numbers(names: set[str], column: str, notes: Notes) -> None:
+    """Says, or beyond a few refuses, that numbers which are no counts are taken as names of classes."""
+    fractions = [name for name in names if _NUMBER.fullmatch(name.strip()) and not float(name).is_integer()]
+    if not fractions or not all(_NUMBER.fullmatch(name.strip()) for name in names):
+        return
+    told = f"Column {column!r} holds {len(names):,} different numbers, such as {min(fractions, key=float)}"
+    if len(names) > _SCALE:
+        raise DataError(
+            f"{told}. To predict a number, set problem: regression; to have a class for each, name them all: labels."
+        )
+    notes.say(f"{told}: each is a class of its own. To predict a number, set problem: regression.")
 
 
 def _alike(names: Iterable[str]) -> list[list[str]]:

@@ -252,3 +252,15 @@ def test_labels_that_may_be_meant_as_one_are_told(tmp_path):
 def test_numbers_in_other_spellings_are_refused_with_the_right_one(tmp_path, number):
     with pytest.raises(DataError, match=r"Write numbers as 1234\.5"):
         prepared(tmp_path, [number] * 12, problem="regression")
+
+
+def test_numbers_on_a_scale_are_no_classes_unless_it_is_said(tmp_path):
+    """As texts of a CSV file too, where they have no type."""
+    scale = [f"{number / 8:.3f}" for number in range(1, 41)]
+    with pytest.raises(DataError, match=r"holds 40 different numbers, such as 0\.125\. .*problem: regression"):
+        prepared(tmp_path, scale)
+    task, _ = prepared(tmp_path, ["0.5", "1.0", "1.5"] * 6)
+    assert task.labels == ["0.5", "1.0", "1.5"]
+    assert "3 different numbers, such as 0.5: each is a class of its own" in " ".join(task.notes.sentences)
+    whole, _ = prepared(tmp_path, ["1", "2", "30"] * 6)
+    assert "class of its own" not in " ".join(whole.notes.sentences)
