@@ -99,7 +99,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{path}: {wrong[0]} is {str(raw[wrong[0]])[:80]!r}, which no record holds. Write it again with "
             "ak.record(folder, model), or delete it and say base= when you merge."
         )
-    if raw.get("format", FORMAT) > FORMAT:
+    if (raw.get("format") or FORMAT) > FORMAT:
         raise ShippingError(f"{path} is of format {raw['format']}, newer than this adapters_kit. Update adapters_kit.")
     if raw.get("quantize") and not raw.get("dtype"):
         raise ShippingError(f"{path} tells how the base was quantized and not from which dtype. Write it again.")
