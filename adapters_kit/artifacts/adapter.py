@@ -254,6 +254,8 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
             refuse(key, "a list of names")
     if "r" in raw and str(raw.get("peft_type")).lower() == "lora" and (type(raw["r"]) is not int or raw["r"] < 1):
         refuse("r", "a whole number, 1 or more")
+    if not isinstance(raw.get("auto_mapping"), dict | None):
+        refuse("auto_mapping", "a table")
     for key in ("r", "lora_alpha"):
         value = raw.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)

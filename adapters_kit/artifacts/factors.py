@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.adapter import Adapter, check_sizes
 from adapters_kit.errors import ShippingError
 
 # What peft puts before every path of the base model.
@@ -77,6 +77,35 @@ def pairs(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[st
     return found, rest
 
 
+def check_ranks(adapter: Adapter) -> None:
+    """Compare the ranks that the config claims with the tensors: a scale is divided by the one, and peft would first
+    allocate what it is told.
+
+    Raises:
+        ShippingError: naming the module.
+    """
+    config = adapter.config
+    experts = getattr(config, "target_parameters", None)  # their factors hold every expert's rank
+    for path, pair in pairs(adapter.weights)[0].items() if adapter.method == "lora" and not experts else ():
+        if pair.rank != (rank := rank_of(config, path)):
+            raise ShippingError(
+                f"{adapter.folder}: the config says rank {rank} for {path}, and its lora_A has {pair.rank} rows. "
+                "The files are of two adapters, or damaged."
+            )
+    check_sizes(adapter.folder, adapter.raw, adapter.weights)
+
+
+def rank_of(config: Any, path: str) -> int:
+    """The rank that peft gives the module at `path`.
+
+    Args:
+        config: peft's `LoraConfig`.
+    """
+    from peft.utils.other import get_pattern_key
+
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
+
+
 def scaling(config: Any, path: str) -> float:
     """What peft multiplies B A with, for the module at `path`.
 
@@ -85,9 +114,8 @@ def scaling(config: Any, path: str) -> float:
     """
     from peft.utils.other import get_pattern_key
 
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, path), config.lora_alpha)
-    return scale_of(alpha, rank, config.use_rslora)
+    return scale_of(alpha, rank_of(config, path), config.use_rslora)
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -155,6 +183,7 @@ def canonicalise(
     """
     config, instead = adapter.config, f"Instead: {ship_instead(adapter)}"
     _check_foldable(adapter)
+    check_ranks(adapter)
     found, rest = pairs(adapter.weights)
     if not found:
         raise ShippingError(f"{adapter.folder} has no LoRA factors at all.")

@@ -14,15 +14,15 @@ import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapters_kit.anatomy import embeddings, output_embeddings
-from adapters_kit.artifacts.adapter import Adapter, check_sizes
+from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import Checkpoint
-from adapters_kit.artifacts.factors import pairs, strip
+from adapters_kit.artifacts.factors import check_ranks, strip
 from adapters_kit.artifacts.patterns import check_patterns
 from adapters_kit.errors import ShippingError
 from adapters_kit.merging.roundtrip import Rounding
@@ -139,22 +139,6 @@ def _check_mergeable(adapter: Adapter) -> None:
         )
 
 
-def _check_ranks(adapter: Adapter) -> None:
-    """Compare the ranks that the config claims with the tensors: peft would first allocate what it is told."""
-    config = adapter.config
-    if adapter.method == "lora":
-        for path, pair in pairs(adapter.weights)[0].items():
-            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, path), config.r)
-            experts = getattr(config, "target_parameters", None)  # their factors hold every expert's rank
-            if pair.rank != rank and not experts:
-                raise ShippingError(
-                    f"{adapter.folder}: the config says rank {rank} for {path}, and its lora_A has {pair.rank} rows. "
-                    "The "
-                    "files are of two adapters, or damaged."
-                )
-    check_sizes(adapter.folder, adapter.raw, adapter.weights)
-
-
 def usual_rounding(kind: str, bare: PreTrainedModel, checkpoint: Checkpoint) -> Rounding:
     """What `from_pretrained(quantization_config=...)` of that kind makes of a model by default: every linear but the
     output embeddings in blocks of 64 with scales quantized once more, the rest in the checkpoint's dtype."""
@@ -177,7 +161,7 @@ def attach(adapter: Adapter, kind: type, config: PretrainedConfig) -> Attached:
     """
     # Longer than a screen: each step needs what the one before found, and any of them can refuse the adapter.
     _check_mergeable(adapter)
-    _check_ranks(adapter)
+    check_ranks(adapter)
     bare = fit_config(kind, copy.deepcopy(config), adapter)
     check_patterns(adapter.raw, [path for path, _ in bare.named_modules()])
     base = copy.deepcopy(bare)

@@ -22,7 +22,7 @@ from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import check_fields, check_options, check_sizes, read_weights
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.patterns import check_patterns
-from adapters_kit.errors import ModelError, ShippingError, did_you_mean
+from adapters_kit.errors import ModelError, ShippingError, did_you_mean, gist
 from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.configs import config_to_options, infer_task_type, task_heads
 from adapters_kit.methods.moved import names_now, targets_now
@@ -76,8 +76,8 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
             f"{folder / ADAPTER_CONFIG} asks for the method {kind!r}, which neither peft nor a plug-in provides. "
             f"{did_you_mean(str(kind).lower(), peft_methods())}"
         ) from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} is not a usable peft config: {error}") from error
+    except Exception as error:  # peft raises whatever the fields provoke
+        raise ModelError(f"{folder / ADAPTER_CONFIG} is not a usable peft config: {gist(error)}") from error
     check_options(folder, raw)
     config = targets_now(as_trained(config), state, base)
     # Trained for another task, such as a language adapter under a classifier: the head is the model's own.

@@ -166,6 +166,34 @@ def test_a_rank_that_is_none(value, base, adapter, tmp_path):
             use()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"auto_mapping": True}, {"auto_mapping": ["a"]}, {"odd": 1, "odder": 2, "monteclora_config": {"x": 1}}]
+)
+def test_fields_that_peft_stumbles_over(fields, base, adapter, tmp_path):
+    change(adapter / "adapter_config.json", **fields)
+    for use in (lambda: ak.wrap(ak.load(base), adapter), lambda: ak.merge(adapter, tmp_path / "merged", base=base)):
+        with pytest.raises(AdapterError):
+            use()
+
+
+def test_a_record_without_a_format(base, adapter):
+    change(adapter / "adapters_kit.json", format=None)
+    ak.wrap(ak.load(base), adapter)
+
+
+@pytest.mark.parametrize("rank", [3, 100, 1_000_000])
+def test_a_rank_that_the_tensors_do_not_have_scales_nothing(rank, base, adapter, tmp_path):
+    change(adapter / "adapter_config.json", r=rank)
+    for use in (
+        lambda: ak.wrap(ak.load(base), adapter),
+        lambda: ak.merge(adapter, tmp_path / "merged", base=base, verify="off"),
+        lambda: ak.export(adapter, tmp_path / "exported", canonical=True),
+        lambda: ak.combine([adapter, adapter], tmp_path / "combined"),
+    ):
+        with pytest.raises(AdapterError, match=r"rank|r is 1,000,000|has shape"):
+            use()
+
+
 @pytest.mark.parametrize("value", [1e308, 10**300, float("inf"), -1e39])
 @pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout", "alpha_pattern"])
 def test_numbers_that_nothing_computes_with(key, value, base, adapter, tmp_path):
