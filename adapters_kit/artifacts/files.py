@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_BESIDE = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp(?P<suffix>(?:\..*)?)")
+_BESIDE_BEFORE = re.compile(r"\.(?P<stem>.+?)\.[0-9A-Za-z_]+(?:\.tmp)?(?P<suffix>)")  # as earlier versions named them
+
+
+def place_of(name: str) -> str | None:
+    """The file that was being written, if `name` is what a killed process left of `replacing`; None if it is not."""
+    found = _BESIDE.fullmatch(name) or _BESIDE_BEFORE.fullmatch(name)
+    return found["stem"] + found["suffix"] if found else None
 
 
 @contextmanager

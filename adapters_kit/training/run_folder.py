@@ -7,7 +7,6 @@ complete: until then the old run is as it was.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ from pathlib import Path
 from accelerate import PartialState
 
 from adapters_kit import system
+from adapters_kit.artifacts.files import place_of
 from adapters_kit.errors import TrainingError
+from adapters_kit.pages.run_page import DETAILS, PAGE
 from adapters_kit.training.checkpoints import CHECKPOINTS
 
 # What a run writes. Everything else in its folder is the user's.
@@ -30,13 +31,13 @@ OWN = {
     "confusion.json",
     "curves.png",
     "confusion.png",
-    "report.html",
+    DETAILS,
+    PAGE,
     "README.md",
     "adapter",
     "tensorboard",
     CHECKPOINTS,
 }
-_UNFINISHED = re.compile(r"\.(?P<name>.+?)\.[0-9A-Za-z_]+(\.tmp)?")  # a file that was being written, and its place
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def _check_own(out: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    unfinished = _UNFINISHED.fullmatch(name)
-    return name in OWN or bool(unfinished and unfinished["name"] in OWN)
+    return name in OWN or place_of(name) in OWN
 
 
 def _clean(path: Path, everything: bool) -> None:

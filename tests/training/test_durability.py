@@ -14,7 +14,7 @@ from adapters_kit import cli, system
 from adapters_kit.artifacts import files
 from adapters_kit.errors import RecipeError, TrainingError, WriteError
 from adapters_kit.recipe import Recipe
-from adapters_kit.training import checkpoints, loop, train
+from adapters_kit.training import checkpoints, loop, run_folder, train
 from tests.support import small, stopping
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_every": 1, "samples": 2, "save_every": 3}
@@ -97,14 +97,30 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(rows
         assert stopping.digest(run(given, out, resume=True).path) == stopping.digest(whole.path)
 
 
-def test_a_start_that_died_blocks_nothing(rows, tmp_path):
+@pytest.mark.parametrize("version", ["now", "before"])
+def test_a_start_that_died_blocks_nothing(version, rows, tmp_path):
     """Killed while recipe.yaml was written: the next run, without any flag, takes the folder."""
     out = tmp_path / "run"
     out.mkdir()
-    (out / ".recipe.yaml.0a1b2c3d.tmp").write_text("model: half")
+    left = ".recipe.yaml.0a1b2c3d.tmp"
+    if version == "now":
+        with files.replacing(tmp_path / "recipe.yaml") as beside:
+            left = beside.name
+    (out / left).write_text("model: half")
     (out / "environment.json").write_text("{}")
     done = run(recipe(rows, max_steps=1), out)
     assert done.metrics["steps"] == 1 and not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("name", sorted(run_folder.OWN))
+def test_what_a_killed_writer_leaves_is_known(name, tmp_path):
+    with files.replacing(tmp_path / name) as beside:
+        left = beside.name
+    assert files.place_of(left) == name and files.place_of(name) is None
+
+
+def test_a_run_knows_all_that_it_writes(whole):
+    assert {path.name for path in whole.path.iterdir()} <= run_folder.OWN
 
 
 def test_a_torn_checkpoint_is_left_out_and_said(rows, whole, tmp_path, capsys):
