@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from adapters_kit.kernels import even
 from adapters_kit.kernels.dropout import draw_pattern
 from adapters_kit.kernels.lora import MadeOf
 from adapters_kit.kernels.low_rank import add_down_part, dropped_source, factor_of
@@ -166,6 +167,9 @@ def _forward(x: Tensor, base: Base, shares: list[Share]) -> tuple[Tensor, list[T
     else:
         y = base.quantized.product(rows)
     y = y.view(*x.shape[:-1], y.shape[-1])  # (all rows, tokens, out)
+    if even.is_even(shares, x, y.shape[-1]):
+        y, narrow_ones = even.add_all(y, x, shares)
+        return y, [*narrow_ones, *[None] * len(shares)]
     lows: list[Tensor | None] = []
     unscaled: list[Tensor | None] = []
     for share in shares:
@@ -215,6 +219,8 @@ def _backward(
         scaled = _with_gains(grad, shares)
         dx = torch.mm(scaled.view(-1, scaled.shape[-1]), cast(weight, wide)).view(x.shape)  # (all rows, tokens, in)
         del weight  # a dequantized weight is large
+    if even.is_even(shares, x, grad.shape[-1]):
+        return even.gradients(dx, grad, x, shares, lows)  # type: ignore[arg-type]
     for share, low, z in zip(shares, lows, unscaled, strict=True):
         if share.down is None or share.up is None or low is None:
             found += [None] * _TENSORS
@@ -225,12 +231,14 @@ def _backward(
         up = share.up if gain is None else share.up * gain.unsqueeze(1)  # (out, r)
         d_low = narrow(dy, up.t())  # (own tokens, r), without its factor
         d_up = narrow_sum(low, dy).t() * factor  # (out, r)
-        total = dy.sum(0, dtype=torch.promote_types(torch.float32, dy.dtype))  # (out,)
+        total = None
+        if gain is not None or share.up_bias is not None:
+            total = dy.sum(0, dtype=torch.promote_types(torch.float32, dy.dtype))  # (out,)
         d_gain = None
         if gain is not None:
             d_up.mul_(gain.unsqueeze(1))
             d_gain = (dy * cast(z, gain.dtype)).sum(0)  # type: ignore[arg-type]
-            d_gain = d_gain if base.bias is None else d_gain - total * base.bias
+            d_gain = d_gain if base.bias is None or total is None else d_gain - total * base.bias
         pattern = _pattern(own, share)
         if dx is not None:
             part = place.of(dx)
@@ -241,7 +249,7 @@ def _backward(
         read, positions = dropped_source(cast(own, wide), share.seed, pattern, 0, share.p)
         d_down = narrow_sum(d_low, read, positions) * factor  # (r, in)
         d_up_bias = None
-        if share.up_bias is not None:
+        if share.up_bias is not None and total is not None:
             d_up_bias = (total * share.scale * (1.0 if gain is None else gain)).to(share.up_bias.dtype)
         found += [d_down.to(share.down.dtype), d_up.to(share.up.dtype), d_up_bias, d_gain]
     return None if dx is None else cast(dx, x.dtype), found

@@ -74,6 +74,11 @@ def _in_tiles(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _supported(x) and cpu_path() == "tiles"
 
 
+def converts(x: Tensor) -> bool:
+    """Whether narrow products with `x` are made of it in `fine_dtype(x)`, which it has or is converted to."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not _in_tiles(x)
+
+
 def _halves(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """M₁ and M₂ in bf16: `matrix` is their sum to 16 bits."""
     first = matrix.to(torch.bfloat16)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adapters_kit.kernels.dropout import draw_seeds
+from adapters_kit.kernels.even import is_even
 from adapters_kit.kernels.grouped import Base, Share, grouped_lora
 from adapters_kit.kernels.lora import lora_linear
 from adapters_kit.kernels.projection import Projection, Quantized
@@ -48,11 +49,16 @@ def alone(x: torch.Tensor, base: Base, share: Share, monkeypatch) -> torch.Tenso
     return lora_linear(own, [one], share.scale, share.p)[0]
 
 
+EVEN = [(2, TOKENS, 4, p, False, False) for p in (0.0, 0.1, 0.4)]  # one call for all
+
+
+@pytest.mark.parametrize("adapters", [ADAPTERS, EVEN, [(2, TOKENS, 4, 0.0, False, False)] * 3])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
-def test_each_adapter_gets_what_its_own_node_gives(dtype, close, quantized, bias, monkeypatch):
-    x, base, shares = made(dtype, quantized, bias)
+def test_each_adapter_gets_what_its_own_node_gives(dtype, close, quantized, bias, adapters, monkeypatch):
+    x, base, shares = made(dtype, quantized, bias, adapters)
+    assert is_even(shares, x, OUT) == (adapters is not ADAPTERS)
     together = grouped_lora(x, base, shares)
     trained = [tensor for share in shares for tensor in share[3:7] if tensor is not None]
     upstream = torch.randn_like(together)
@@ -65,7 +71,7 @@ def test_each_adapter_gets_what_its_own_node_gives(dtype, close, quantized, bias
     for share, part in zip(shares, parts, strict=True):
         ours = together[share.start : share.stop, : share.tokens]
         assert (ours - part).norm() <= close * part.norm()
-    assert len(found) == 1 + 3 * 4 - 4 + 4 - 1
+    assert len(found) == 1 + (11 if adapters is ADAPTERS else 6)
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype and other.norm() > 0
         assert (one - other).norm() <= close * other.norm()
