@@ -143,9 +143,10 @@ def test_a_data_file_and_flags_are_a_recipe(capsys, files):
     assert status == 0 and json.loads(out)["data"]["train"] == files["data"]
 
 
-def test_methods_lists_every_method(capsys):
+def test_methods_lists_every_method(capsys, monkeypatch):
     from adapters_kit import registry
 
+    monkeypatch.setenv("COLUMNS", "400")
     _, out, _ = run(capsys, "methods")
     listed = {line.split()[0] for line in out.splitlines()[1:] if not line.startswith(" ")}  # a cell may go on below
     assert set(registry.names()) <= listed and {"loha", "boft"} <= listed

@@ -97,6 +97,7 @@ def served(tmp_path) -> Iterator:
             [sys.executable, "-m", "adapters_kit", "ui", "--port", "0", *flags],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "PYTHONPATH": str(Path(ak.__file__).parents[1])},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
         )  # fmt: skip
         running.append(process)
         said = []

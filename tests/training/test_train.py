@@ -320,7 +320,8 @@ def test_pictures_and_the_confusion_matrix(rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_sweep_and_compare(rows, tmp_path, capsys):
+def test_sweep_and_compare(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     given = recipe(rows, training={"epochs": 4, "samples": 0})
     table = ak.sweep(given, tmp_path / "sweep", learning_rates=[1e-5, 3e-3], ranks=[2, 8], quiet=True)
     assert [row["accuracy"] for row in table] == sorted((row["accuracy"] for row in table), reverse=True)
