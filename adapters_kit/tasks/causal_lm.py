@@ -23,7 +23,16 @@ from adapters_kit.tasks.conversation import (
     system_beside,
     with_input,
 )
-from adapters_kit.tasks.generation import Limits, n_best, positions, set_stops, tell_settings, tokenizer_of, written
+from adapters_kit.tasks.generation import (
+    Limits,
+    n_best,
+    positions,
+    set_stops,
+    tell_endless,
+    tell_settings,
+    tokenizer_of,
+    written,
+)
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.turns import shortened, written_out
@@ -102,11 +111,8 @@ class CausalLM(Task):
                 f"The tokenizer of {self.recipe.model} has no chat template, which the column "
                 f"{self.columns['messages']!r} needs. Give prompt and completion columns, or an instruct model."
             )
-        if self.template is None and self.processor.eos_token_id is None:
-            self.notes.say(
-                f"The tokenizer of {self.recipe.model} has no token for the end of a text: nothing teaches where an "
-                "answer ends. eos_token in its tokenizer_config.json names one."
-            )
+        if self.template is None:
+            tell_endless(self.processor, self.recipe.model, self.notes)
         set_stops(model, self.processor, self.template.stops if self.template is not None else [])
         tell_settings(model, self.recipe.model, self.notes)
         if self.recipe.training.packing and next(model.parameters()).device.type != "meta":
@@ -148,7 +154,7 @@ class CausalLM(Task):
         """(row, sample); a long text gives several pieces, a conversation as many samples as its template asks for."""
         if "text" in self.columns:
             for row, text in enumerate(self.text(data, "text")):
-                ids = self._ended(self.processor(text)["input_ids"])
+                ids = self._ended(self._begun(text, cuts))
                 for start in range(0, len(ids), self.max_length):
                     piece = ids[start : start + self.max_length]
                     yield row, (piece, [True] * len(piece))
@@ -158,7 +164,7 @@ class CausalLM(Task):
                 if not self._said(row, "completion", index).strip():
                     cuts["empty_answers"] += 1
                     continue
-                found = fitted(self._plain(row, index), self.max_length, cuts)
+                found = fitted(self._plain(row, index, cuts), self.max_length, cuts)
                 made = [(found.ids, [False] * len(found.context) + [True] * len(found.answer))]
             else:
                 talk = conversation(row, self.columns, index, answer=True)
@@ -171,9 +177,18 @@ class CausalLM(Task):
             for ids, learned in made:
                 yield index, (ids, learned if self.recipe.answer_only else [True] * len(ids))
 
-    def _plain(self, row: Mapping[str, Any], index: int) -> Answer:
+    def _begun(self, text: str, cuts: Cuts) -> list[int]:
+        """Ids of a text, with one token for its start where the text has written that out too."""
+        ids, start = list(self.processor(text)["input_ids"]), self.processor.bos_token_id
+        if start is not None and ids[:2] == [start, start]:
+            cuts["starts_written_twice"] += 1
+            cuts.first["starts_written_twice"] = self.processor.bos_token
+            return ids[1:]
+        return ids
+
+    def _plain(self, row: Mapping[str, Any], index: int, cuts: Cuts) -> Answer:
         """Prompt and completion as text, for a tokenizer without a chat template."""
-        prompt_ids = self._plain_prompt(row, index)
+        prompt_ids = self._plain_prompt(row, index, cuts)
         completion = self.processor(self._said(row, "completion", index), add_special_tokens=False)["input_ids"]
         return Answer(prompt_ids, self._ended(list(completion)))
 
@@ -186,7 +201,7 @@ class CausalLM(Task):
             )
         return text
 
-    def _plain_prompt(self, row: Mapping[str, Any], index: int) -> list[int]:
+    def _plain_prompt(self, row: Mapping[str, Any], index: int, cuts: Cuts) -> list[int]:
         where = f"Row {index + 1}"
         if row.get(self.columns.get("tools", "")):
             raise DataError(
@@ -200,7 +215,7 @@ class CausalLM(Task):
         system = as_text(row.get(self.columns.get("system", "")), where)
         if system.strip():
             before.insert(0, system)
-        ids = list(self.processor("\n\n".join([*before, text]))["input_ids"])
+        ids = self._begun("\n\n".join([*before, text]), cuts)
         ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
         return ids or [first_token(self.processor)]  # a model continues something
 
@@ -215,7 +230,7 @@ class CausalLM(Task):
                 talk = self._asked(row, index)
                 ids = prompt(self.template, talk, self.limits.prompt, index, cuts)
             else:
-                ids = self._plain_prompt(row, index)
+                ids = self._plain_prompt(row, index, cuts)
                 cuts["prompts_cut"] += len(ids) > self.limits.prompt
                 ids = ids[-self.limits.prompt :]
             features.append({"row": index, "input_ids": compact(ids), "labels": compact([IGNORED] * len(ids))})

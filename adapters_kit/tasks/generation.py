@@ -75,6 +75,15 @@ _BENDS = (
 )
 
 
+def tell_endless(tokenizer: Any, name: str, notes: Notes) -> None:
+    """Says so where the tokenizer of the model `name` has no token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        notes.say(
+            f"The tokenizer of {name} has no token for the end of a text: nothing teaches where an answer ends. "
+            "eos_token in its tokenizer_config.json names one."
+        )
+
+
 def tell_settings(model: nn.Module, name: str, notes: Notes) -> None:
     """Takes back the shortest length that a base's generation config asks for; says what else in it shapes answers.
 

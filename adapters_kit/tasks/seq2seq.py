@@ -9,8 +9,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from adapters_kit.errors import DataError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
-from adapters_kit.tasks.generation import n_best, positions, set_stops, tell_settings, written
+from adapters_kit.tasks.generation import n_best, positions, set_stops, tell_endless, tell_settings, written
 from adapters_kit.tasks.languages import set_languages
 from adapters_kit.tasks.text_scores import how_counted, text_scores
 
@@ -43,6 +44,7 @@ class Seq2Seq(Task):
             self.notes.say(f"The languages are those that the tokenizer was saved with: {told}.")
         set_stops(model, self.processor)
         tell_settings(model, self.recipe.model, self.notes)
+        tell_endless(self.processor, self.recipe.model, self.notes)
         self.new_tokens = min(self.recipe.max_new_tokens, positions(model) - 1)
         known = {
             task: options["prefix"]
@@ -79,16 +81,33 @@ class Seq2Seq(Task):
                     f"{empty:,} of {len(texts):,} targets are empty: from them the model learns to write nothing.",
                     empty_targets=empty,
                 )
-            for feature, ids, text in zip(features, self._cut(texts, "targets", "text_target"), texts, strict=True):
+            targets = self._targets(texts)
+            for feature, ids, text in zip(features, targets, texts, strict=True):
                 feature["labels"], feature["target"] = compact(ids), text
         return features
 
-    def _cut(self, texts: list[str], what: str, keyword: str) -> list[list[int]]:
-        """Token ids of texts; how many of these were longer than `max_length` is said."""
-        cut = self.processor(**{keyword: texts}, truncation=True, max_length=self.max_length)["input_ids"]
-        full = [row for row, ids in enumerate(cut) if len(ids) >= self.max_length]
+    def _targets(self, texts: list[str]) -> list[list[int]]:
+        """Targets' ids with the token that ends a text; tokenizers made for decoders (T5Gemma's) leave it out."""
+        end = self.processor.eos_token_id
+        if end is not None and end not in self.processor(text_target="a")["input_ids"]:
+            return [[*ids, end] for ids in self._cut(texts, "targets", "text_target", room=self.max_length - 1)]
+        targets = self._cut(texts, "targets", "text_target")
+        for row, ids in enumerate(targets):
+            if not ids:
+                raise DataError(
+                    f"Row {row + 1}: the target is empty, and {self.recipe.model} has no token for the end of a text, "
+                    "so that there is nothing to learn. Leave the row out, or name an eos_token in its "
+                    "tokenizer_config.json."
+                )
+        return targets
+
+    def _cut(self, texts: list[str], what: str, keyword: str, room: int | None = None) -> list[list[int]]:
+        """Token ids of texts; how many of these were longer than `room` (`max_length`) is said."""
+        room = self.max_length if room is None else room
+        cut = self.processor(**{keyword: texts}, truncation=True, max_length=room)["input_ids"]
+        full = [row for row, ids in enumerate(cut) if len(ids) >= room]
         whole = self.processor(**{keyword: [texts[row] for row in full]})["input_ids"] if full else []
-        count = sum(len(ids) > self.max_length for ids in whole)
+        count = sum(len(ids) > room for ids in whole)
         if count:
             self.notes.say(
                 f"{count:,} of {len(texts):,} {what} are longer than max_length {self.max_length}: their end was cut. "

@@ -204,9 +204,9 @@ class ChatTemplate(Probed):
             return Ending(tail, tail[: start + len(token)], index)
         return Ending(tail, shared.rstrip(), None)
 
-    def holds_marks(self, turn: Turn) -> bool:
-        """Whether a turn's text holds special tokens: the tokenizer makes these of them, whoever wrote them."""
-        return bool(self._marks(turn["content"] or ""))
+    def mark_in(self, turn: Turn) -> str | None:
+        """The first special token in a turn's text: the tokenizer makes one of it, whoever wrote it."""
+        return next((mark for _, mark, _ in self._marks(turn["content"] or "")), None)
 
     def _marks(self, text: str) -> list[tuple[int, str, int]]:
         """(place, token, id) of every special token in a text."""

@@ -22,7 +22,15 @@ Sample = tuple[list[int], list[bool]]
 
 
 class Cuts(Counter[str]):
-    """How much was cut, by what it was: the keys of `SENTENCES`."""
+    """How much was cut, or is read in a way that may not be meant, by what it was: the keys of `SENTENCES`.
+
+    Attributes:
+        first: by key, the token that the first of them is about.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
 
     SENTENCES: ClassVar[dict[str, str]] = {
         "answers_without_oldest_turns": "{n} answers stand in conversations longer than max_length {limit}: they are "
@@ -42,8 +50,11 @@ class Cuts(Counter[str]):
         "turns_after_last_answer": "{n} conversations do not end with an assistant turn: what follows their last "
         "answer is not learned.",
         "names_not_shown": "{n} turns say who speaks (name), which the model's chat template does not write.",
-        "marks_in_turns": "{n} turns hold special tokens of the model in their text (<|im_end|> may be one), which it "
-        "reads as such: as the end of a turn, for example.",
+        "marks_in_turns": "{n} turns hold special tokens of the model in their text (the first is {first}), which it "
+        "reads as such: as the end of a turn, for example. Where a prompt is written out for the model already, give "
+        "the whole as a column text, or the bare words.",
+        "starts_written_twice": "{n} texts begin with {first}, which the tokenizer puts before every text: it stands "
+        "there once.",
         "answers_cut": "{n} answers are longer than max_length {limit}: their end was cut.",
     }
 
@@ -51,7 +62,7 @@ class Cuts(Counter[str]):
         """Says what was cut, with the remedy."""
         for key, sentence in self.SENTENCES.items():
             if self[key]:
-                text = sentence.format(n=f"{self[key]:,}", limit=limit)
+                text = sentence.format(n=f"{self[key]:,}", limit=limit, first=self.first.get(key))
                 remedy = " A higher training.max_length keeps more." if "{limit}" in sentence else ""
                 notes.say(text + remedy, **{key: self[key]})
 
@@ -90,7 +101,10 @@ def samples(template: ChatTemplate, talk: Conversation, limit: int, row: int, cu
 
 
 def _count_what_is_read_otherwise(template: ChatTemplate, talk: Conversation, cuts: Cuts) -> None:
-    cuts["marks_in_turns"] += sum(map(template.holds_marks, talk.turns))
+    marks = [mark for turn in talk.turns if (mark := template.mark_in(turn)) is not None]
+    if marks:
+        cuts["marks_in_turns"] += len(marks)
+        cuts.first.setdefault("marks_in_turns", marks[0])
     named = sum("name" in turn and turn["role"] in ("user", "assistant") for turn in talk.turns)
     cuts["names_not_shown"] += named if named and not template.knows_names else 0
 

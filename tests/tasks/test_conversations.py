@@ -520,6 +520,7 @@ def test_what_a_template_reads_otherwise_than_it_is_meant_is_counted():
     task = causal(tokenizer(CHATML))
     task.encode(rows_from(rows))
     assert task.notes.counts == {"names_not_shown": 1, "marks_in_turns": 1}
+    assert "the first is <|im_end|>" in task.notes.sentences[-1]
     named = causal(tokenizer(CHATML.replace("{{ m.role }}", "{{ m.role }} {{ m.name or '' }}")))
     named.encode(rows_from(rows))
     assert named.notes.counts == {"marks_in_turns": 1}

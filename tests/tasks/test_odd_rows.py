@@ -6,11 +6,14 @@ import warnings
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 import adapters_kit as ak
 from adapters_kit.errors import ModelError
 from adapters_kit.inference.answer_file import predict_file
+from adapters_kit.recipe import Recipe
+from adapters_kit.training.preparing import load_base, prepare
 from tests.support import small
 
 
@@ -97,6 +100,25 @@ def test_a_tokenizer_without_an_end_is_told(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
     run = run_of(tmp_path, [{"prompt": "a film", "completion": "fine"}] * 12, "causal-lm", model=folder)
     assert any("no token for the end of a text" in note for note in run.metrics["notes"])
+
+
+def test_the_start_of_a_text_stands_there_once(tmp_path):
+    """Rows that were rendered with a chat template begin with the token that the tokenizer adds."""
+    folder = shutil.copytree(small.model("llama"), tmp_path / "model")
+    tokenizer = small.tokenizer(encoder=False)
+    start = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    tokenizer.backend_tokenizer.post_processor = start
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.save_pretrained(folder)
+    for role, rest in (("text", {}), ("prompt", {"completion": "fine"})):
+        rows = [{role: "[CLS] a film", **rest}, {role: "a film", **rest}]
+        path = str(small.write_jsonl(tmp_path / f"{role}.jsonl", rows))
+        recipe = Recipe(model=str(folder), task="causal-lm", data={"train": path, "test": path})
+        task, splits = prepare(recipe)
+        load_base(recipe, task)
+        one, other = task.encode(splits.train)
+        assert one["input_ids"].tolist() == other["input_ids"].tolist() and one["input_ids"][:2].tolist() != [1, 1]
+        assert task.notes.counts["starts_written_twice"] == 1
 
 
 @pytest.mark.parametrize("family", ["bart", "llama"])

@@ -214,3 +214,16 @@ def test_translations_as_they_are_published(tmp_path):
     _, splits = prepare(recipe.changed(**{"data.columns": columns}))
     assert splits.test.column_names == ["translation.de", "translation.en"] and len(splits.train) > 8
     assert splits.train[0]["translation.en"].startswith("a film")
+
+
+def test_a_target_ends_although_its_tokenizer_ends_no_text():
+    """T5Gemma's tokenizer is that of a decoder."""
+    task, model = bound(small.model("t5"), training={"max_length": 4})
+    task.bind(small.tokenizer(encoder=False), model)
+    rows = [{"source": "a film", "target": target} for target in ("fine cast", "a fine fine fine film", "")]
+    words = [task.processor.convert_ids_to_tokens(f["labels"].tolist()) for f in task.encode(Dataset.from_list(rows))]
+    assert words == [["fine", "cast", "[EOS]"], ["a", "fine", "fine", "[EOS]"], ["[EOS]"]]
+    assert task.notes.counts == {"empty_targets": 1, "targets_cut": 1}
+    task.processor.eos_token = None
+    with pytest.raises(DataError, match=r"Row 3: the target is empty, and .* has no token for the end"):
+        task.encode(Dataset.from_list(rows))

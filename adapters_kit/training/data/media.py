@@ -11,7 +11,8 @@ from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.row_file import Format, read_file
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+IMAGES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+IMAGES |= {".jp2", ".j2k", ".tga"}
 RECORDINGS = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au"}
 MEDIA = {"image": IMAGES, "audio": RECORDINGS}
 
@@ -19,6 +20,10 @@ MEDIA = {"image": IMAGES, "audio": RECORDINGS}
 def medium(path: Path) -> str | None:
     """The role of a file that is one picture or one recording."""
     return next((role for role, suffixes in MEDIA.items() if path.suffix.lower() in suffixes), None)
+
+
+def _counts(path: Path) -> bool:
+    return medium(path) is not None and path.name[0] != "." and path.is_file()
 
 
 def media(folder: Path, notes: Notes) -> Dataset | None:
@@ -30,6 +35,13 @@ def media(folder: Path, notes: Notes) -> Dataset | None:
         return None
     found = [(path, medium(path)) for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
     media = [(path, role) for path, role in found if role is not None]
+    if others := [path for path, role in found if role is None]:
+        names = ", ".join(str(path.relative_to(folder)) for path in others[:5]) + ", …" * (len(others) > 5)
+        notes.say(
+            f"{folder.name}: {len(others):,} files are not read, as their names are of no image or recording that can "
+            f"be: {names}.",
+            files_not_read=len(others),
+        )
     if len({role for _, role in media}) > 1:
         raise DataError(f"The folder {folder} holds images and recordings: keep each kind in a folder of its own.")
     classed = [
@@ -56,7 +68,15 @@ def media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Datase
         raise DataError(
             f"{lists[0]} has no column file_name that names the files; it has: {', '.join(rows.column_names)}."
         )
-    return located(rows, column, lists[0].parent)
+    rows = located(rows, column, lists[0].parent)
+    listed = {Path(name).resolve() for name in rows[column][:] if isinstance(name, str)}
+    if left := [path for path in folder.rglob("*") if _counts(path) and path.resolve() not in listed]:
+        form.notes.say(
+            f"{folder.name}: {len(left):,} files are not named in {lists[0].name} and are not read, the first "
+            f"{min(left).relative_to(folder)}.",
+            files_not_named=len(left),
+        )
+    return rows
 
 
 def located(rows: Dataset, column: str, folder: Path) -> Dataset:

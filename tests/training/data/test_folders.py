@@ -77,8 +77,23 @@ def test_folders_of_images(tmp_path):
     for i in range(4):
         Image.new("RGB", (8, 8)).save(listed / f"{i}.png")
     (listed / "metadata.csv").write_text("file_name,label\n" + "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(4)))
-    found = data.read(DataSpec(train=str(listed))).train
+    Image.new("RGB", (8, 8)).save(listed / "extra.png")
+    notes = Notes()
+    found = data.read(DataSpec(train=str(listed)), notes).train
     assert found["file_name"][:] == [str(listed / f"{i}.png") for i in range(4)]
+    assert notes.counts == {"files_not_named": 1} and "the first extra.png" in notes.sentences[0]
+
+
+def test_files_among_images_that_cannot_be_read_are_named(tmp_path):
+    for kind in ("cats", "dogs"):
+        (tmp_path / kind).mkdir()
+        for suffix in ("png", "jfif", "jp2"):
+            Image.new("RGB", (8, 8)).save(tmp_path / kind / f"0.{suffix}", "JPEG" if suffix == "jfif" else None)
+        (tmp_path / kind / "1.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    notes = Notes()
+    assert len(data.read(DataSpec(train=str(tmp_path)), notes).train) == 6
+    assert notes.counts == {"files_not_read": 2} and "cats/1.heic, dogs/1.heic" in notes.sentences[0]
 
 
 def test_paths_of_images_start_at_their_table(tmp_path):
