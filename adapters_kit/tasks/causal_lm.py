@@ -18,6 +18,7 @@ from adapters_kit.tasks.conversation import (
     Conversation,
     as_text,
     conversation,
+    how_read,
     past_turns,
     refuse_preferences,
     system_beside,
@@ -35,7 +36,7 @@ from adapters_kit.tasks.generation import (
 )
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.template import Answer, ChatTemplate
-from adapters_kit.tasks.turns import shortened, written_out
+from adapters_kit.tasks.turns import shortened, spelled_turns, written_out
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
 
 LOGITS_AT_ONCE = 2**26  # 256 MiB of fp32 logits in an evaluation step
@@ -88,6 +89,8 @@ class CausalLM(Task):
                     self.text(data, role)
             for index, row in enumerate(data):
                 conversation(row, self.columns, index, answer="completion" in self.columns)
+            for sentence in how_read(data[0], self.columns):
+                self.notes.say(sentence)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         """Takes the tokenizer, its chat template and the model's positions; answers stop where the template ends turns.
@@ -193,7 +196,7 @@ class CausalLM(Task):
         return Answer(prompt_ids, self._ended(list(completion)))
 
     def _said(self, row: Mapping[str, Any], role: str, index: int) -> str:
-        text = row[self.columns[role]]
+        text = spelled_turns(row[self.columns[role]])
         if not isinstance(text, str):
             raise DataError(
                 f"Row {index + 1}, column {self.columns[role]!r}: {shortened(text)} is no text, and the tokenizer of "

@@ -5,6 +5,9 @@
 {"instruction": …, "input": …, "output": …, "history": [[question, answer], …]}                      Alpaca
 {"instruction": …, "context": …, "response": …}                                                      Dolly
 {"prompt": …, "completion": …}                     text, or lists of turns as TRL has them
+{"questions": [q, q], "answers": [a, a]}           CoQA
+{"conversation": [{"input": q, "output": a}]}      Capybara
+{"data": [q, a, q, a]}                             UltraChat
 """
 
 from __future__ import annotations
@@ -14,7 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters_kit.errors import DataError
-from adapters_kit.tasks.turns import BEGUN, LEADING, Turn, as_tools, as_turns, shortened, written_out
+from adapters_kit.tasks.turns import (
+    BEGUN,
+    LEADING,
+    Turn,
+    as_tools,
+    as_turns,
+    by_turns,
+    shortened,
+    spelled_turns,
+    texts_of,
+    written_out,
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,13 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str], number: int
         return as_text(cell(role), f"{where}, column {columns[role]!r}") if role in columns else ""
 
     if "messages" in columns:
-        turns = as_turns(cell("messages"), f"{where}, column {columns['messages']!r}")
+        turns = as_turns(by_turns(cell("messages")), f"{where}, column {columns['messages']!r}")
+    elif (questions := texts_of(cell("prompt"))) is not None:
+        turns = past_turns(cell("history"), where) + _pairs(questions, texts_of(cell("completion")), where)
+        turns[0]["content"] = with_input(turns[0]["content"], text("input"))
+        turns = turns if answer or turns[-1]["role"] == "user" else turns[:-1]
     else:
-        asked = cell("prompt")
+        asked = spelled_turns(cell("prompt"))
         turns = past_turns(cell("history"), where)
         if isinstance(asked, str):
             turns.append({"role": "user", "content": with_input(asked, text("input"))})
@@ -73,12 +91,34 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str], number: int
             for turn in turns:
                 turn["weight"] = 0  # what is to be learned is the completion
         if answer:
-            turns = _answered(turns, cell("completion"), f"{where}, column {columns['completion']!r}")
+            told = spelled_turns(cell("completion"))
+            if cell("tools") and _are_calls(told, where):
+                told = [{"role": "function_call", "content": told}]  # xLAM writes the calls out as JSON
+            turns = _answered(turns, told, f"{where}, column {columns['completion']!r}")
     within = [tools for turn in turns for name in ("tools", "functions") if (tools := turn.pop(name, None))]
     tools = as_tools(cell("tools") or next(iter(within), None), where)
     if text("system").strip() and turns[0]["role"] not in LEADING:
         turns.insert(0, {"role": "system", "content": text("system")})
     return Conversation(turns, tools)
+
+
+def how_read(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[str]:
+    """Sentences on columns whose cells are taken for what they do not say that they are."""
+    told = []
+    for role in set(columns) & {"messages", "prompt", "completion"}:
+        cell, column = row[columns[role]], f"Column {columns[role]!r}"
+        if role == "messages" and by_turns(cell) is not cell:
+            told.append(f"{column}: the texts of a list are turns, the user's and the assistant's by turns.")
+        elif role != "messages" and spelled_turns(cell) is not cell:
+            told.append(f"{column}: texts that are written as lists of turns are read as turns.")
+        elif role == "completion" and row.get(columns.get("tools", "")) and _are_calls(cell, column):
+            told.append(f"{column}: texts that are the JSON of calls are calls of the tools beside them.")
+    return sorted(told)
+
+
+def _are_calls(told: Any, where: str) -> bool:
+    text = isinstance(told, str) and told.lstrip()[:1] in ("[", "{")
+    return text and "tool_calls" in as_turns([{"role": "function_call", "content": told}], where)[0]
 
 
 def system_beside(row: Mapping[str, Any], columns: Mapping[str, str], talk: Conversation) -> bool:
@@ -92,6 +132,8 @@ def _answered(asked: list[Turn], told: Any, where: str) -> list[Turn]:
 
     A question that ends in the beginning of an answer is answered with the rest of that turn.
     """
+    if isinstance(told, list) and all(isinstance(text, str) for text in told):
+        raise DataError(f"{where}: several texts, {shortened(told)}. A completion is one: keep the one to be learned.")
     turns = [{"role": "assistant", "content": told}] if isinstance(told, str) else as_turns(told, where)
     if turns[0]["role"] in ("user", *LEADING):
         return turns
@@ -99,6 +141,18 @@ def _answered(asked: list[Turn], told: Any, where: str) -> list[Turn]:
         joined = {**asked[-1], "weight": 1, **turns[0], "content": asked[-1]["content"] + turns[0]["content"]}
         return [*asked[:-1], joined, *turns[1:]]
     return asked + turns
+
+
+def _pairs(questions: Sequence[str], answers: Sequence[str] | None, where: str) -> list[Turn]:
+    """Lists of questions and of answers as turns; without answers there is one question."""
+    if answers is None and len(questions) == 1:
+        return [{"role": "user", "content": questions[0]}]
+    if answers is None or len(questions) != len(answers):
+        count = "none" if answers is None else f"{len(answers):,}"
+        raise DataError(f"{where}: {len(questions):,} questions and {count} answers. Give each question its answer.")
+    both = zip(questions, answers, strict=True)
+    roles = ("user", "assistant")
+    return [{"role": role, "content": said} for pair in both for role, said in zip(roles, pair, strict=True)]
 
 
 def with_input(prompt: str, given: str) -> str:

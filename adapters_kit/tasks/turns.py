@@ -4,6 +4,7 @@
 {"from": "human", "value": …}                         ShareGPT, with `observation` and `function_call`
 {"role": "model", "parts": [{"text": …}]}             Google
 {"role": "assistant", "content": [{"type": "tool_use", …}, {"type": "thinking", …}]}      Anthropic
+{"input": …, "output": …}                             two turns: Capybara
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ _LEARNED = (
     "training",
     "loss",
 )  # keys that say whether a turn is learned: OpenAI's, axolotl's, ms-swift's
+# Keys under which an object holds two turns, a question and its answer.
+_PAIRS = (
+    *((asked, told) for asked in ("input", "instruction", "prompt", "query") for told in ("output", "response")),
+    *(
+        ("question", "answer"),
+        ("prompt", "completion"),
+        ("user", "assistant"),
+        ("human", "assistant"),
+        ("human", "bot"),
+    ),
+)
 BEGUN = "begun"
 """Key of an assistant turn of which that many characters were there before the model writes on."""
 
@@ -58,7 +70,8 @@ def as_turns(value: Any, where: str) -> list[Turn]:
         # `datasets` gives some lists of structs as a struct of lists.
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where}: a conversation is a list of {{role, content}}, not {shortened(value)}.")
+        as_text = " To train on texts as they stand: data.columns: {text: NAME}." if isinstance(value, str) else ""
+        raise DataError(f"{where}: a conversation is a list of {{role, content}}, not {shortened(value)}.{as_text}")
     return [made for number, turn in enumerate(value, 1) for made in _turns(turn, f"{where}, turn {number}")]
 
 
@@ -68,6 +81,10 @@ def _turns(value: Any, where: str) -> list[Turn]:
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: a turn is {{role, content}}, not {shortened(value)}.")
     given = {key: item for key, item in value.items() if item is not None}
+    if pair := pair_in(given):
+        asked, told = pair
+        question = _turns({"role": "user", "content": given[asked]}, where)
+        return question + _turns({"role": "assistant", "content": given[told]}, where)
     speaker = given.get("role", given.get("from"))
     role = ROLES.get(speaker.lower().strip()) if isinstance(speaker, str) else None
     if role is None:
@@ -103,6 +120,47 @@ def _turns(value: Any, where: str) -> list[Turn]:
             f"{where}: neither content nor tool_calls in {shortened(given)}. Give it a text or leave it out."
         )
     return read.results + [turn] * (turn["content"] is not None or bool(calls))
+
+
+def pair_in(turn: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The keys of the question and of the answer in an object that holds both and no role; None for any other."""
+    if {"role", "from"} & set(turn):
+        return None
+    found = [pair for pair in _PAIRS if all(isinstance(turn.get(key), str) for key in pair)]
+    return found[0] if len(found) == 1 else None
+
+
+def by_turns(value: Any) -> Any:
+    """A list of texts as what a user and an assistant say by turns (UltraChat); everything else as it is."""
+    parsed = written_out(value)
+    if not isinstance(parsed, list) or len(parsed) < 2 or not all(isinstance(text, str) for text in parsed):
+        return value
+    if any(isinstance(_parsed(text), Mapping) for text in parsed):
+        return value  # turns, each written out
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(parsed)]
+
+
+def spelled_turns(value: Any) -> Any:
+    """The turns that a text is JSON's or Python's way to write; everything else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:2] != "[{":
+        return value
+    turns = written_out(value)
+    said = ("content", "tool_calls")
+    fits = isinstance(turns, list) and all(
+        isinstance(turn, Mapping) and "role" in turn and any(key in turn for key in said) for turn in turns
+    )
+    return turns if fits else value
+
+
+def texts_of(value: Any) -> list[str] | None:
+    """The texts of a list of questions or of answers, as CoQA has them; None for what is no such list."""
+    if isinstance(value, Mapping):
+        value = value.get("input_text")
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    found = (item.get("input_text") if isinstance(item, Mapping) else item for item in value)
+    texts = [text for text in found if isinstance(text, str)]
+    return texts if len(texts) == len(value) else None
 
 
 class _Content:
@@ -214,10 +272,22 @@ def as_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
             if "input_schema" in tool:  # Anthropic's word
                 tool = {"parameters" if key == "input_schema" else key: part for key, part in tool.items()}
             tool = {"type": "function", "function": tool}
-        if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+            tool = {**tool, "function": _with_schema(tool["function"])}
+        else:
             raise DataError(f"{where}: a tool is {{type: function, function: {{name, …}}}}, not {shortened(item)}.")
         tools.append(tool)
     return tools
+
+
+def _with_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """A function whose parameters stand there by name alone, as xLAM has them, with JSON's schema around them."""
+    given = function.get("parameters")
+    if not isinstance(given, dict) or not given or "properties" in given:
+        return function
+    if not all(isinstance(item, dict) for item in given.values()):
+        return function
+    return {**function, "parameters": {"type": "object", "properties": given}}
 
 
 def _parsed(value: Any) -> Any:

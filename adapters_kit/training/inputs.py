@@ -15,13 +15,23 @@ from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from pyarrow import parquet
 
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.training.data.json_rows import tables
+from adapters_kit.training.data.json_tables import marked, marks_of, storable, tables, together, written
 
 _OWN: Mapping[str, str] = MappingProxyType({})  # each role's column is called as the role
 _LISTS = ("tokens", "tags", "messages")  # roles whose value in one row is a list
@@ -146,6 +156,7 @@ def _file(value: Any, folder: Path) -> str:
     rows = rows_from(value)
     if rows is None:
         return str(value)
+    rows = _storable(rows)
     folder.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
@@ -153,6 +164,8 @@ def _file(value: Any, folder: Path) -> str:
     disable_progress_bars()
     try:
         rows.to_parquet(name)
+        if marks := marks_of(rows.data.table):
+            parquet.write_table(marked(parquet.read_table(name), marks), name)
         with open(name, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         path = folder / f"{digest[:16]}.parquet"
@@ -167,6 +180,17 @@ def _file(value: Any, folder: Path) -> str:
     return str(path)
 
 
+def _storable(rows: Dataset) -> Dataset:
+    """The rows with what no Parquet file can hold as JSON's text."""
+    table = rows.data.table
+    odd = [field.name for field in table.schema if not storable(field.type)]
+    for name in odd:
+        table = written(rows.flatten_indices().data.table if table is rows.data.table else table, name)
+    kinds = {name: rows.features.get(name) for name in table.column_names if name not in odd}
+    features = Features({**Features.from_arrow_schema(table.schema), **kinds})
+    return Dataset(table, DatasetInfo(features=features)) if odd else rows
+
+
 def _from_pandas(frame: Any) -> Dataset:
     named = {name for name in frame.index.names if name is not None}
     if named and not named & set(frame.columns):  # a column of the user's that was made the index
@@ -175,7 +199,11 @@ def _from_pandas(frame: Any) -> Dataset:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"The frame has two columns named {twice[0]!r}.")
-    return Dataset.from_pandas(frame.set_axis(names, axis=1), preserve_index=False)
+    frame = frame.set_axis(names, axis=1)
+    try:
+        return Dataset.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return _from_list(frame.to_dict("records"))
 
 
 def _from_columns(value: Mapping[str, Any], names: Mapping[str, str] = _OWN) -> list[dict[str, Any]] | None:
@@ -207,11 +235,20 @@ def _from_list(rows: list[Any]) -> Dataset:
         if not isinstance(row, Mapping):
             raise DataError(f"Each row is a dict of columns; row {number} is {_short(row)}.")
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    made = [_column(key, [row.get(key) for row in rows]) for key in keys]
+    if len(made) < 2:
+        return made[0] if made else Dataset.from_dict({})
+    joined = concatenate_datasets(made, axis=1)
+    marks = {name: mark for one in made for name, mark in marks_of(one.data.table).items()}
+    return Dataset(marked(joined.data.table, marks), DatasetInfo(features=joined.features)) if marks else joined
+
+
+def _column(name: str, values: list[Any]) -> Dataset:
     try:
-        return Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+        return Dataset.from_dict({name: values})
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # turns of which some hold text and some a list; or a real mistake
-        places = ((f"row {number}", row, 0) for number, row in enumerate(rows, 1))
-        return Dataset(pa.concat_tables(tables(places, Path("the rows"), Notes())))
+        places = ((f"row {number}", {name: value}, 0) for number, value in enumerate(values, 1))
+        return Dataset(together(list(tables(places, Path("the rows"), Notes()))))
 
 
 def _short(value: Any) -> str:

@@ -220,13 +220,14 @@ def test_answers_within_a_prompt_are_seen_and_not_learned():
     assert learned == ["last<|im_end|>"] and not counts
 
 
-def test_conversations_under_another_name_are_named_with_a_mapping_that_works():
-    row = {"dialogue": PAIR, "id": 1}
-    with pytest.raises(DataError, match=r"data\.columns: {messages: dialogue}"):
-        seen(row)
-    assert seen(row, {"messages": "dialogue"}) == f"{USER}\n{ASSISTANT}"
+def test_conversations_under_another_name_are_found_or_named_with_a_mapping_that_works():
+    row = {"talk": PAIR, "id": 1}
+    assert seen(row) == f"{USER}\n{ASSISTANT}"
+    with pytest.raises(DataError, match=r"'talk', 'other' hold conversations.*data\.columns: {messages: talk}"):
+        seen(row | {"other": PAIR})
+    assert seen(row | {"other": PAIR}, {"messages": "talk"}) == f"{USER}\n{ASSISTANT}"
     beside = reading.unused(Dataset.from_list([{**row, "text": "x"}]), {"text": "text"}, ["text", "prompt", "messages"])
-    assert "{messages: dialogue}" in beside
+    assert "{messages: talk}" in beside
 
 
 def test_without_a_template_turns_and_tools_are_refused_by_row():
@@ -309,7 +310,7 @@ def test_a_call_behind_thinking_is_a_call():
         ),
         ({"messages": [{"role": "user"}]}, "neither content nor tool_calls"),
         ({"messages": []}, "a conversation is a list of"),
-        ({"messages": ["hello", "good day"]}, "a turn is {role, content}"),
+        ({"messages": ["hello"]}, "a turn is {role, content}"),
         ({"messages": [{"role": "user", "content": "x", "weight": 0.5}]}, "weight 0.5"),
         ({"prompt": ASKED, "completion": TOLD, "input": {"a": 1}}, "column 'input': it belongs to the prompt"),
         ({"messages": [{"role": "user", "content": "x"}], "tools": "call count"}, "a tool is .* not 'call count'"),
@@ -468,7 +469,7 @@ def test_turns_that_no_column_of_arrow_s_can_hold_are_read(tmp_path):
         asks = '<|call|>{"name": "count", "arguments": {"n": 1}}<|im_end|>'
         assert learned == [f"{TOLD}<|im_end|>", asks, f"{TOLD}<|im_end|>"]
     with pytest.raises(DataError, match="row 2"):
-        rows_from([{"text": "a"}, {"text": ["b"]}])
+        reading.recognise(rows_from([{"text": "a"}, {"text": ["b"]}]), {}, CausalLM.needs)
 
 
 def test_a_question_goes_before_the_sentence_that_may_answer_it():

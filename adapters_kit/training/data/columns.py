@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
 from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.tasks.turns import by_turns, pair_in, written_out
+from adapters_kit.training.data.json_tables import unlike
 
 _LOOKED_AT = 1000  # rows
+# Roles of lists and objects, which may stand there as JSON's text.
+_PARSED = ("messages", "prompt", "completion", "tools", "history", "spans")
+_TALKS = ("messages", "conversation", "conversations", "chat", "data", "dialog", "dialogue", "utterances", "turns")
 # Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "review", "content", "comment", "sentence1", "premise", "question1", "document"),
     "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2", "question"),
     "label": ("label", "labels", "class", "category", "sentiment", "rating", "stars", "score", "gold_label"),
-    "prompt": ("prompt", "instruction", "question", "query", "input", "user"),
-    "completion": ("completion", "response", "answer", "output", "chosen", "assistant"),
-    "input": ("input", "context"),
+    "prompt": ("prompt", "instruction", "question", "query", "input", "user", "inputs", "problem", "questions"),
+    "completion": (
+        *("completion", "response", "answer", "output", "chosen", "assistant", "targets", "target", "solution"),
+        "answers",
+    ),
+    "input": ("input", "context", "story", "passage"),
     "history": ("history",),
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
@@ -72,12 +79,16 @@ def recognise(
         if all(role in found for role in roles):
             if found.get("text_pair", "").lower().strip() == "question" and not {"text", "text_pair"} & set(given):
                 found["text"], found["text_pair"] = found["text_pair"], found["text"]  # as GLUE has it
+            _refuse_unlike(data, found)
             return found
     talks = [name for name in names if holds_conversations(data, name)]
-    if talks and any("messages" in roles for roles in alternatives):
+    talk = any("messages" in roles for roles in alternatives) and "messages" not in given
+    if talk and len(talks) == 1:
+        return recognise(data, {**given, "messages": talks[0]}, alternatives, optional)
+    if talk and talks:
         raise DataError(
-            f"The column {talks[0]!r} holds conversations, under a name that is not known for them. Name it in the "
-            f"recipe: data.columns: {{messages: {talks[0]}}}"
+            f"The columns {', '.join(map(repr, talks))} hold conversations. Name the one that is meant: "
+            f"data.columns: {{messages: {talks[0]}}}"
         )
     languages = [name for name in names if name.startswith(("translation.", "translations."))]
     if len(languages) > 1 and ("source", "target") in map(tuple, alternatives):
@@ -94,6 +105,13 @@ def recognise(
     )
 
 
+def _refuse_unlike(data: Dataset, columns: Mapping[str, str]) -> None:
+    """Refuses columns that play a role and hold values of several kinds; in all others, nobody reads them."""
+    for role, column in columns.items():
+        if reason := unlike(data.data.table, column, nested=role in _PARSED):
+            raise DataError(reason)
+
+
 def header_is_a_row(data: Dataset) -> str | None:
     """A sentence if a column's name is also a value in it, as in a table without a line of names; else None."""
     first = data.select(range(min(len(data), _LOOKED_AT)))
@@ -108,17 +126,15 @@ def header_is_a_row(data: Dataset) -> str | None:
 
 
 def holds_conversations(data: Dataset, column: str) -> bool:
-    """Whether the first cell of a column is a list of turns, each with who speaks, or the JSON of one."""
-    first = data[0][column] if len(data) else None
-    if isinstance(first, str) and first.lstrip().startswith("["):
-        try:
-            first = json.loads(first)
-        except ValueError:
-            return False
+    """Whether the first cell of a column is a list of turns, or the JSON of one: each with who speaks, or a question
+    and its answer, or, under a name for talks, a text of the user's and of the assistant's by turns."""
+    first = written_out(data[0][column]) if len(data) else None
+    if isinstance(first, list) and column.lower().strip() in _TALKS:
+        first = by_turns(first)
     return (
         isinstance(first, list)
         and bool(first)
-        and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in first)
+        and all(isinstance(turn, Mapping) and ({"role", "from"} & set(turn) or pair_in(turn)) for turn in first)
     )
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pyarrow as pa
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value, concatenate_datasets
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.encoding import encoding_of
 from adapters_kit.training.data.json_rows import SPLITS
+from adapters_kit.training.data.json_tables import together
 from adapters_kit.training.data.row_file import Format, Parts, holds_rows, read_file
 
 _NOT_TOLD = "__HIVE_DEFAULT_PARTITION__"  # a folder's value where the rows have none
@@ -45,7 +46,7 @@ def joined(files: Sequence[Path], form: Format) -> Dataset:
     Raises:
         DataError: files of which one has parts itself, or of which the columns differ.
     """
-    return _together([_only_part(path, form) for path in files], [path.name for path in files])
+    return _together([_only_part(path, form) for path in files], [path.name for path in files], form.notes)
 
 
 def _only_part(path: Path, form: Format) -> Dataset:
@@ -55,18 +56,52 @@ def _only_part(path: Path, form: Format) -> Dataset:
     return next(iter(inside.values()))
 
 
-def _together(parts: Sequence[Dataset], names: Sequence[str]) -> Dataset:
+def _together(parts: Sequence[Dataset], names: Sequence[str], notes: Notes) -> Dataset:
+    """The rows of all parts. A column that one lacks is empty there, which is said; if they share none, refused."""
+    if len(parts) == 1:
+        return parts[0]
     for name, part in zip(names[1:], parts[1:], strict=True):
-        if set(part.column_names) != set(parts[0].column_names):
+        if not set(part.column_names) & set(parts[0].column_names):
             raise DataError(
                 f"{name} has the columns {', '.join(part.column_names)}, {names[0]} has "
                 f"{', '.join(parts[0].column_names)}: shards of one part have the same."
             )
+    kinds = {column: kind for part in reversed(parts) for column, kind in part.features.items()}
+    for column, kind in kinds.items():
+        lacking = [name for name, part in zip(names, parts, strict=True) if column not in part.column_names]
+        if lacking:
+            notes.say(
+                f"{len(lacking):,} of {len(parts):,} files have no column {column!r}, which is empty in their rows "
+                f"(first: {lacking[0]})."
+            )
+            parts = [
+                part if column in part.column_names else part.add_column(column, [None] * len(part), feature=kind)
+                for part in parts
+            ]
     try:
-        return concatenate_datasets(list(parts)) if len(parts) > 1 else parts[0]
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        told = ", ".join(names[:5])
-        raise DataError(f"{told} do not have columns of the same kind: {str(error).splitlines()[0]}") from error
+        return concatenate_datasets(list(parts))
+    except (pa.ArrowException, ValueError, TypeError):
+        odd = [column for column, kind in kinds.items() if any(part.features[column] != kind for part in parts)]
+        return _of_several_kinds(parts, odd)
+
+
+def _of_several_kinds(parts: Sequence[Dataset], odd: Sequence[str]) -> Dataset:
+    """The rows of all parts, whose columns `odd` are of other kinds here than there."""
+    written = []
+    for part in parts:
+        table = part.data.table.select(odd)
+        for index, column in enumerate(odd):
+            if isinstance(kind := part.features[column], ClassLabel):
+                cells = [None if value is None or value < 0 else kind.int2str(value) for value in part[column][:]]
+                table = table.set_column(index, column, pa.array(cells, pa.string()))
+        written.append(table)
+    joined = together(written)
+    alike = concatenate_datasets([part.remove_columns(odd) for part in parts])
+    table = alike.data.table
+    for field, column in zip(joined.schema, joined.columns, strict=True):
+        table = table.append_column(field, column)
+    features = Features({**Features.from_arrow_schema(joined.schema), **alike.features})
+    return Dataset(table, DatasetInfo(features=features))
 
 
 def texts_by_class(folder: Path, form: Format) -> Dataset | None:
@@ -134,4 +169,4 @@ def partitioned(folder: Path, form: Format) -> Parts | None:
     if not rows:
         return None
     form.notes.say(f"{folder.name}: the names of its folders tell the values of {', '.join(told)}.")
-    return {part: _together(parts, names[part]) for part, parts in rows.items()}
+    return {part: _together(parts, names[part], form.notes) for part, parts in rows.items()}

@@ -1,9 +1,8 @@
-"""JSON and JSON Lines: which part of a document is the rows, and the rows as tables, a part at a time."""
+"""JSON and JSON Lines: which part of a document is the rows."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,12 @@ import pyarrow as pa
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.encoding import encoding_of
+from adapters_kit.training.data.json_tables import Row, tables
 
-Row = Mapping[str, Any]
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
 # Keys under which documents keep their rows, beside keys that tell about them.
 _HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
-# Objects in these columns differ from row to row (a call's arguments); whoever reads them takes JSON's text too.
-_AS_TEXT = (*_CONVERSATIONS, "tools", "functions", "history")
-MOST_COLUMNS = 5000
-KEEP_FEW = "Keep those that are used: an input, a target, a few beside them."
-_AT_ONCE = 1 << 25  # characters of a table's part
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 
 
@@ -281,117 +275,3 @@ def _columns(value: Row) -> dict[str, list[Any]] | None:
         if all(key.isdigit() for key in keys) and all(list(part) == keys for part in parts):
             return {name: [part[key] for key in keys] for name, part in value.items()}
     return None
-
-
-def tables(rows: Iterable[tuple[str, Row, int]], path: Path, notes: Notes) -> Iterator[pa.Table]:
-    """Rows as tables of some ten megabytes each.
-
-    Args:
-        rows: where a row stands, the row, its size in characters (0 where it is in memory already).
-
-    Raises:
-        DataError: a column whose values have different kinds, with the row and the column.
-    """
-    part: list[tuple[str, Row]] = []
-    size = 0
-    keys: dict[str, None] = {}
-    kinds: dict[str, pa.DataType] = {}
-    for place, row, length in rows:
-        part.append((place, row))
-        keys.update(dict.fromkeys(row))
-        if len(keys) > MOST_COLUMNS:
-            raise DataError(
-                f"{path}, {place}: the rows have more than {MOST_COLUMNS:,} keys, each a column. {KEEP_FEW}"
-            )
-        size += length
-        if size > _AT_ONCE:
-            yield _table(part, list(keys), kinds, path, notes)
-            part, size = [], 0
-    if part or not kinds:
-        yield _table(part, list(keys), kinds, path, notes)
-
-
-def _table(
-    part: Sequence[tuple[str, Row]], keys: Sequence[str], kinds: dict[str, pa.DataType], path: Path, notes: Notes
-) -> pa.Table:
-    made = {}
-    for key in keys:
-        values = [row.get(key) for _, row in part]
-        try:
-            made[key] = pa.array(_texts(values) if pa.types.is_string(kinds.get(key, pa.null())) else values)
-        except UnicodeEncodeError:
-            at = [place for (place, row), value in zip(part, values, strict=True) if _whole(value) is not value]
-            notes.say(
-                f"{path.name}, column {key!r}: {len(at):,} values hold half a character (a lone surrogate, as when a "
-                "text is "
-                f"cut inside an emoji; first: {at[0]}), which is replaced by U+FFFD.",
-                characters_replaced=len(at),
-            )
-            made[key] = pa.array([_whole(value) for value in values])
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
-            if key.lower() in _AS_TEXT and all(value is None or isinstance(value, list | dict) for value in values):
-                made[key] = pa.array(_texts(_whole(values)), pa.string())
-                kinds.setdefault(key, pa.string())
-                continue
-            raise DataError(_unlike(path, key, part, values, error)) from None
-        before = kinds.get(key)
-        if before is None or pa.types.is_null(before):
-            kinds[key] = made[key].type
-    return pa.table(made)
-
-
-def _texts(values: Sequence[Any]) -> list[Any]:
-    """Lists and objects as JSON's text."""
-    return [json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value for value in values]
-
-
-def _whole(value: Any) -> Any:
-    """The value without lone surrogates; the very object if it has none."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return value
-    if isinstance(value, list):
-        made: Any = [_whole(item) for item in value]
-        return made if any(new is not old for new, old in zip(made, value, strict=True)) else value
-    if isinstance(value, Mapping):
-        made = {_whole(key): _whole(item) for key, item in value.items()}
-        same = (
-            all(new is old for new, old in zip(made.values(), value.values(), strict=True))
-            and made.keys() == value.keys()
-        )
-        return value if same else made
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "nothing"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return "a number"
-    names = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _unlike(path: Path, key: str, part: Sequence[tuple[str, Row]], values: Sequence[Any], error: Exception) -> str:
-    """Which row's value has another kind than those before it."""
-    known: tuple[str, str] | None = None
-    for (place, _), value in zip(part, values, strict=True):
-        kind = kind_of(value)
-        if kind == "nothing":
-            continue
-        if known is None:
-            known = place, kind
-        elif kind != known[1]:
-            return (
-                f"{path}, {place}, column {key!r}: {value!r:.60} is {kind}, while {known[0]} holds {known[1]}. A "
-                "column holds values of one kind."
-            )
-    reason = str(error).splitlines()[0]
-    return (
-        f"{path}, column {key!r}: the values from {part[0][0]} to {part[-1][0]} do not fit one column: {reason}. "
-        "Write them alike, as texts for example; a column that is not needed can be taken out of the file."
-    )

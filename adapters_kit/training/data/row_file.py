@@ -17,7 +17,8 @@ from adapters_kit.errors import DataError, gist
 from adapters_kit.recipe_sections import PACKED_SUFFIXES, rows_suffix
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.delimited import read_delimited
-from adapters_kit.training.data.json_rows import KEEP_FEW, MOST_COLUMNS, read_json, read_json_lines
+from adapters_kit.training.data.json_rows import read_json, read_json_lines
+from adapters_kit.training.data.json_tables import KEEP_FEW, MOST_COLUMNS, together
 from adapters_kit.training.data.other_text import read_conll, read_fasttext, read_text
 
 _PIECE = 1 << 26  # bytes of a packed file that are unpacked at once
@@ -160,11 +161,7 @@ def _data_set(tables: Iterable[pa.Table], large: bool) -> Dataset:
     plain = (_plain(table) for table in tables)
     parts = on_disk(plain) if large else list(plain)
     filled = [table for table in parts if len(table)] or parts[:1]
-    try:
-        joined = pa.concat_tables(filled, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"A column does not hold values of one kind: {str(error).splitlines()[0]}") from None
-    joined, classes = _categories(joined)
+    joined, classes = _categories(together(filled))
     features = Features.from_arrow_schema(joined.schema)
     features.update(classes)
     # A fingerprint of its own: the default is a hash over all rows.

@@ -60,8 +60,8 @@ def test_parts_that_are_not_clear(tmp_path):
     with pytest.raises(DataError, match="could each be the same part"):
         read(folder)
     folder = put(tmp_path / "c", train__1=2)
-    small.write_jsonl(folder / "train-2.jsonl", [{"body": "x", "label": "a"}])
-    with pytest.raises(DataError, match=r"train-2\.jsonl has the columns body, label"):
+    small.write_jsonl(folder / "train-2.jsonl", [{"body": "x", "class": "a"}])
+    with pytest.raises(DataError, match=r"train-2\.jsonl has the columns body, class"):
         read(folder)
 
 

@@ -9,7 +9,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
-from adapters_kit.training.data import json_rows, row_file
+from adapters_kit.training.data import json_rows, json_tables, row_file
 from adapters_kit.training.data.row_file import Format
 
 ROWS = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(6)]
@@ -89,7 +89,6 @@ def test_squad_as_published(tmp_path):
     [
         ('{"text": "a"}\n{"text": "b", "text": "c"}\n', r"line 2: the key 'text' stands twice"),
         ('{"text": "a"}\n' + '{"text": ' + "[" * 100_000 + "\n", r"line 2: .*nested too deep"),
-        ('{"text": "a"}\n{"text": 3}\n', r"line 2, column 'text': 3 is a number, while line 1 holds a text"),
         ('{"text": "a"}\n{"text": "b"\n', r"line 2: not JSON"),
         ('{"text": ' + "9" * 5000 + "}\n", r"(line 1|the file): "),
         ('{"a": [{"x": 1}], "b": [{"x": 2}]}', r"line 1|several lists of objects, 'a', 'b'"),
@@ -115,7 +114,7 @@ def test_half_a_character_is_replaced_and_counted(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_large_files_are_read_in_parts(tmp_path, monkeypatch, suffix):
     """The parts have columns that come late, numbers that turn out to have fractions, and rows across a part's edge."""
-    monkeypatch.setattr(json_rows, "_AT_ONCE", 500)
+    monkeypatch.setattr(json_tables, "_AT_ONCE", 500)
     monkeypatch.setattr(json_rows, "_WHOLE", 700)
     monkeypatch.setattr(row_file, "_IN_MEMORY", 100)
     draw = random.Random(0)
