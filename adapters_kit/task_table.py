@@ -63,7 +63,7 @@ TASKS: dict[str, Row] = {
     ),
     "token-classification": Row(
         "adapters_kit.tasks.token_classification:TokenClassification",
-        roles=("tokens", "tags"),
+        roles=("tokens", "tags", "text", "spans"),
         auto_class="AutoModelForTokenClassification",
         task_type="TOKEN_CLS",
         pipeline="token-classification",

@@ -198,7 +198,7 @@ def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
         processor = load_processor(recipe.model, trust_remote_code=recipe.trust_remote_code)
         if getattr(processor, "chat_template", None):
             return {"prompt": text}
-    if "tokens" in kind.needs[-1]:
+    if "tokens" in kind.needs[0] and "text" not in columns:
         return {columns.get("tokens", "tokens"): _WORDS.findall(text)}
     role = next((role for role in ("prompt", "text", "source", "image") if role in columns), kind.needs[-1][0])
     if role not in ("prompt", "text", "source", "image"):

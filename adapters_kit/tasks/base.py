@@ -71,6 +71,11 @@ class Task:
             DataError: with what to do.
         """
 
+    @property
+    def target(self) -> str:
+        """The column that holds what is to be predicted."""
+        return next(self.columns[role] for role in self.targets if role in self.columns)
+
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks the rows and learns what they say about the task (the classes). Raises DataError."""
 

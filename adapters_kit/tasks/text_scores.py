@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from adapters_kit.errors import MissingPackageError
 
 # Scripts whose words stand without spaces between them, by the first word of a character's Unicode name.
-_WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
+WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
 
 
 def script_without_spaces(texts: Sequence[str]) -> str | None:
@@ -25,7 +25,7 @@ def script_without_spaces(texts: Sequence[str]) -> str | None:
                 if not character.isascii():
                     script = unicodedata.name(character, "?").split(" ")[0]
                     counts[script] = counts.get(script, 0) + 1
-    found = {script: count for script, count in counts.items() if script in _WITHOUT_SPACES}
+    found = {script: count for script, count in counts.items() if script in WITHOUT_SPACES}
     return max(found, key=lambda script: found[script]) if 2 * sum(found.values()) > letters else None
 
 
@@ -41,7 +41,7 @@ class Units:
         word = ""
         for character in unicodedata.normalize("NFC", text).lower():
             kind = unicodedata.category(character)
-            if not character.isascii() and unicodedata.name(character, "?").split(" ")[0] in _WITHOUT_SPACES:
+            if not character.isascii() and unicodedata.name(character, "?").split(" ")[0] in WITHOUT_SPACES:
                 units += [word] * bool(word)
                 word = ""
                 if kind[0] == "M" and units:

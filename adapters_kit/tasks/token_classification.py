@@ -14,9 +14,12 @@ from torch import nn
 from adapters_kit.errors import DataError, MissingPackageError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, outputs_of, pad, pad_inputs
 from adapters_kit.tasks.labels import class_names, declared_names, from_brackets, label_reader, lists_of
+from adapters_kit.tasks.marked_text import marked, sentences, words_of
+from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import Encoded, in_parts
 from adapters_kit.tasks.slow_tokens import encode_words, is_slow
 
+_OWN = ("tokens", "tags")  # the columns of a text that was taken apart here
 Tokens = tuple[list[int], list[int | None]]  # ids; the word of each, None for special tokens
 
 
@@ -24,14 +27,15 @@ class TokenClassification(Task):
     """A tag for each word of a sentence; a word's tag counts at its first piece."""
 
     name = "token-classification"
-    needs = (("tokens", "tags"),)
-    targets = ("tags",)
+    needs = (("tokens", "tags"), ("text", "spans"))
+    targets = ("tags", "spans")
     metric = "f1"
     higher_is_better = True
 
     @classmethod
     def refuse(cls, data: Dataset, given: Mapping[str, str]) -> None:
-        """Refuses running text whose lines are a word and its tag, read as such by another suffix. Raises DataError."""
+        """Refuses running text whose lines are a word and its tag, read as such by another suffix, and rows that an
+        annotator rejected. Raises DataError."""
         text = data[0].get("text") if data.column_names == ["text"] else None
         lines = [line.split() for line in text.splitlines()] if isinstance(text, str) else []
         if lines and all(len(line) == len(lines[0]) > 1 for line in lines) and len(lines[0]) < 5:
@@ -40,18 +44,28 @@ class TokenClassification(Task):
                 "line behind each sentence, name the file NAME.conll: then it is read so."
             )
 
+        answers = data["answer"][:] if "answer" in data.column_names else []
+        rejected = [row + 1 for row, answer in enumerate(answers) if answer != "accept"]
+        if rejected and {"accept", "reject", "ignore"} >= set(answers):  # Prodigy's
+            raise DataError(
+                f"{len(rejected):,} of {len(data):,} rows were not accepted by their annotator, by the column 'answer' "
+                f"(first: row {rejected[0]}, {answers[rejected[0] - 1]!r}). Keep the rows of 'accept'."
+            )
+
     def unlabelled(self, data: Dataset) -> list[int]:
-        """Rows whose tags, or one of them, are missing."""
+        """Rows whose tags, or one of them, are missing, or whose list of spans is."""
+        if "spans" in self.columns:
+            return [row for row, cell in enumerate(data[self.columns["spans"]][:]) if cell is None or cell == ""]
         rows = lists_of(as_lists(data, [self.columns["tags"]]), self.columns["tags"], self.recipe.labels)
         return [row for row, names in enumerate(rows) if names is None or None in names]
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that words and tags are lists of equal length; learns the tags."""
-        words, tags = self.columns["tokens"], self.columns["tags"]
         seen: list[set[str]] = []
+        words = tags = ""
         for given in (train,) if test is None else (train, test):
-            data = as_lists(given, [words, tags])
-            if (row := _one_word(given, words)) is not None:
+            data, words, tags = self._sentences(given, answers=True, notes=Notes())
+            if "tokens" in self.columns and (row := _one_word(given, words)) is not None:
                 raise DataError(
                     f"Each row of {words!r} and {tags!r} is one word and its tag, as {row!r:.80}; a row is a sentence, "
                     "a list of words and a list of tags. A file with a word and its tag on each line, a tab between "
@@ -73,13 +87,20 @@ class TokenClassification(Task):
                             found[tag] = read(tag, index)
             seen.append({name for name in found.values() if name is not None})
         held_out = seen[1] if test is not None else set()
-        declared = declared_names(train, tags)
+        declared = declared_names(train, tags) if "tags" in self.columns else None
         self.labels = class_names(seen[0], held_out, self.recipe.labels, tags, self.notes, declared)
 
     def bind(self, processor: Any, model: nn.Module) -> None:
         """A checkpoint with a head for these very tags keeps its own order of them."""
         super().bind(processor, model)
         self.labels = outputs_of(model)
+
+    def _sentences(self, data: Dataset, *, answers: bool, notes: Notes) -> tuple[Dataset, str, str]:
+        """Rows of words and, with `answers`, tags; and the names of these two columns."""
+        if "tokens" not in self.columns:
+            return sentences(data, self.columns["text"], self.columns["spans"] if answers else None, notes), *_OWN
+        words, tags = self.columns["tokens"], self.columns.get("tags", "")
+        return as_lists(data, [words, tags] if answers else [words]), words, tags
 
     def _tokens(self, sentences: Sequence[Sequence[str]]) -> Iterator[Tokens]:
         if is_slow(self.processor):
@@ -93,8 +114,7 @@ class TokenClassification(Task):
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids and, with `answers`, tag numbers at the first piece of each word, without sentences that have no word."""
-        words, tags = self.columns["tokens"], self.columns.get("tags", "")
-        data = as_lists(data, [words, tags] if answers else [words])
+        data, words, tags = self._sentences(data, answers=answers, notes=self.notes)
         number = {name: index for index, name in enumerate(self.labels or [])}
         read = label_reader(data, tags, self.recipe.labels) if answers else None
         features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
@@ -181,14 +201,17 @@ class TokenClassification(Task):
         }
 
     def show(self, result: np.ndarray, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The words and their tags; words behind `max_length`, or empty to the tokenizer, have an empty one."""
-        names, words = self.labels or [], _as_list(row[self.columns["tokens"]])
+        """The words and their tags; words behind `max_length`, or empty to the tokenizer, have an empty one. Of a text
+        that came whole, the spans too."""
+        names, text = self.labels or [], row.get(self.columns.get("text", ""), "")
+        words = [text[a:b] for a, b in words_of(text)] if text else _as_list(row[self.columns["tokens"]])
         ((_, owner),) = self._tokens([words])
         tags = ["" for _ in words]
         for index, word in reversed(list(enumerate(owner))):
             if word is not None:
                 tags[word] = names[int(result[index].argmax())]
-        return {"tokens": words, "tags": tags}
+        spans = {"spans": marked(text, tags)} if "text" in self.columns else {}
+        return {"tokens": words, "tags": tags, **spans}
 
 
 def as_lists(data: Dataset, columns: Sequence[str]) -> Dataset:

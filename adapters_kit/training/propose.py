@@ -17,6 +17,7 @@ from adapters_kit.errors import DataError, did_you_mean
 from adapters_kit.recipe import Recipe, known_flags
 from adapters_kit.recipe_text import dump
 from adapters_kit.task_table import TASKS
+from adapters_kit.tasks.marked_text import holds_spans
 from adapters_kit.training import data
 from adapters_kit.training.resolve import rows_of
 
@@ -135,6 +136,8 @@ def _is_label(rows: Dataset, name: str) -> bool:
 def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
     """Whether columns of the right names hold the right kind of thing."""
     kinds = {role: rows.features[column] for role, column in columns.items()}
+    if task == "token-classification" and "spans" in columns:
+        return _is_text(kinds["text"]) and any(map(holds_spans, rows[:_LOOKED_AT][columns["spans"]]))
     if task == "token-classification":
         return all(isinstance(kinds[role], Sequence | list) or "List" in type(kinds[role]).__name__ for role in kinds)
     if task == "image-classification":
@@ -157,7 +160,7 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
         return "prompts with their answers"
     return {
         "text-classification": "a text and a column of labels",
-        "token-classification": "words with a tag each",
+        "token-classification": "spans of a text" if "spans" in columns else "words with a tag each",
         "question-answering": "questions with their context and answers",
         "seq2seq": "one text for each other text",
         "image-classification": "images with a class each",

@@ -31,6 +31,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversation", "conversations", "chat"),
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels", "pos_tags"),
+    "spans": ("spans", "entities", "ents", "label", "labels", "annotations", "annotation", "ner"),
     "question": ("question", "query"),
     "context": ("context", "passage", "paragraph"),
     "answers": ("answers", "answer"),

@@ -11,12 +11,13 @@ import pyarrow as pa
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.training.data.annotators import exported, pair_row
 from adapters_kit.training.data.encoding import encoding_of
 from adapters_kit.training.data.json_tables import Row, tables
 
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
 # Keys under which documents keep their rows, beside keys that tell about them.
-_HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
+_HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results", "annotations")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 
@@ -36,7 +37,7 @@ def _line_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row, int
         if not line.strip():
             continue
         place = f"line {number}"
-        value = _parsed(path, line, place)
+        value = pair_row(_parsed(path, line, place))
         if not isinstance(value, dict):
             raise DataError(f"{path}, {place}: each line is one {{...}} object, this is {line.strip()[:80]}")
         yield place, value, len(line)
@@ -213,6 +214,7 @@ def _rows_of_list(items: Sequence[Any], path: Path, notes: Notes) -> Sequence[Ro
         return [{"text": item} for item in items]
     if items and all(_is_conversation(item) for item in items):
         return [{"messages": item} for item in items]
+    items = exported(items, path, notes)
     for number, item in enumerate(items, 1):
         if not isinstance(item, Mapping):
             raise DataError(f"{path} holds no list of objects: row {number} is {item!r:.80}.")
@@ -249,11 +251,13 @@ def _squad_rows(article: Row) -> Iterator[Row]:
 
 
 def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    """Whether it is a list of objects, or of what annotators' tools write in their place."""
+    filled = [pair_row(item) for item in value if item is not None] if isinstance(value, list) else []
+    return bool(filled) and all(isinstance(item, Mapping) for item in filled)
 
 
 def _is_conversation(value: Any) -> bool:
-    return _is_rows(value) and all({"role", "from"} & set(turn) for turn in value)
+    return _is_rows(value) and all(isinstance(turn, Mapping) and {"role", "from"} & set(turn) for turn in value)
 
 
 def _looks_like_a_row(value: Row) -> bool:

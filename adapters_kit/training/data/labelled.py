@@ -67,7 +67,7 @@ def _columns_of(rows: Dataset, task: Task, source: Source) -> Dataset:
 def _refuse_unlabelled(task: Task, rows: Dataset) -> None:
     missing = task.unlabelled(rows)
     if missing:
-        column = task.columns[task.targets[0]]
+        column = task.target
         raise DataError(
             f"{len(missing):,} of {len(rows):,} training rows have no label in column {column!r}: "
             f"{_numbers(missing)}. Give "
@@ -84,7 +84,7 @@ def labelled(task: Task, rows: Dataset, part: str) -> Dataset:
     missing = task.unlabelled(rows)
     if not missing:
         return rows
-    column = task.columns[task.targets[0]]
+    column = task.target
     if len(missing) == len(rows):
         raise DataError(
             f"No row of {part!r} has a label in column {column!r}, so that nothing can be scored. Name other rows: "
