@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from adapters_kit.artifacts import foreign
+from adapters_kit.artifacts import foreign, mlx
 from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.record_reader import read_record
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> Any:
     from adapters_kit.peft_plugin import peft_methods
 
     folder = adapter_folder(folder)
-    raw = _read_raw(folder)
+    raw = read_raw(folder)
     kind = raw.get("peft_type")
     if str(kind).lower() not in peft_methods():
         _register_ours()
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> Any:
         )
     check_options(folder, raw)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**raw))
     except Exception as error:  # peft raises whatever the fields provoke
         raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
     for name in ("target_modules", "modules_to_save", "target_parameters", "exclude_modules"):
@@ -119,7 +119,12 @@ def check_options(folder: Path, raw: Mapping[str, Any]) -> None:
         raise ShippingError(foreign.upgrade(folder / CONFIG, raw, strange, peft.__version__))
 
 
-def _read_raw(folder: Path) -> dict[str, Any]:
+def read_raw(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter folder as peft writes it, not looked into; MLX-LM's is translated.
+
+    Raises:
+        ShippingError: no adapter there, or one of another tool: which, and what to do.
+    """
     if not (folder / CONFIG).is_file():
         if not folder.exists():
             raise ShippingError(f"There is no {folder}.")
@@ -127,8 +132,11 @@ def _read_raw(folder: Path) -> dict[str, Any]:
         told = foreign.told(folder, {})
         raise ShippingError(told or f"No {CONFIG} in {folder}, so it is not an adapter folder.{hint}")
     raw = read_json(folder / CONFIG)
+    if mlx.is_mlx(folder, raw):
+        return mlx.as_peft(folder, raw)
     if (told := foreign.told(folder, raw)) is not None:
         raise ShippingError(told)
+    raw.pop("runtime_config", None)  # about the run that wrote it
     return raw
 
 
@@ -148,8 +156,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             in other files of the folder, which would be lost.
     """
     folder = adapter_folder(folder)
-    read = WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE
-    if read == WEIGHTS:
+    read = {WEIGHTS if (folder / WEIGHTS).is_file() else PICKLE}
+    if (folder / CONFIG).is_file() and mlx.is_mlx(folder, read_json(folder / CONFIG)):
+        read = {mlx.FILE, *(path.name for path in folder.glob(f"[0-9]*_{mlx.FILE}"))}  # and as it was before
+        weights = dict(mlx.weights(folder))
+    elif read == {WEIGHTS}:
         with open_file(folder / WEIGHTS) as file:
             weights = {name: file.read(name) for name in file.tensors}
     elif (folder / PICKLE).is_file():
@@ -158,7 +169,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ShippingError(told)
     else:
         raise ShippingError(f"Neither {WEIGHTS} nor {PICKLE} in {folder}: the adapter has no weights.")
-    check_all_read(folder, {read}, weights)
+    check_all_read(folder, read, weights)
     weights = foreign.unnamed(weights)
     empty = [name for name, tensor in weights.items() if not tensor.numel()]
     if empty:
@@ -225,7 +236,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
         folder: an adapter folder, or a run folder with one inside.
     """
     folder = adapter_folder(folder)
-    raw = _read_raw(folder)
+    raw = read_raw(folder)
     if str(raw.get("peft_type")).lower() != "lora":
         read_config(folder)  # an unknown method is told before anything about its weights
     check_fields(folder, raw)

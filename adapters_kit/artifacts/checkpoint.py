@@ -118,7 +118,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except OSError as error:
         raise ShippingError(f"{path} cannot be read: {error.strerror}.") from error
     header = _parse_json(raw, path, "the header")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _refuse(path, "__metadata__ is not a table of strings")
     data_start = 8 + length
@@ -290,7 +291,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     folder = Path(folder)
     single, index = folder / SINGLE, folder / INDEX
-    if single.is_file() and index.is_file():
+    # MLX writes an index to a single file, too.
+    if single.is_file() and index.is_file() and read_index(index)[0] != dict.fromkeys(read_header(single)[0], SINGLE):
         raise ShippingError(
             f"{folder} holds both {SINGLE} and {INDEX}: one of them is left over from an older save, and readers "
             "disagree which to take. Remove the stale one."

@@ -1,8 +1,7 @@
 """Adapter folders that other tools wrote: which tool, and what to do where its format is not peft's.
 
 Unsloth, axolotl, LLaMA-Factory, TRL, ms-swift and torchtune's Hugging Face checkpointer write peft's format, which is
-read as it is. Nothing is computed from a format that cannot be proved here: MLX-LM, for one, leaves out of its file
-which of the base's tensors it had renamed.
+read as it is; MLX-LM's is translated (`mlx`). Nothing is computed from a format that cannot be proved from its files.
 """
 
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapters_kit.artifacts import mlx
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.unread import PEFTS, tensor_names, weight_files
 from adapters_kit.errors import ShippingError
@@ -48,20 +48,23 @@ _FORMATS = (
     _Format(
         ("adapters.safetensors", "adapters.npz", "[0-9]*_adapters.safetensors"),
         ("lora_parameters", "fine_tune_type"),
-        "{folder} was written by MLX-LM, in a format of its own. Merge it there: mlx_lm.fuse --model BASE "
-        "--adapter-path {folder} --save-path MERGED; the folder MERGED loads here as a model.",
+        "{folder} was written by MLX-LM or a tool like it, in a format of its own. " + mlx.WAY_OUT,
     ),
     _Format(
         ("adapter_[0-9]*.pt", "adapter_model.pt", "*/adapter_[0-9]*.pt", "epoch_*/adapter_model.pt"),
         (),
-        "{folder} holds torchtune's own format ({file}). torchtune writes peft's beside it where the recipe's "
-        "checkpointer is FullModelHFCheckpointer: save with that, and take the folder with adapter_model.safetensors.",
+        "{folder} holds torchtune's own format ({file}). torchtune writes peft's where the recipe's checkpointer is "
+        "FullModelHFCheckpointer. Of a Llama or a Mistral, what is here converts there: torchtune.models.convert_weights."
+        "tune_to_peft_adapter_weights(torch.load('{file}'), num_heads=…, num_kv_heads=…, dim=…) with the numbers of the "
+        "base's config.json; save that as adapter_model.safetensors, beside an adapter_config.json of peft's "
+        "LoraConfig with the recipe's rank and alpha.",
     ),
     _Format(
         ("lit_model*lora*", "iter-*ckpt.lora", "lit-llama*lora*"),
         (),
         "{folder} was written by LitGPT ({file}). Merge it there: litgpt merge_lora {folder}, then litgpt "
-        "convert_from_litgpt; what that writes loads here as a model.",
+        "convert_from_litgpt {folder} OUT; rename OUT/model.pth to pytorch_model.bin and put the base's config.json and "
+        "tokenizer beside it: OUT loads here as a model.",
     ),
     _Format(
         ("lit_model*adapter*",),
@@ -154,13 +157,25 @@ def told(folder: Path, raw: Mapping[str, Any]) -> str | None:
             f"{folder} was written by ms-swift with a tuner of its own ({raw['swift_type']!r}). Merge it there: "
             f"swift export --adapters {folder} --merge_lora true; the result loads here as a model."
         )
-    if not raw and _is_opendelta(folder / "config.json"):
+    if not raw and _is_opendelta(folder):
         raw = {"delta_type": None}
     for one in _FORMATS:
         file = next((path for pattern in one.files for path in sorted(folder.glob(pattern))), None)
         if file is not None or any(key in raw for key in one.keys):
             return one.text.format(folder=folder, file=file and file.relative_to(folder))
     return _whole_state(folder) or (_unknown(folder) if not raw else None)
+
+
+def check_either(folder: Path) -> None:
+    """Refuse a folder that holds neither an adapter nor a model.
+
+    Raises:
+        ShippingError: with the tool that wrote it and what to do, where that can be told.
+    """
+    if (folder / ADAPTER_CONFIG).is_file() or ((folder / "config.json").is_file() and not _is_opendelta(folder)):
+        return
+    neither = f"{folder} holds neither an adapter ({ADAPTER_CONFIG}) nor a model (config.json)."
+    raise ShippingError((told(folder, {}) if folder.exists() else None) or neither)
 
 
 def _several(folder: Path) -> str | None:
@@ -225,7 +240,8 @@ def _unknown(folder: Path) -> str | None:
     )
 
 
-def _is_opendelta(config: Path) -> bool:
+def _is_opendelta(folder: Path) -> bool:
+    config = folder / "config.json"
     try:
         return config.is_file() and config.stat().st_size < 1 << 20 and b'"delta_type"' in config.read_bytes()
     except OSError:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapters_kit.artifacts.adapter import read_config
+from adapters_kit.artifacts.adapter import CONFIG, read_config, read_raw
 from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.identity import base_hashes
@@ -72,6 +72,8 @@ def record_base(
         ShippingError: no adapter there, or no such base.
     """
     folder = Path(adapter)
+    if not (folder / CONFIG).is_file():
+        read_raw(folder)  # refuses it
     name = base if base is not None else read_config(folder).base_model_name_or_path
     if not name:
         raise ShippingError(f"{folder} does not say which model it was trained on. Say it: ak.record(folder, base).")

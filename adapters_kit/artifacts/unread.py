@@ -78,6 +78,7 @@ def check_all_read(folder: Path, read: Collection[str], weights: Mapping[str, to
     Raises:
         ShippingError: names the file, what it holds, who writes such a file, and what to do.
     """
+    unread: list[Path] = []
     for path in weight_files(folder):
         name = path.relative_to(folder).as_posix()
         if name in read or _is_copy(path, weights):
@@ -87,15 +88,23 @@ def check_all_read(folder: Path, read: Collection[str], weights: Mapping[str, to
                 f"{folder} holds both {WEIGHTS} and {PICKLE}, with other weights in each: one of them is left over "
                 "from an older save. Remove the stale one."
             )
-        known = next(((what, way) for start, what, way in _WHOSE if re.match(start, name, re.IGNORECASE)), None)
-        if known is None and not _names_weights(path):
+        if _whose(name) is None and not _names_weights(path):
             warnings.warn(f"{path} is not read: nothing in it is named as weights are.", UserWarning, stacklevel=4)
             continue
-        what, way = known or ("weights of a kind that is not known here", "Load it with the code that wrote it.")
+        unread.append(path)
+    if unread:
+        names = [path.relative_to(folder).as_posix() for path in unread]
+        what, way = _whose(names[0]) or ("weights of a kind that is not known here", "Load it with the code that wrote it.")
         raise ShippingError(
-            f"{folder} holds {name} beside the adapter{_content(path)}: {what}. It is not read here, and without it "
-            f"the model would compute something else. {way} To have the adapter alone, move {name} out of the folder."
+            f"{folder} holds {names[0]} beside the adapter{_content(unread[0])}: {what}. It is not read here, and "
+            f"without it the model would compute something else. {way} To have the adapter alone, move "
+            f"{', '.join(names)} out of the folder."
         )
+
+
+def _whose(name: str) -> tuple[str, str] | None:
+    """What a file of that name holds, and the way to have it."""
+    return next(((what, way) for start, what, way in _WHOSE if re.match(start, name, re.IGNORECASE)), None)
 
 
 def weight_files(folder: Path) -> Iterator[Path]:
@@ -166,12 +175,21 @@ def _unpickled(path: Path, device: str) -> dict[str, torch.Tensor]:
 def _is_copy(path: Path, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether every tensor of a file is one that was read."""
     names = [] if path.suffix == ".npz" else tensor_names(path)
-    if not names or not weights.keys() >= set(names):
+    if not names:
         return False
+    if not weights.keys() >= set(names):
+        return len(names) == len(weights) and path.suffix == ".pt" and _is_reordered(_unpickled(path, "cpu"), weights)
     if path.suffix == ".safetensors":
         with open_file(path) as file:
             return all(torch.equal(file.read(name), weights[name]) for name in names)
     return all(torch.equal(tensor, weights[name]) for name, tensor in _unpickled(path, "cpu").items())
+
+
+def _is_reordered(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a file holds the numbers that were read under other names and in another order: torchtune writes its own
+    form, whose heads lie in another order, beside peft's."""
+    both = [torch.cat([one.flatten().float() for one in table.values()]) for table in (tensors, weights)]
+    return both[0].shape == both[1].shape and torch.equal(both[0].sort().values, both[1].sort().values)
 
 
 def _names_weights(path: Path) -> bool:

@@ -14,12 +14,14 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit import tasks
-from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
+from adapters_kit.artifacts import foreign
+from adapters_kit.artifacts.adapter import CONFIG, adapter_folder, read_raw
 from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.methods.adapterhub.folder import is_adapterhub
 from adapters_kit.names import looks_like_path
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
@@ -60,14 +62,17 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
             # A run may come from elsewhere: what its author trusted is for whoever asks to say again.
             recipe = recipe.changed(trust_remote_code=False)
             return (recipe.changed(**recipe_keys) if recipe_keys else recipe), folder
-        base = named_base(folder, read_json(folder / CONFIG).get("base_model_name_or_path"))
+        raw = read_json(folder / CONFIG) if is_adapterhub(folder) else read_raw(folder)
+        base = named_base(folder, raw.get("base_model_name_or_path"))
         if not base and "model" not in recipe_keys:
             raise ModelError(f"{folder} does not say which model it sits on: give model=BASE.")
-        found = _told(read_json(folder / CONFIG).get("task_type"))
+        found = _told(raw.get("task_type"))
         if "task" not in recipe_keys and found is None:
             raise ModelError(f"{folder} has no recipe.yaml beside it: say which task it is for, task=TASK. {_TASKS}")
         return _bare(str(recipe_keys.get("model", base)), {**({"task": found} if found else {}), **recipe_keys}), folder
     _check_name(name, path)
+    if path.is_dir():
+        foreign.check_either(path)
     if "task" not in recipe_keys:
         known = task_of_model(path)
         if not known:

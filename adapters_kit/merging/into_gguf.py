@@ -32,6 +32,7 @@ from adapters_kit.loading import load, skeleton
 from adapters_kit.loading.gguf import Kept, kept_weights
 from adapters_kit.merging.lora_rounding import calibration_tokens, round_in
 from adapters_kit.methods.blocks.layer import BlocksLayer
+from adapters_kit.wrapping import wrap
 
 SUFFIX = ".adapters_kit.json"  # beside the file, since not one byte inside it says what was trained
 COPY = 1 << 24  # bytes
@@ -229,7 +230,8 @@ def _rounded(
 
 
 def _tuned(adapter: Adapter, base: Path) -> PeftModel:
-    return PeftModel.from_pretrained(load(base, quantize="keep", dtype="float32"), str(adapter.folder)).eval()
+    bare = load(base, quantize="keep", dtype="float32")
+    return wrap(bare, adapter.folder, fuse=False, force=True).eval()  # whose base was compared before
 
 
 def _in_file_order(kept: Kept, raw: Tensor) -> memoryview:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapters_kit.artifacts import mlx
 from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.checkpoint import Checkpoint, open_checkpoint
 from adapters_kit.artifacts.files import write_text
@@ -170,6 +171,8 @@ def merge(
         begin = time.perf_counter()
         hashing = beside.submit(base_hashes, source)
         raw = read_base_config(folder)
+        for one in order.adapters:
+            mlx.check_base(one.folder, raw)
         _check_known(order, source, base, checkpoint, raw)
         job = plan(order, checkpoint, raw)
         if job.updates:  # the plain road hashes while it writes

@@ -18,11 +18,10 @@ from peft import (
 from peft.utils import set_peft_model_state_dict
 from torch import nn
 
-from adapters_kit.artifacts import foreign
-from adapters_kit.artifacts.adapter import check_fields, check_options, check_sizes, read_weights
-from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts import mlx
+from adapters_kit.artifacts.adapter import check_fields, check_options, check_sizes, read_raw, read_weights
 from adapters_kit.artifacts.patterns import check_patterns
-from adapters_kit.errors import ModelError, ShippingError, did_you_mean, gist
+from adapters_kit.errors import ModelError, did_you_mean, gist
 from adapters_kit.methods.adapterhub import folder as adapterhub
 from adapters_kit.methods.configs import config_to_options, infer_task_type, task_heads
 from adapters_kit.methods.moved import names_now, targets_now
@@ -61,15 +60,14 @@ def read_saved(folder: Path, base: nn.Module) -> Saved:
         config.task_type = task
         config.modules_to_save = task_heads(base) or None
         return Saved(folder, config, state, lends_head=True)
-    raw = read_json(folder / ADAPTER_CONFIG)
-    if (told := foreign.told(folder, raw)) is not None:
-        raise ShippingError(told)
+    raw = read_raw(folder)
+    mlx.check_base(folder, getattr(base, "config", None))
     check_fields(folder, raw)
     check_patterns(raw, [path for path, _ in base.named_modules()])
     state = read_weights(folder)
     check_sizes(folder, raw, state)
     try:
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**raw))
     except KeyError as error:
         kind = error.args[0]
         raise ModelError(

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import CONFIG, Adapter, adapter_folder, read_adapter
 from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.leaks import Leak, find_leaks
+from adapters_kit.artifacts.unread import PEFTS
 from adapters_kit.errors import ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.serving.rules import RULES, VERSIONS, VLLM_RANKS, Problem, missing_base, model_problems, other_version
 from adapters_kit.serving.start import modelfile, vllm_command
@@ -84,10 +86,9 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     if target not in VERSIONS:
         raise UnknownNameError(f"Unknown target {target!r}. {did_you_mean(target, VERSIONS)}")
     path = adapter_folder(folder)
+    foreign.check_either(path)
     report = CheckReport(path, target, leaks=find_leaks(path), other=other_version(target))
     if not (path / CONFIG).is_file():
-        if not (path / "config.json").is_file():
-            raise ShippingError(f"{path} holds neither an adapter ({CONFIG}) nor a model (config.json).")
         report.problems += _model_problems(path, target)
         report.start = _start(path, target, None) if report else ""
         return report
@@ -96,7 +97,7 @@ def check(folder: str | os.PathLike, target: str = "vllm", *, max_lora_rank: int
     except ShippingError as error:
         report.problems.append(Problem(str(error), "take another checkpoint, or save the adapter again"))
         return report
-    report.problems += _common(adapter)
+    report.problems += _common(adapter, target)
     report.problems += RULES[target](adapter, max_lora_rank)
     report.start = _start(path, target, adapter) if report else ""
     return report
@@ -118,8 +119,13 @@ def _model_problems(path: Path, target: str) -> Iterator[Problem]:
     yield from model_problems(path, target, read_base_config(path))
 
 
-def _common(adapter: Adapter) -> Iterator[Problem]:
+def _common(adapter: Adapter, target: str) -> Iterator[Problem]:
     """What breaks an adapter everywhere."""
+    if not any((adapter.folder / name).is_file() for name in PEFTS):
+        yield Problem(
+            f"it is in another tool's format, which adapters_kit reads and {target} does not",
+            f"adapters-kit export {adapter.folder} peft/ (and check that)",
+        )
     yield from missing_base(adapter)
     sizes = {name: tensor.shape[0] for name, tensor in adapter.weights.items() if ".lora_A." in name}
     zero = [n for n, t in adapter.weights.items() if (".lora_B." in n or "lora_embedding_B" in n) and not t.any()]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from adapters_kit.artifacts.adapter import CONFIG, PICKLE, WEIGHTS, Adapter, adapter_folder, read_adapter
+from adapters_kit.artifacts import foreign
+from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, Adapter, adapter_folder, read_adapter
 from adapters_kit.artifacts.dtypes import as_dtype
 from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors, write_text
@@ -22,6 +23,7 @@ from adapters_kit.artifacts.record_reader import RECORD
 from adapters_kit.artifacts.side_files import copy_card, copy_processor, own_file
 from adapters_kit.artifacts.source import portable_base
 from adapters_kit.artifacts.staging import staged
+from adapters_kit.artifacts.unread import PEFTS
 from adapters_kit.errors import ShippingError
 from adapters_kit.serving.llama_cpp import write_gguf
 
@@ -86,6 +88,7 @@ def export(
     """
     source = adapter_folder(source)
     if format == "gguf":
+        foreign.check_either(Path(source))
         return ExportReport(
             write_gguf(Path(source), Path(out), dtype=dtype or "float16", base=base, overwrite=overwrite)
         )
@@ -120,8 +123,11 @@ def _ship(source: Path, out: Path, overwrite: bool) -> ExportReport:
         _write_side_files(adapter, stage)
         base = portable_base(adapter.base, out)
         write_json(stage / CONFIG, scrubbed(adapter.raw) | {"base_model_name_or_path": base}, sort_keys=True)
-        weights = WEIGHTS if (source / WEIGHTS).is_file() else PICKLE  # the one that was looked at
-        shutil.copyfile(source / weights, stage / weights)
+        stored = next((name for name in PEFTS if (source / name).is_file()), None)  # the one that was looked at
+        if stored is None:
+            write_tensors(stage / WEIGHTS, adapter.weights)  # read from another tool's
+        else:
+            shutil.copyfile(source / stored, stage / stored)
         write_manifest(stage, {"adapter": describe(source), "base": describe(adapter.base or "")})
     return ExportReport(out)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
 from adapters_kit.artifacts.card import split
 from adapters_kit.artifacts.hub_ping import endpoint, reachable
@@ -72,8 +73,7 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     source = adapter_folder(Path(folder))
-    if not (source / CONFIG).is_file() and not (source / "config.json").is_file():
-        raise ShippingError(f"{source} holds neither an adapter ({CONFIG}) nor a model (config.json).")
+    foreign.check_either(source)
     if repo.count("/") != 1:
         raise ShippingError(f"{repo!r} is no hub id: it is OWNER/NAME.")
     _need_hub()

@@ -122,7 +122,7 @@ def _wrong_scale(adapter: Adapter, options: tuple[str, ...]) -> Iterator[Problem
 
 
 def _peft(adapter: Adapter, _: int) -> Iterator[Problem]:
-    raw = read_json(adapter.folder / CONFIG)
+    raw = adapter.raw
     known = set(type(adapter.config).__dataclass_fields__)
     strange = sorted(raw.keys() - known)
     if strange:

@@ -215,3 +215,15 @@ def test_no_weights_says_what_is_there(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ShippingError, match=r"it has pytorch_model\.bin"):
         open_checkpoint(tmp_path)
+
+
+def test_what_mlx_writes_is_read_metadata_null_and_an_index_to_a_single_file(tmp_path):
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"__metadata__": None, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + torch.tensor([1.0, 2.0]).numpy().tobytes())
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file.name}}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read("a").tolist() == [1.0, 2.0] and checkpoint.metadata[file.name] == {}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": file.name}}))
+    with pytest.raises(ShippingError, match="holds both"):
+        open_checkpoint(tmp_path)

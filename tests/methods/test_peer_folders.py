@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import adapters_kit as ak
 from adapters_kit.errors import AdapterError
 from tests.methods.test_combinations import fill
 from tests.methods.test_folders import logits
-from tests.support import small, tiny
+from tests.support import shipping, small, tiny
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -56,18 +56,107 @@ def test_an_option_of_a_newer_peft_is_refused_unless_it_is_off(lora, tmp_path):
 @pytest.mark.parametrize(
     ("tool", "config", "file"),
     [
-        ("MLX-LM", {"fine_tune_type": "lora", "lora_parameters": {"rank": 3}}, "adapters.safetensors"),
+        ("MLX-LM", {"fine_tune_type": "full", "lora_parameters": None}, "adapters.safetensors"),
         ("torchtune", {"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}, "adapter_2.pt"),
         ("LitGPT", None, "lit_model.pth.lora"),
         ("OpenDelta", {"delta_type": "lora", "lora_r": 3}, "pytorch_model.bin"),
         ("ms-swift", {"swift_type": "LLAMAPRO"}, WEIGHTS),
     ],
 )
-@pytest.mark.parametrize("verb", ["wrap", "merge"])
-def test_another_tools_format_is_named_with_the_way_out(tmp_path, tool, config, file, verb):
-    folder = folder_of(tmp_path, config, {"layers.0.attn.q_proj.lora_a.weight": torch.ones(3, 8)}, file)
-    with pytest.raises(AdapterError, match=tool):
-        ak.wrap(tiny.build("llama"), folder) if verb == "wrap" else ak.merge(folder, tmp_path / "out", base="unused")
+def test_another_tools_format_is_named_with_the_way_out_by_every_verb(tmp_path, tool, config, file):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    folder_of(folder, config, {"layers.0.attn.q_proj.lora_a.weight": torch.ones(3, 8)}, file)
+    out = tmp_path / "out"
+    verbs = {
+        "wrap": lambda: ak.wrap(tiny.build("llama"), folder),
+        "merge": lambda: ak.merge(folder, out, base="unused"),
+        "predict": lambda: ak.predict(folder, [{"prompt": "a"}]),
+        "export": lambda: ak.export(folder, out),
+        "gguf": lambda: ak.export(folder, out, format="gguf"),
+        "convert": lambda: ak.convert(folder, to="lora", out=out),
+        "compress": lambda: ak.compress(folder, out),
+    }
+    if config is None:
+        verbs["record"] = lambda: ak.record(folder, small.model("llama"))
+    for verb in verbs.values():
+        with pytest.raises(AdapterError, match=tool):
+            verb()
+    try:
+        found = str(ak.check(folder))
+    except AdapterError as error:
+        found = str(error)
+    assert tool in found and not out.exists()
+
+
+SCALE, RANK = 2.5, 3
+
+
+def mlx(path, kind="lora", **more):
+    """A folder as MLX-LM 0.32 writes it, for the last layer of a tiny Llama, and the model it stands for in float64: by
+    its documents `W + scale · (A B)ᵀ`, where DoRA gives every row the length m."""
+    path.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model, tensors = tiny.build("llama").double().eval(), {}
+    for place in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        linear = model.get_submodule(f"model.layers.1.{place}")
+        a, b = torch.randn(linear.in_features, RANK) * 0.2, torch.randn(RANK, linear.out_features) * 0.2
+        m = linear.weight.detach().norm(dim=1).float() * 1.3
+        tensors |= {f"model.layers.1.{place}.lora_a": a, f"model.layers.1.{place}.lora_b": b}
+        tensors |= {f"model.layers.1.{place}.m": m} if kind == "dora" else {}
+        with torch.no_grad():
+            new = linear.weight + SCALE * (a.double() @ b.double()).T
+            linear.weight.copy_(new if kind == "lora" else m.double()[:, None] * new / new.norm(dim=1, keepdim=True))
+    save_file(tensors, path / "adapters.safetensors")
+    save_file(tensors, path / "0000100_adapters.safetensors")
+    options = {"rank": RANK, "dropout": 0.0, "scale": SCALE} | more
+    config = {"model": str(small.model("llama")), "fine_tune_type": kind, "num_layers": 1, "lora_parameters": options}
+    (path / CONFIG).write_text(json.dumps(config))
+    return path, logits(model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_mlx_lms_adapters_are_read(tmp_path, kind):
+    folder, expected = mlx(tmp_path / "a", kind)
+    torch.testing.assert_close(logits(ak.wrap(tiny.build("llama").double(), folder)), expected, rtol=1e-6, atol=1e-6)
+    report = ak.merge(folder, tmp_path / "merged", base="original")
+    assert "same function" in str(report)
+    torch.testing.assert_close(logits(shipping.load(tmp_path / "merged")).double(), expected, rtol=1e-4, atol=1e-4)
+    assert "adapters-kit export" in str(ak.check(folder, "vllm"))
+    ak.export(folder, tmp_path / "peft")
+    plain = PeftModel.from_pretrained(tiny.build("llama").double(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path):
+    folder, _ = mlx(tmp_path / "a", alpha=6)
+    with pytest.raises(AdapterError, match="alpha in lora_parameters meant another scale"):
+        ak.wrap(tiny.build("llama"), folder)
+    folder, _ = mlx(tmp_path / "a")
+    with pytest.raises(AdapterError, match="multiplier=.*may have multiplied into the weights.*mlx_lm.fuse"):
+        ak.wrap(tiny.build("granite"), folder)
+    save_file({"model.layers.1.mlp.switch_mlp.up_proj.lora_a": torch.ones(4, 3, 8)}, folder / "adapters.safetensors")
+    with pytest.raises(AdapterError, match=r"switch_mlp.up_proj.lora_a \(4, 3, 8\) is no factor"):
+        ak.merge(folder, tmp_path / "out", base="original")
+
+
+def test_a_base_that_mlx_had_quantized_is_told(tmp_path):
+    folder, _ = mlx(tmp_path / "a")
+    config = json.loads((folder / CONFIG).read_text()) | {"model": "mlx-community/Tiny-4bit"}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="MLX had quantized.*--dequantize"):
+        ak.wrap(tiny.build("llama"), folder)
+
+
+def test_torchtunes_own_form_beside_pefts_is_the_same_adapter(lora, tmp_path):
+    config, tensors, expected = lora
+    folder = folder_of(tmp_path, config, tensors)
+    own = {f"layers.{number}.weight": tensor.flip(0) for number, tensor in enumerate(tensors.values())}
+    torch.save(own, folder / "adapter_model.pt")
+    torch.testing.assert_close(logits(ak.wrap(tiny.build("llama"), folder)), expected)
+    torch.save(own | {"layers.0.weight": torch.ones(3, 64)}, folder / "adapter_model.pt")
+    with pytest.raises(AdapterError, match="holds adapter_model.pt beside the adapter"):
+        ak.wrap(tiny.build("llama"), folder)
 
 
 @pytest.mark.parametrize(
