@@ -29,7 +29,9 @@ WAY_OUT = (
 
 def is_mlx(folder: Path, raw: Mapping[str, Any]) -> bool:
     """Whether a folder with the `adapter_config.json` in `raw` is MLX-LM's, in the form that it has had since 2024."""
-    return "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw) and (folder / FILE).is_file()
+    return (
+        "peft_type" not in raw and ("lora_parameters" in raw or "fine_tune_type" in raw) and (folder / FILE).is_file()
+    )
 
 
 def as_peft(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:

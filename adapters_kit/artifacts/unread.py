@@ -94,7 +94,10 @@ def check_all_read(folder: Path, read: Collection[str], weights: Mapping[str, to
         unread.append(path)
     if unread:
         names = [path.relative_to(folder).as_posix() for path in unread]
-        what, way = _whose(names[0]) or ("weights of a kind that is not known here", "Load it with the code that wrote it.")
+        what, way = _whose(names[0]) or (
+            "weights of a kind that is not known here",
+            "Load it with the code that wrote it.",
+        )
         raise ShippingError(
             f"{folder} holds {names[0]} beside the adapter{_content(unread[0])}: {what}. It is not read here, and "
             f"without it the model would compute something else. {way} To have the adapter alone, move "

@@ -133,10 +133,10 @@ def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="alpha in lora_parameters meant another scale"):
         ak.wrap(tiny.build("llama"), folder)
     folder, _ = mlx(tmp_path / "a")
-    with pytest.raises(AdapterError, match="multiplier=.*may have multiplied into the weights.*mlx_lm.fuse"):
+    with pytest.raises(AdapterError, match=r"multiplier=.*may have multiplied into the weights.*mlx_lm\.fuse"):
         ak.wrap(tiny.build("granite"), folder)
     save_file({"model.layers.1.mlp.switch_mlp.up_proj.lora_a": torch.ones(4, 3, 8)}, folder / "adapters.safetensors")
-    with pytest.raises(AdapterError, match=r"switch_mlp.up_proj.lora_a \(4, 3, 8\) is no factor"):
+    with pytest.raises(AdapterError, match=r"switch_mlp\.up_proj\.lora_a \(4, 3, 8\) is no factor"):
         ak.merge(folder, tmp_path / "out", base="original")
 
 
@@ -144,7 +144,7 @@ def test_a_base_that_mlx_had_quantized_is_told(tmp_path):
     folder, _ = mlx(tmp_path / "a")
     config = json.loads((folder / CONFIG).read_text()) | {"model": "mlx-community/Tiny-4bit"}
     (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="MLX had quantized.*--dequantize"):
+    with pytest.warns(UserWarning, match=r"MLX had quantized.*--dequantize"):
         ak.wrap(tiny.build("llama"), folder)
 
 
@@ -155,7 +155,7 @@ def test_torchtunes_own_form_beside_pefts_is_the_same_adapter(lora, tmp_path):
     torch.save(own, folder / "adapter_model.pt")
     torch.testing.assert_close(logits(ak.wrap(tiny.build("llama"), folder)), expected)
     torch.save(own | {"layers.0.weight": torch.ones(3, 64)}, folder / "adapter_model.pt")
-    with pytest.raises(AdapterError, match="holds adapter_model.pt beside the adapter"):
+    with pytest.raises(AdapterError, match=r"holds adapter_model\.pt beside the adapter"):
         ak.wrap(tiny.build("llama"), folder)
 
 
