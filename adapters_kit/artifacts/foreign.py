@@ -54,17 +54,17 @@ _FORMATS = (
         ("adapter_[0-9]*.pt", "adapter_model.pt", "*/adapter_[0-9]*.pt", "epoch_*/adapter_model.pt"),
         (),
         "{folder} holds torchtune's own format ({file}). torchtune writes peft's where the recipe's checkpointer is "
-        "FullModelHFCheckpointer. Of a Llama or a Mistral, what is here converts there: torchtune.models.convert_weights."
-        "tune_to_peft_adapter_weights(torch.load('{file}'), num_heads=…, num_kv_heads=…, dim=…) with the numbers of the "
-        "base's config.json; save that as adapter_model.safetensors, beside an adapter_config.json of peft's "
-        "LoraConfig with the recipe's rank and alpha.",
+        "FullModelHFCheckpointer. Of a Llama or a Mistral, what is here converts there: "
+        "torchtune.models.convert_weights.tune_to_peft_adapter_weights(torch.load('{file}'), num_heads=…, "
+        "num_kv_heads=…, dim=…) with the numbers of the base's config.json; save that as adapter_model.safetensors, "
+        "beside an adapter_config.json of peft's LoraConfig with the recipe's rank and alpha.",
     ),
     _Format(
         ("lit_model*lora*", "iter-*ckpt.lora", "lit-llama*lora*"),
         (),
         "{folder} was written by LitGPT ({file}). Merge it there: litgpt merge_lora {folder}, then litgpt "
-        "convert_from_litgpt {folder} OUT; rename OUT/model.pth to pytorch_model.bin and put the base's config.json and "
-        "tokenizer beside it: OUT loads here as a model.",
+        "convert_from_litgpt {folder} OUT; rename OUT/model.pth to pytorch_model.bin and put the base's config.json "
+        "and tokenizer beside it: OUT loads here as a model.",
     ),
     _Format(
         ("lit_model*adapter*",),

@@ -96,8 +96,8 @@ def check_base(folder: Path, config: Any) -> None:
         return
     if _quantized(str(raw.get("model"))):
         warnings.warn(
-            f"{folder} was trained by MLX-LM on {raw['model']}, whose weights MLX had quantized: on a base that was not, "
-            f"it computes something near to what was trained, and not the same. {WAY_OUT.format(folder=folder)}",
+            f"{folder} was trained by MLX-LM on {raw['model']}, whose weights MLX had quantized: on a base that was "
+            f"not, it computes something near to what was trained, and not the same. {WAY_OUT.format(folder=folder)}",
             UserWarning,
             stacklevel=2,
         )
