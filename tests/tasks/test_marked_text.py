@@ -158,7 +158,7 @@ def test_words(text, words):
 def test_a_run_answers_with_spans(tmp_path):
     rows = [{"text": TEXT, "spans": SAID} for _ in range(24)]
     recipe = {"model": str(small.model("bert")), "task": "token-classification", "data": rows}
-    training = {"epochs": 6, "learning_rate": 3e-2, "samples": 2, "batch_size": 4}
+    training = {"epochs": 12, "learning_rate": 1e-2, "samples": 2, "batch_size": 4}
     run = ak.train({**recipe, "training": training}, tmp_path / "run", quiet=True)
     assert run.metrics["f1"] == 1.0
     expected = [{"start": a, "end": b, "label": c, "text": TEXT[a:b]} for a, b, c in MARKS]
