@@ -13,6 +13,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 
 import adapters_kit as ak
 from adapters_kit.artifacts.proof import make_proof, runner
@@ -62,6 +63,7 @@ def shipped(smollm2_blocks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("live")
     base = convert_gguf(smollm2_blocks(8), folder / "base")
     config = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear")
+    torch.manual_seed(0)
     tuned = train_on(base, config, folder / "adapter", scale=0.02)
     ak.record(folder / "adapter", base)
     plain = load(base)
@@ -74,7 +76,7 @@ def shipped(smollm2_blocks, tmp_path_factory):
     (folder / "twice/adapter_config.json").write_text(json.dumps(told | {"lora_alpha": 2 * told["lora_alpha"]}))
     ak.export(folder / "twice", folder / "twice.gguf", format="gguf", dtype="float32", base=base)
     ak.merge(folder / "adapter", folder / "merged", verify="off")
-    ak.export(folder / "merged", folder / "q4.gguf", format="gguf", dtype="q4_k_m")
+    ak.export(folder / "merged", folder / "q8.gguf", format="gguf", dtype="q8_0")
     shutil.rmtree(folder / "merged")
     return folder
 
@@ -86,9 +88,9 @@ def shipped(smollm2_blocks, tmp_path_factory):
         ("base.gguf", None, None, "the base"),
         ("base.gguf", "twice.gguf", None, "cannot tell"),
         ("base.gguf", "adapter.gguf", "llama-2", "another template"),
-        ("q4.gguf", None, None, "quantized"),
+        ("q8.gguf", None, None, "quantized"),
     ],
-    ids=["right adapter", "no adapter", "wrong scale", "wrong template", "q4 file"],
+    ids=["right adapter", "no adapter", "wrong scale", "wrong template", "q8 file"],
 )
 def test_what_answers(file, lora, template, verdict, shipped):
     options = {"lora_path": shipped / lora} if lora else {}
