@@ -68,7 +68,8 @@ def load(
     """The model called `name` with the head of `task`, in eval mode.
 
     Modules that the checkpoint does not have, such as a new classifier, start at random. Their paths are in the
-    returned model's `fresh_modules`; `wrap` trains and saves them with the adapter.
+    returned model's `fresh_modules`; `wrap` trains and saves them with the adapter. The names that the checkpoint gave
+    the outputs of its head are in `saved_labels`.
 
     Args:
         name: hub id, local folder, or the path of a .gguf file (unpacked: its weights become ordinary tensors).
@@ -112,7 +113,7 @@ def load(
         file_in_blocks(source)
     config = _read_config(source, revision, trust_remote_code)
     auto_class = _class_for(config, task, source)
-    _set_labels(config, task, labels)
+    saved_labels = _set_labels(config, task, labels)
     saved_as = _saved_kind(config)
     if quantize is not None and saved_as is not None:
         if quantize != saved_as:
@@ -159,6 +160,7 @@ def load(
         if not getattr(model, "is_quantized", False):
             quantize_in_place(model, wanted, plan)
     _check_complete(model, info, source, labels)
+    model.saved_labels = saved_labels
     _finish(model, source, task, norms_fp32)
     return model
 
@@ -258,17 +260,21 @@ def _check_labels(labels: Sequence[str] | None, task: str) -> None:
         raise ModelError(f"labels={list(labels)!r}: {twice[0]!r} is there twice.")
 
 
-def _set_labels(config: PreTrainedConfig, task: str | None, labels: Sequence[str] | None) -> None:
+def _set_labels(config: PreTrainedConfig, task: str | None, labels: Sequence[str] | None) -> list[str]:
+    """Names the outputs; returns what the checkpoint called its own."""
+    own = [config.id2label[index] for index in sorted(config.id2label)]
     if task == "question-answering":
         config.num_labels = 2  # a start and an end, whatever the checkpoint classified before
     if labels is None:
-        return
-    own = [config.id2label[index] for index in sorted(config.id2label)]
+        return own
     # A head trained on these very classes has its own order of them: renaming its outputs would swap the classes.
-    names = own if sorted(own) == sorted(labels) else list(labels)
+    names, alike = list(labels), [label.strip().casefold() for label in own]
+    if sorted(alike) == sorted(label.strip().casefold() for label in labels) and len({*alike}) == len(alike):
+        names.sort(key=lambda label: alike.index(label.strip().casefold()))
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {label: index for index, label in enumerate(names)}
+    return own
 
 
 def _read_config(source: Source, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

@@ -269,3 +269,25 @@ def declared_names(data: Dataset, column: str) -> list[str] | None:
 
 def _by_value(name: str) -> tuple[int, float, str]:
     return (0, float(name), name) if _NUMBER.fullmatch(name) else (1, 0.0, name)
+
+
+def tell_head(model: Any, now: Sequence[str], name: str, notes: Notes) -> None:
+    """Says what becomes of the head that the checkpoint `name` brought, where its classes have other names.
+
+    Args:
+        model: from `load`.
+        now: the classes that are learned, in the order of the outputs.
+    """
+    saved, is_new = model.saved_labels, bool(model.fresh_modules)
+    named = not all(re.fullmatch(r"LABEL_\d+", label) for label in saved)
+    if len(now) < 2 or [label.casefold() for label in saved] == [label.casefold() for label in now]:
+        return
+    if is_new and named:
+        told = ", ".join(saved[:5]) + ", …" * (len(saved) > 5)
+        notes.say(f"The head is new, as {name} names {len(saved):,} classes that are other ones ({told}).")
+    elif not is_new:
+        pairs = [f"{before} → {after}" for before, after in zip(saved, now, strict=True)]
+        notes.say(
+            f"The head of {name} is kept and its outputs renamed: {', '.join(pairs[:5])}{', …' * (len(pairs) > 5)}. If "
+            "they mean other things, name the classes in the order of its outputs: labels: [...]"
+        )

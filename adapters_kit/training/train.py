@@ -34,6 +34,7 @@ from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open, without_paths
 from adapters_kit.tasks.base import Features
+from adapters_kit.tasks.labels import tell_head
 from adapters_kit.training import checkpoints, pictures
 from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.data import Splits
@@ -123,6 +124,7 @@ class Training:
         self.main = PartialState().is_main_process
         self.task, self.splits = prepare(recipe)
         self.model, self.processor = self.load(recipe)
+        tell_head(self.model, self.task.labels or [], recipe.model, self.task.notes)
         recipe = filled_in(recipe, self.task)
         self.recipe = _begun(self.path, recipe) if resume else recipe
 

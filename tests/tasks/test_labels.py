@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from pyarrow import parquet
 
+import adapters_kit as ak
 from adapters_kit import tasks
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
@@ -264,3 +266,29 @@ def test_numbers_on_a_scale_are_no_classes_unless_it_is_said(tmp_path):
     assert "3 different numbers, such as 0.5: each is a class of its own" in " ".join(task.notes.sentences)
     whole, _ = prepared(tmp_path, ["1", "2", "30"] * 6)
     assert "class of its own" not in " ".join(whole.notes.sentences)
+
+
+@pytest.mark.parametrize(
+    ("names", "told", "learned"),
+    [
+        (["Pos", "NEG"], None, ["pos", "neg"]),
+        (["sad", "glad"], r"is kept and its outputs renamed: sad → neg, glad → pos\. ", ["neg", "pos"]),
+        (["LABEL_0", "LABEL_1"], "LABEL_0 → neg", ["neg", "pos"]),
+        (
+            ["one", "two", "three"],
+            r"The head is new, as .* names 3 classes that are other ones \(one, two, three\)",
+            ["neg", "pos"],
+        ),
+    ],
+    ids=["same", "other", "unnamed", "more"],
+)
+def test_what_becomes_of_a_head_that_the_base_has(names, told, learned, tmp_path):
+    base = ak.load(small.model("bert"), "text-classification", labels=names)
+    base.save_pretrained(tmp_path / "base")
+    small.tokenizer(encoder=True).save_pretrained(tmp_path / "base")
+    rows = [{"text": f"a {word} film", "label": label} for word, label in (("dull", "neg"), ("fine", "pos"))] * 6
+    recipe = {"model": str(tmp_path / "base"), "task": "text-classification", "data": rows}
+    run = ak.train({**recipe, "training": {"max_steps": 1, "samples": 0}}, tmp_path / "run", quiet=True)
+    said = [note for note in run.metrics["notes"] if "head" in note]
+    assert bool(said) == bool(told) and all(re.search(told, note) for note in said)
+    assert run.recipe.labels == learned
