@@ -112,6 +112,7 @@ def load(
     if quantize == KEEP:
         file_in_blocks(source)
     config = _read_config(source, revision, trust_remote_code)
+    _check_padding(config, source)
     auto_class = _class_for(config, task, source)
     saved_labels = _set_labels(config, task, labels)
     saved_as = _saved_kind(config)
@@ -294,6 +295,17 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
     except Exception as error:  # transformers and gguf raise whatever the fields of a damaged file provoke
         hint = "" if source.local else " If it is a local folder, check the path."
         raise ModelError(f"Cannot read the config of {source.name}: {gist(error)}{hint}") from error
+
+
+def _check_padding(config: PreTrainedConfig, source: Source) -> None:
+    """Refuse a padding token behind the vocabulary: torch makes no table of embeddings with it."""
+    text = config.get_text_config()
+    pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+        raise ModelError(
+            f"pad_token_id is {pad} in the config.json of {source.name}, which has the tokens 0 to {size - 1:,}. Set "
+            "it there to one of them: the tokenizer's padding token, or that of the end of a text."
+        )
 
 
 def _class_for(config: PreTrainedConfig, task: str, source: Source) -> Any:

@@ -19,6 +19,7 @@ from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.special_ids import check_special
 from adapters_kit.tasks.streaming import answer, pieces
 
 IGNORED = -100  # the label of positions that no loss counts (PyTorch's ignore_index)
@@ -101,6 +102,7 @@ class Task:
                 f"training.max_length is {self.max_length}; {self.recipe.model} takes at most {self.longest} tokens."
             )
         self.embedded = embedded(model)
+        check_special(model, self.recipe.model, self.embedded, self.notes)
         self._pad_with_what_is_embedded()
         config = model.config
         if getattr(config, "pad_token_id", None) is None and getattr(processor, "pad_token_id", None) is not None:
@@ -316,8 +318,9 @@ def same_padding(processor: Any, model: nn.Module, name: str) -> None:
         ModelError: a decoder whose tokenizer has no token to pad with.
     """
     text = model.config.get_text_config()
-    if processor.pad_token_id is None and getattr(text, "pad_token_id", None) is not None:
-        processor.pad_token = processor.convert_ids_to_tokens(text.pad_token_id)
+    own = getattr(text, "pad_token_id", None)
+    if processor.pad_token_id is None and own is not None and own >= 0:  # -1 means none, as in the first LLaMA
+        processor.pad_token = processor.convert_ids_to_tokens(own)
     if processor.pad_token_id is not None:
         text.pad_token_id = processor.pad_token_id
     else:

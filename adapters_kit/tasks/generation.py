@@ -62,9 +62,9 @@ def set_stops(model: nn.Module, tokenizer: Any, marks: Sequence[int] = ()) -> No
         return
     known = config.eos_token_id
     ids = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, *marks]
-    stops = list(dict.fromkeys(index for index in ids if index is not None))
+    stops = list(dict.fromkeys(index for index in ids if index is not None and index >= 0))
     config.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
-    if config.pad_token_id is None:
+    if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
 
 

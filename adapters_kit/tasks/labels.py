@@ -175,6 +175,8 @@ def class_names(
     column: str,
     notes: Notes,
     declared: Sequence[str] | None = None,
+    *,
+    least: int = 2,
 ) -> list[str]:
     """The classes in the order of the model's outputs: as the user gives them, as the data declares them, or sorted.
 
@@ -183,9 +185,10 @@ def class_names(
         given: the recipe's `labels`.
         declared: the names of a column whose type has them (`datasets.ClassLabel`).
         notes: told of classes that only the held-out part shows.
+        least: how many there must be to learn anything; one, where rows without it are told from those with it.
 
     Raises:
-        DataError: a class that `given` leaves out; fewer than two classes.
+        DataError: a class that `given` leaves out; fewer than `least` classes.
     """
     seen, held_out = set(train), set(test)
     if given is not None:
@@ -193,8 +196,12 @@ def class_names(
         if unknown:
             raise DataError(f"labels: {list(given)} leaves out classes of column {column!r}: {unknown[:10]}.")
         return list(given)
-    if len(seen) < 2:
-        raise DataError(f"Column {column!r} has one class only, {sorted(seen)}: nothing can be learned from it.")
+    if len(seen) < least:
+        classes = f"[{next(iter(seen), 'NAME')}, OTHER]"
+        raise DataError(
+            f"Column {column!r} has one class only, {sorted(seen)}: nothing can be learned from it. Name another "
+            f"column in data.columns, or, where rows of other classes are to come, all classes: labels: {classes}."
+        )
     if declared is None:
         _tell_numbers(seen, column, notes)
     extra = held_out - seen

@@ -128,7 +128,9 @@ class TextClassification(Task):
         seen = [self._names(data) for data in parts]
         declared = declared_names(train, column)
         held_out = seen[1] if test is not None else []
-        self.labels = class_names(_flat(seen[0]), _flat(held_out), self.recipe.labels, column, self.notes, declared)
+        least = 1 if self.problem == "multi-label" and not all(seen[0]) else 2
+        names = _flat(seen[0]), _flat(held_out)
+        self.labels = class_names(*names, self.recipe.labels, column, self.notes, declared, least=least)
 
     def _names(self, data: Dataset) -> list[list[str]]:
         """The labels of every row that has some: one, or any number of them under multi-label."""

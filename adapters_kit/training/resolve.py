@@ -78,13 +78,14 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
         task.fit(train, None)
         task.notes = notes
         train, test = data.split(train, recipe.data.test_size, seed, task.strata(train), notes)
-        notes.say(
-            f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows are "
-            "set aside (data.test_size)."
-        )
+        if test is not train:
+            notes.say(
+                f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows "
+                "are set aside (data.test_size)."
+            )
     task.fit(train, test)
     parts = data.Splits(data.take(train, recipe.data.limit, seed), data.take(test, recipe.data.test_limit, seed))
-    if both := data.in_both(parts):
+    if test is not train and (both := data.in_both(parts)):
         notes.say(
             f"{both:,} of {len(parts.test):,} held-out rows stand among the training rows too: they score what was "
             "learned by heart.",

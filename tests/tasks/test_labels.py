@@ -154,11 +154,20 @@ def test_rare_classes_are_split_as_well_as_possible(tmp_path, seed):
 
 
 def test_too_little_to_split(tmp_path):
-    with pytest.raises(DataError, match=r"None of the 2 rows can be set aside.*data\.test"):
-        prepared(tmp_path, ["a", "b"])
-    with pytest.raises(DataError, match=r"one class only, \['a'\]"):
-        prepared(tmp_path, ["a"] * 10)
+    for labels in (["a", "b"], list("abcde")):
+        task, parts = prepared(tmp_path, labels)
+        assert parts.train["label"][:] == parts.test["label"][:] == labels
+        assert task.notes.counts["rows_in_both"] == len(labels) and "learned by heart" in task.notes.sentences[-1]
     assert len(prepared(tmp_path, ["a", "b"], ["a", "b"])[1].train) == 2
+
+
+def test_one_class_only(tmp_path):
+    with pytest.raises(DataError, match=r"one class only, \['a'\].*Name another column.*labels: \[a, OTHER\]"):
+        prepared(tmp_path, ["a"] * 10)
+    assert prepared(tmp_path, ["a"] * 10, labels=["a", "b"])[0].labels == ["a", "b"]
+    with pytest.raises(DataError, match="one class only"):
+        prepared(tmp_path, [["a"]] * 10)
+    assert prepared(tmp_path, [["a"], []] * 5, problem="multi-label")[0].labels == ["a"]
 
 
 def test_regression_takes_numbers_as_tables_write_them(tmp_path):

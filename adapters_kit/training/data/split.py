@@ -49,23 +49,24 @@ def split(
 ) -> Splits:
     """Sets aside a held-out part, of the same mixture of classes where `classes` (one per row) is given.
 
-    A class of one row stays in the training part: held out, it could not be learned.
+    A class of one row stays in the training part: held out, it could not be learned. Where no row can be set aside,
+    both parts are all rows.
 
     Args:
         size: a fraction below 1, or a number of rows.
-        notes: told of classes that the held-out part lacks.
+        notes: told of classes that the held-out part lacks, and of parts that are the same.
 
     Raises:
-        DataError: more rows asked for than can be set aside.
+        DataError: more rows asked for than can be set aside; without `notes`, parts that would be the same.
     """
     rows = len(data)
     count = max(round(size * rows) if size < 1 else int(size), 1)
     if rows < 2:
-        raise DataError("The data is one row, of which none can be set aside. Give held-out rows: data.test.")
+        return _all_in_both(data, "there is one only", notes)
     if count >= rows:
         raise DataError(f"Cannot set {count} of {rows} rows aside: lower data.test_size or give data.test.")
     held_out = _any_rows(rows, count, seed) if classes is None else _stratified(classes, count, seed)
-    if classes is not None and notes is not None:
+    if classes is not None and notes is not None and held_out:
         lacking = sorted({str(name) for name in classes} - {str(classes[row]) for row in held_out})
         if lacking:
             notes.say(
@@ -73,12 +74,20 @@ def split(
                 f"them: {', '.join(lacking[:10])}."
             )
     if not held_out:
-        raise DataError(
-            f"None of the {rows} rows can be set aside: each is the only one of its class. Give held-out rows: "
-            "data.test."
-        )
+        return _all_in_both(data, "each is the only one of its class", notes)
     kept = set(held_out)
     return Splits(data.select([row for row in range(rows) if row not in kept]), data.select(sorted(held_out)))
+
+
+def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
+    if notes is None:
+        raise DataError(f"None of {len(data):,} rows can be set aside: {reason}. Give held-out rows: data.test.")
+    notes.say(
+        f"None of {len(data):,} rows can be set aside, since {reason}: they are trained on and scored as well, which "
+        "tells what was learned by heart and no more. data.test names held-out rows.",
+        rows_in_both=len(data),
+    )
+    return Splits(data, data)
 
 
 def _any_rows(rows: int, count: int, seed: int) -> list[int]:
