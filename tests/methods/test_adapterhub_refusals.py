@@ -136,12 +136,20 @@ def test_a_branch_that_is_normalized_first_is_refused_where_the_stream_is_read(o
         ak.wrap(gemma2(), folder)
 
 
-@pytest.mark.parametrize("kind", ["Deberta", "Xmod"])
-def test_classes_that_the_library_computes_otherwise_are_refused(kind, tmp_path):
-    config = getattr(transformers, f"{kind}Config")(**TEXT)
+@pytest.mark.parametrize(
+    ("kind", "more", "why"),
+    [
+        ("Deberta", {}, r"in_proj a bias that this DebertaModel does not have"),
+        ("Xmod", {"default_language": "en_XX"}, "one ffn branch, where this XmodModel adds two"),
+        ("Xmod", {"default_language": "en_XX", "pre_norm": True, "adapter_layer_norm": True}, "adds two"),
+        ("Phi3", {}, r"qkv_proj a bias"),
+    ],
+)
+def test_classes_that_the_library_computes_otherwise_are_refused(kind, more, why, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**TEXT, **more)
     model = getattr(transformers, f"{kind}Model")(config).eval()
     lora = {"architecture": "lora", "r": 2, "alpha": 4, "attn_matrices": ["q", "v"]}
-    with pytest.raises(ModelError, match="even without an adapter"):
+    with pytest.raises(ModelError, match=f"{why}.*even without an adapter"):
         ak.wrap(model, saved(tmp_path / "a", model, lora, []))
 
 
