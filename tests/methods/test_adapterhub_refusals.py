@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from peft import get_peft_model_state_dict
 
 import adapters_kit as ak
 from adapters_kit.errors import AdapterError, ModelError, ShippingError, UnknownNameError
@@ -205,11 +206,7 @@ def eager(model):
 
 
 def test_towers_have_prefixes_of_their_own(tmp_path):
-    sight = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    sight |= {"image_size": 16, "patch_size": 8}
-    config = transformers.CLIPConfig(text_config=TEXT, vision_config=sight, projection_dim=WIDTH)
-    model = eager(transformers.CLIPModel(config))
-    model.config.hidden_size = WIDTH  # as the library notes it
+    model = eager(clip())
     called = ["clip_text_model_self_prefix", "clip_vision_model_self_prefix"]
     folder = prefixes(tmp_path / "a", model, [("text_model.encoder.layers.0.self_attn", name) for name in called])
     found = numbers(model, folder)
@@ -269,6 +266,56 @@ def test_a_flexible_head_is_refused_and_the_advice_works(tmp_path):
         ak.wrap(bert(), folder)
     (folder / "pytorch_model_head.bin").unlink()
     ak.wrap(bert(), folder)
+
+
+def test_a_trained_language_head_is_refused_and_the_advice_works(tmp_path):
+    torch.manual_seed(0)
+    model = gptj()
+    folder = saved(
+        tmp_path / "a", model, SERIAL | {"mh_adapter": False}, [f"transformer.h.{n}.output_adapters" for n in (0, 1)]
+    )
+    head = {"lm_head.weight": torch.randn(40, WIDTH), "lm_head.bias": torch.randn(40)}
+    torch.save(head, folder / "pytorch_model_head.bin")
+    with pytest.raises(ShippingError, match=r"Put it there first: model.load_state_dict\(torch.load\("):
+        ak.wrap(model, folder)
+    model.load_state_dict(torch.load(folder / "pytorch_model_head.bin"), strict=False)
+    assert torch.equal(ak.wrap(model, folder).get_output_embeddings().weight, head["lm_head.weight"])
+
+
+def clip():
+    sight = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sight |= {"image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=sight, projection_dim=WIDTH))
+    model.config.hidden_size = WIDTH  # as the library notes it
+    return model.eval()
+
+
+def test_two_towers_have_bottlenecks_of_their_own(tmp_path):
+    model = clip()
+    layers = [f"{tower}_model.encoder.layers.{n}" for tower in ("text", "vision") for n in (0, 1)]
+    folder = saved(tmp_path / "a", model, AFTER, [f"{layer}.output_adapters" for layer in layers])
+    weights = torch.load(folder / "pytorch_adapter.bin")
+    state = get_peft_model_state_dict(ak.wrap(model, folder))
+    for layer in layers:
+        (found,) = [value for name, value in state.items() if _tower_and_layer(layer, name) and "up.weight" in name]
+        assert torch.equal(found, weights[f"{layer}.output_adapters.adapters.a.adapter_up.weight"])
+
+
+def _tower_and_layer(old, name):
+    tower, number = old.split("_")[0], old[-1]
+    return f"{tower}_model" in name and f"layers.{number}." in name
+
+
+def test_alberts_groups_have_bottlenecks_of_their_own(tmp_path):
+    groups = transformers.AlbertConfig(**TEXT, embedding_size=8, num_hidden_groups=2)
+    model = transformers.AlbertModel(groups).eval()
+    places = [f"encoder.albert_layer_groups.{n}.albert_layers.0.output_adapters" for n in (0, 1)]
+    folder = saved(tmp_path / "a", model, AFTER, places)
+    weights = torch.load(folder / "pytorch_adapter.bin")
+    state = get_peft_model_state_dict(ak.wrap(model, folder))
+    for number, place in enumerate(places):
+        (found,) = [v for name, v in state.items() if f"layer_groups.{number}" in name and "up.weight" in name]
+        assert torch.equal(found, weights[f"{place}.adapters.a.adapter_up.weight"])
 
 
 def test_folders_of_several_adapters_are_named(tmp_path):

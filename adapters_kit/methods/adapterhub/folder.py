@@ -7,7 +7,7 @@ is renamed with transformers' own table for old checkpoints.
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def _convert_bottleneck(
         _swap_in_attention(source, model, config)
     check_placement(source, model, config.sites)
     by_place = {(site["layer"], site["role"]): path for path, site in config.sites.items()}
-    layers = _layer_numbers(model)
+    blocks, now = {block.path: number for number, block in enumerate(anatomy.map_model(model).blocks)}, paths_now(model)
 
     state: dict[str, torch.Tensor] = {}
     shared: dict[str, torch.Tensor] = {}
@@ -198,7 +198,7 @@ def _convert_bottleneck(
             shared[_PHM_NAMES[match[1]]] = value
             continue
         location, found, rest = key.partition(f".adapters.{name}.")
-        place = _place_of(location, layers) if found else None
+        place = _place_of(location, blocks, now) if found else None
         if place not in by_place:
             raise ModelError(f"{source}: {key} has no place in this {type(model).__name__}.")
         parameter = _parameter_name(rest, config)
@@ -207,8 +207,8 @@ def _convert_bottleneck(
     if config.phm_layer and config.shared_phm_rule:
         if not shared:
             raise ShippingError(
-                f"{source}: the shared phm_rule is not in the file (adapters 1.3 leaves it out for T5), and without it "
-                "the adapter's weights mean nothing."
+                f"{source}: the shared phm_rule is not in the file (adapters 1.3 leaves it out for T5 and for models "
+                "without a head), and without it the adapter's weights mean nothing."
             )
         for path in config.sites:
             for projection in ("down", "up"):
@@ -252,28 +252,30 @@ def _parameter_name(rest: str, config: BottleneckConfig) -> str | None:
     return f"{names.get(module, 'down')}.{parameter}"
 
 
-def _layer_numbers(model: nn.Module) -> dict[tuple[bool, int], int]:
-    """(in a decoder beside an encoder, index in its stack) -> number of the layer over the whole model."""
-    blocks = anatomy.map_model(model).blocks
-    both = len({block.stack for block in blocks}) > 1
-    return {(both and "decoder" in block.stack, block.index): number for number, block in enumerate(blocks)}
+def _place_of(location: str, blocks: Mapping[str, int], now: Callable[[str], str | None]) -> tuple[int, str] | None:
+    """Which block and which of its branches: `bert.encoder.layer.0.attention.output` -> (0, "attention").
 
-
-def _place_of(location: str, layers: Mapping[tuple[bool, int], int]) -> tuple[int, str] | None:
-    """`bert.encoder.layer.0.attention.output` -> (0, "attention")."""
-    match = re.match(r"(.*?)\.(\d+)\.(.*)", location)
-    if match is None:
+    Args:
+        location: a module's path as transformers 4 had it.
+        blocks: path -> number over the whole model.
+        now: where a module of that path is in the model.
+    """
+    parts = location.split(".")
+    for count in range(len(parts), 0, -1):
+        path = now(".".join(parts[:count]))
+        if path in blocks:
+            rest = ".".join(parts[count:])
+            break
+    else:
         return None
-    stack, index, rest = match[1], int(match[2]), match[3]
-    in_decoder = any(decoder for decoder, _ in layers) and "decoder" in stack
     if t5 := re.fullmatch(r"layer\.(\d)", rest):
-        roles = ("attention", "cross-attention", "ffn") if in_decoder else ("attention", "ffn")
+        roles = ("attention", "cross-attention", "ffn") if "decoder" in path else ("attention", "ffn")
         role = roles[int(t5[1])]
     elif "cross" in rest:
         role = "cross-attention"
     else:
         role = "attention" if "attention" in rest else "ffn"
-    return layers.get((in_decoder, index), -1), role
+    return blocks[path], role
 
 
 def _check_complete(source: Path, model: nn.Module, without: set[str]) -> None:

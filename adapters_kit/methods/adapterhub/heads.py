@@ -30,15 +30,19 @@ def head_state(
         ShippingError: a head that this model has no equal for. Leaving it out would change what the adapter says.
     """
     own = model.state_dict()
-    if all(key in own and own[key].shape == value.shape for key, value in weights.items()):
+    fits = all(key in own and own[key].shape == value.shape for key, value in weights.items())
+    if fits:
         if all(torch.equal(own[key].cpu().float(), value.float()) for key, value in weights.items()):
             return {}
         if all(any(key.startswith(f"{head}.") for head in heads) for key in weights):
             return {f"base_model.model.{key}": value for key, value in weights.items()}
     shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(weights.items())[:4])
     kind = "a flexible head of its own model class" if any(key.startswith("heads.") for key in weights) else "a head"
+    why, way = "has no equal for it", "Load the model with the same head and number of labels"
+    if fits:
+        why = "has others in its place, which are a part of the base here"
+        way = f"Put it there first: model.load_state_dict(torch.load({str(file)!r}), strict=False)"
     raise ShippingError(
-        f"{file} holds {kind} that was trained with the adapter ({shapes}), and this {type(model).__name__} has no "
-        "equal for it. Load the model with the same head and number of labels; or, to have the adapter without its "
-        f"head, copy the folder without {file.name} and load the copy."
+        f"{file} holds {kind} that was trained with the adapter ({shapes}), and this {type(model).__name__} {why}. "
+        f"{way}; or, to have the adapter without its head, copy the folder without {file.name} and load the copy."
     )

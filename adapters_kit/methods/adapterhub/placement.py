@@ -45,9 +45,7 @@ def check_class(source: Path, model: nn.Module) -> None:
         if twice is not None:
             what = f"computes {block.path} with one {twice.kind} branch, where this {type(model).__name__} adds two"
         elif bare is not None:
-            what = (
-                f"gave {bare} a bias that this {type(model).__name__} does not have, at random, and did not save it"
-            )
+            what = f"gave {bare} a bias that this {type(model).__name__} does not have, at random, and did not save it"
         else:
             continue
         raise ModelError(
