@@ -262,7 +262,7 @@ def _place_of(location: str, blocks: Mapping[str, int], now: Callable[[str], str
     """
     parts = location.split(".")
     for count in range(len(parts), 0, -1):
-        path = now(".".join(parts[:count]))
+        path = now(".".join(parts[:count])) or ""
         if path in blocks:
             rest = ".".join(parts[count:])
             break
