@@ -29,6 +29,8 @@ VERSIONS = {
     "ollama": "Ollama, convert/convert.go at commit 01cf744 and convert_llama_adapter.go at commit 0242080",
 }
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Embeddings below a LoRA: vLLM passes over tensors that end so.
+_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 # What Ollama's converter takes: architectures, and the names that it translates.
 _OLLAMA = ("llama", "gemma2")
 _OLLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"}
@@ -160,7 +162,8 @@ def _vllm(adapter: Adapter, limit: int) -> Iterator[Problem]:
     if heads - {"classifier", "score"} or len(heads) > 1:
         yield Problem(f"it saves whole modules ({', '.join(sorted(heads))})", ship_instead(adapter))
     if not heads and not _variant(adapter):
-        yield from _strangers(adapter, "vLLM stops at them")
+        yield from _strangers(adapter, "vLLM stops at them", taken=_EMBEDDINGS)
+        yield from _resized(adapter)
     yield from _matches_nothing(adapter, "vLLM")
 
 
@@ -169,12 +172,27 @@ def _variant(adapter: Adapter) -> bool:
     return any(_not_plain(adapter, taken=("experts",)))
 
 
-def _strangers(adapter: Adapter, then: str, silent: bool = False) -> Iterator[Problem]:
+def _strangers(adapter: Adapter, then: str, silent: bool = False, taken: tuple[str, ...] = ()) -> Iterator[Problem]:
     """Tensors beside the factors, such as the embeddings that peft saves once a vocabulary was resized."""
-    other = sorted(name for name in adapter.weights if not KEY.match(name))
+    other = sorted(name for name in adapter.weights if not KEY.match(name) and not name.endswith(taken))
     if other:
         what = f"{len(other)} tensors are neither lora_A nor lora_B, such as {other[0]!r}: {then}"
         yield Problem(what, ship_instead(adapter), silent)
+
+
+def _resized(adapter: Adapter) -> Iterator[Problem]:
+    """Embeddings that peft saves below a LoRA of theirs. vLLM goes on with the base's, which are the same unless the
+    vocabulary was resized."""
+    saved = {name: len(tensor) for name, tensor in adapter.weights.items() if name.endswith(_EMBEDDINGS)}
+    words = _vocabulary(adapter)
+    other = [f"{name} with {rows} rows" for name, rows in sorted(saved.items()) if rows != words]
+    if other:
+        than = "whose size is not known here" if words is None else f"which has {words}"
+        yield Problem(
+            f"it brings {', '.join(other)}, and vLLM takes the base's, {than}: right only if they are the same",
+            ship_instead(adapter),
+            silent=not any("lora_embedding_A" in name for name in adapter.weights),  # stops at a factor of another size
+        )
 
 
 def _matches_nothing(adapter: Adapter, server: str) -> Iterator[Problem]:
@@ -188,16 +206,26 @@ def _matches_nothing(adapter: Adapter, server: str) -> Iterator[Problem]:
     except ShippingError:  # weights in another form: nothing is known of their names
         return
     paths = sorted({match["path"] for match in map(KEY.match, adapter.weights) if match})
-    # What is fused or tied in the file has other names there: only beginnings that are missing are told.
+    # What is fused or tied in the file has other names there: only other beginnings are told, of a text model alone,
+    # since servers know the names that models with parts have had.
     endings = {".".join(name.split(".")[start:]) for name in stored for start in range(name.count(".") + 1)}
-    lost = [path for path in paths if path not in stored and path in endings]
+    plain = not any(key.endswith("_config") and key != "quantization_config" for key in _base_config(adapter))
+    lost = [
+        path for path in paths if path not in stored and (path in endings or (plain and _from_block(path) in endings))
+    ]
     if lost:
         yield Problem(
-            f"{len(lost)} modules lack the beginning that the base's names have, such as {lost[0]!r}: {server} matches "
-            "them with nothing and answers from the base",
+            f"{len(lost)} modules begin otherwise than the base's names do, such as {lost[0]!r}: {server} matches them "
+            "with nothing and answers from the base",
             ship_instead(adapter),
             silent=True,
         )
+
+
+def _from_block(path: str) -> str:
+    """`transformer.model.layers.0.mlp.up_proj` -> `layers.0.mlp.up_proj`."""
+    found = re.search(r"[^.]+\.\d+\..*", path)
+    return found[0] if found else path
 
 
 def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
@@ -239,12 +267,15 @@ def _base(adapter: Adapter) -> Path | None:
     return locate_here(name) if name else None
 
 
+def _base_config(adapter: Adapter) -> dict[str, Any]:
+    """The base's config.json, empty if the base is not on this machine."""
+    base = _base(adapter)
+    return read_json(base / "config.json") if base and (base / "config.json").is_file() else {}
+
+
 def _vocabulary(adapter: Adapter) -> int | None:
     """The base's vocabulary size, None if the base is not on this machine."""
-    base = _base(adapter)
-    if base is None or not (base / "config.json").is_file():
-        return None
-    config = read_json(base / "config.json")
+    config = _base_config(adapter)
     text = config.get("text_config")
     return config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
 
@@ -281,8 +312,7 @@ def _ollama(adapter: Adapter, _: int) -> Iterator[Problem]:
     foreign = {leaf for block in _blocks(adapter) for leaf in _leaves(adapter, block)} - _OLLAMA_LINEARS
     if foreign:
         yield Problem(f"its converter has no name for {', '.join(sorted(foreign))}", _gguf(adapter))
-    base = _base(adapter)
-    kind = read_json(base / "config.json").get("model_type") if base and (base / "config.json").is_file() else None
+    kind = _base_config(adapter).get("model_type")
     if kind is not None and kind not in _OLLAMA:
         yield Problem(f"adapters on {kind!r} models are not taken ({', '.join(_OLLAMA)} are)", _gguf(adapter))
     turned = {"q_proj", "k_proj"} & {leaf for block in _blocks(adapter) for leaf in _leaves(adapter, block)}

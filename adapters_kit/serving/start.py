@@ -31,18 +31,25 @@ def vllm_command(path: Path, adapter: Adapter | None, ranks: tuple[int, ...]) ->
         return shlex.join(["vllm", "serve", str(folder), "--served-model-name", folder.name])
     largest = max([adapter.config.r, *adapter.config.rank_pattern.values()])
     rank = next((one for one in ranks if one >= largest), largest)
-    base = named_base(adapter.folder, adapter.base) or "BASE"
+    base = _base(adapter)
     name = folder.parent.name if folder.name == "adapter" else folder.name
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={folder}"]
     template = folder / TEMPLATE  # without it the base's own is taken
     return shlex.join([*words, *(["--chat-template", str(template)] if template.is_file() else [])])
 
 
+def _base(adapter: Adapter) -> str:
+    """How a command that is pasted anywhere names the base."""
+    name = named_base(adapter.folder, adapter.base) or "BASE"
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def modelfile(path: Path, adapter: Adapter | None) -> str:
     """Ollama's Modelfile for a folder that was exported to model.gguf or adapter.gguf."""
     lines = ["FROM ./model.gguf"]
     if adapter is not None:
-        base = named_base(adapter.folder, adapter.base) or "BASE"
+        base = _base(adapter)
         lines = [f"FROM {base}" if base.endswith(".gguf") else "FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
     template, stop = _of_tokenizer(path)
     if template is not None:

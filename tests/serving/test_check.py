@@ -222,11 +222,25 @@ def test_embeddings_saved_after_a_resize_are_told(base, tmp_path):
         assert {p.silent for p in problems} == {silent}
 
 
-def test_names_that_a_server_matches_with_nothing_are_told(base, tmp_path):
+@pytest.mark.parametrize("extra", [{}, {"rows": 3}], ids=["as it was", "resized"])
+def test_embeddings_below_a_lora_are_vllms_own_unless_they_were_resized(extra, base, tmp_path):
+    model = load(base)
+    words = model.config.vocab_size + extra.get("rows", 0)
+    model.resize_token_embeddings(words)
+    folder = tmp_path / "a"
+    model = peft.get_peft_model(model, LORA(r=8, target_modules=["embed_tokens", "q_proj"]))
+    disturb(model)
+    model.save_pretrained(folder)
+    found = ak.check(folder, "vllm")
+    assert bool(found) is not bool(extra) and (f"{words} rows" in str(found)) is bool(extra), str(found)
+
+
+@pytest.mark.parametrize("beginning", ["", "model.language_model.", "transformer.model."])
+def test_names_that_a_server_matches_with_nothing_are_told(beginning, base, tmp_path):
     folder = adapter(base, tmp_path / "a", LORA(r=8, target_modules=["o_proj"]))
     weights = load_file(folder / "adapter_model.safetensors")
-    short = {name.replace("base_model.model.model.", "base_model.model."): value for name, value in weights.items()}
-    save_file(short, folder / "adapter_model.safetensors")
+    other = {name.replace(".model.model.", f".model.{beginning}"): value for name, value in weights.items()}
+    save_file(other, folder / "adapter_model.safetensors")
     report = ak.check(folder, "vllm")
     assert [p.silent for p in report.problems] == [True] and "with nothing" in str(report)
 
@@ -252,9 +266,12 @@ def test_what_a_folder_would_tell_is_listed_and_stands_in_no_ones_way(base, tmp_
     assert not ak.check(shipped.path if hasattr(shipped, "path") else tmp_path / "shipped", "peft").leaks
 
 
-def test_what_to_paste(base, tmp_path):
+def test_what_to_paste(base, tmp_path, monkeypatch):
     """vLLM's command names base, rank and folder; Ollama's Modelfile writes conversations as the tokenizer does."""
     folder = adapter(base, tmp_path / "mine", LORA(r=12, target_modules=["o_proj"]))
+    monkeypatch.chdir(base.parent)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": base.name}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     report = ak.check(folder, "vllm", max_lora_rank=16)
     assert report and f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules mine={folder}" in str(report)
     assert "not known" in str(report) and "--chat-template" not in report.start
