@@ -64,6 +64,7 @@ class Method:
         defaults: options of the config that differ from peft's own defaults.
         learning_rate: a good starting rate for AdamW.
         classifier_learning_rate: the same for tasks that generate no text, where it is another.
+        when: when to use it, in a few words; its card in the documentation shows it.
         needs: what it asks for beyond any transformers model, in a few words; the table of methods shows it.
         in_recipes: whether `train` can do it from a recipe; where not, `wrap` and a training loop of your own can.
         base_dropout: probability of the base model's dropout layers while this method trains alone; None leaves them.
@@ -79,6 +80,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
     classifier_learning_rate: float | None = None
+    when: str = ""
     needs: str = ""
     in_recipes: bool = True
     base_dropout: float | None = None

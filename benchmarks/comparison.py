@@ -2,6 +2,7 @@
 
     python benchmarks/comparison.py sentiment            # MiniLM on movies, products and tweets
     python benchmarks/comparison.py combinations         # LoRA, prefix, both, MAM, UniPELT on movies
+    python benchmarks/comparison.py others               # every other method on movies, at its default rate
     python benchmarks/comparison.py language             # SmolLM2-135M on reviews: LoRA on bf16, nf4, int8; prefix
     python benchmarks/comparison.py curves               # LoRA's rank; its learning rate and full fine-tuning's
     python benchmarks/comparison.py sentiment --only movies --methods full lora --seeds 2
@@ -32,6 +33,20 @@ BUDGET = {"epochs": 2, "batch_size": 16, "max_length": 64, "keep_best": False, "
 TRAINED, VALIDATION = 1000, 1500
 LANGUAGE_BUDGET = BUDGET | {"epochs": 1, "batch_size": 2, "max_length": 128, "packing": True, "precision": "bf16"}
 COMBINED = ("lora", "prefix", "lora+prefix", "mam", "unipelt")
+# loftq needs a GPU, blocks a .gguf file.
+OTHERS = (
+    "rslora",
+    "pissa",
+    "olora",
+    "adalora",
+    "vera",
+    "oft",
+    "adapterplus",
+    "compacter",
+    "compacter++",
+    "prompt",
+    "p-tuning",
+)
 LANGUAGE: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {},
@@ -76,7 +91,7 @@ def language() -> Any:
 
 def read() -> dict[str, Any]:
     """The committed results."""
-    empty: dict[str, Any] = {"sentiment": {}, "combinations": None, "language": None, "curves": {}}
+    empty: dict[str, Any] = {"sentiment": {}, "combinations": None, "others": None, "language": None, "curves": {}}
     return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
 
 
@@ -148,6 +163,17 @@ def run_combinations(options: argparse.Namespace) -> None:
         sentiment("movies"), COMBINED, options.seeds, out=WORK / "movies", rates=given, grid=None, **common
     )
     keep("combinations", None, found.document)
+    print(found)
+
+
+def run_others(options: argparse.Namespace) -> None:
+    """The methods that no search was made for, on movies, at their default rates."""
+    import adapters_kit as ak
+
+    common = {"validation_size": VALIDATION, "max_minutes": options.max_minutes, "threads": options.threads}
+    methods = options.methods or OTHERS
+    found = ak.compare(sentiment("movies"), methods, options.seeds, out=WORK / "movies", grid=None, **common)
+    keep("others", None, found.document)
     print(found)
 
 
@@ -272,11 +298,10 @@ def rates_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def combinations_table(results: dict[str, Any]) -> str:
-    """Accuracy on movies of several methods as one adapter beside their parts."""
+def movies_table(document: dict[str, Any]) -> str:
+    """Accuracy on movies alone: methods as one adapter beside their parts, or at their default rates."""
     from adapters_kit.comparison.report import as_markdown
 
-    document = results["combinations"]
     body = []
     for row in document["methods"]:
         cost = row["costs"]
@@ -326,7 +351,7 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["sentiment", "combinations", "language", "curves"])
+    parser.add_argument("what", choices=["sentiment", "combinations", "others", "language", "curves"])
     parser.add_argument("--only", nargs="+", choices=SETS, help="these data sets")
     parser.add_argument("--methods", nargs="+", help="only these lines")
     parser.add_argument("--seeds", type=int, help="default: 5, the others 3")
@@ -335,7 +360,7 @@ def main() -> None:
     options = parser.parse_args()
     options.seeds = options.seeds or (5 if options.what == "sentiment" else 3)
     runs = {"sentiment": run_sentiment, "combinations": run_combinations, "language": run_language}
-    {**runs, "curves": run_curves}[options.what](options)
+    {**runs, "others": run_others, "curves": run_curves}[options.what](options)
 
 
 if __name__ == "__main__":

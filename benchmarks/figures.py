@@ -26,7 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "comparison": lambda: comparison.sentiment_table(comparison.read()),
     "costs": lambda: comparison.cost_table(comparison.read()),
     "rates": lambda: comparison.rates_table(comparison.read()),
-    "combinations": lambda: comparison.combinations_table(comparison.read()),
+    "combinations": lambda: comparison.movies_table(comparison.read()["combinations"]),
     "language": lambda: comparison.language_table(comparison.read()),
     "rank": lambda: comparison.curve_table(comparison.read(), "rank"),
     "rate": lambda: comparison.curve_table(comparison.read(), "rate"),

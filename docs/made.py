@@ -74,7 +74,7 @@ def commands() -> str:
 
 
 def method_cards() -> str:
-    """A card for each method: what it trains, whether it merges, its rate, what was measured, its paper."""
+    """A card a method: what it trains, when to use it, whether it merges, its rate, what was measured, the paper."""
     from adapters_kit import registry
 
     measured = _measured()
@@ -89,12 +89,13 @@ def method_cards() -> str:
             f"## {name}",
             "",
             f"- trains: {method.trains}",
+            f"- when: {method.when}",
             f"- config: `{method.config.partition(':')[2]}`",
             f"- merges into the base: {merges[method.mergeable]}",
             *([f"- needs: {method.needs}"] if method.needs else []),
             f"- default learning rate: {rate}",
             *([f"- defaults of its own: `{dict(method.defaults)}`"] if method.defaults else []),
-            *([f"- measured: {measured[name]}"] if name in measured else []),
+            f"- measured: {measured.get(name) or f'not in the tables, since it needs {method.needs}'}",
             f"- paper: {method.paper}" if method.paper else "- paper: see peft",
             "",
         ]
@@ -102,19 +103,29 @@ def method_cards() -> str:
 
 
 def _measured() -> dict[str, str]:
-    """Method to its line in the comparison that the benchmarks keep."""
+    """Method to its line in the comparisons that the benchmarks keep: the large one where it is in it."""
     import sys
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import comparison
 
-    lines = [line.strip("| ").split("|") for line in comparison.sentiment_table(comparison.read()).splitlines()[2:]]
+    kept = comparison.read()
     told = {}
-    for cells in lines:
-        name, *scores, gap, trained, size, _ = (cell.strip().replace("**", "") for cell in cells)
+    for document in filter(None, (kept["others"], kept["combinations"])):
+        for name, score, trained, size, rate in _cells(comparison.movies_table(document)):
+            told[name] = (
+                f"accuracy {score} on movies, {trained} trained, {size} MB, at {rate} ([table](../measured.md))"
+            )
+    for name, *scores, gap, trained, size, _ in _cells(comparison.sentiment_table(kept)):
         against = "" if gap == "–" else f", {gap} points to full fine-tuning"
         told[name] = f"mean accuracy {scores[-1]}{against}; {trained} trained, {size} MB ([table](../measured.md))"
     return told
+
+
+def _cells(table: str) -> list[list[str]]:
+    """The body of a Markdown table, without bold."""
+    lines = table.replace("**", "").splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
 
 
 def house() -> str:

@@ -5,11 +5,15 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import adapters_kit as ak
+from adapters_kit import cli, registry
 from adapters_kit.arguments import flags_of, make_parser
 from adapters_kit.recipe import known_flags
 from tests.support import small
@@ -18,8 +22,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 MINILM, SMOLLM = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 BLOCK = re.compile(
-    r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.DOTALL
+    r'(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)(?: title="(?P<title>.+)")?\n(?P<text>.*?)^```',
+    re.M | re.DOTALL,
 )
 
 
@@ -27,10 +33,48 @@ def text_of(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def blocks(name, language):
-    """The code of a page; what a comment above excuses, with its reason, is left out."""
-    found = [block for block in BLOCK.finditer(text_of(name)) if block["language"] == language]
-    return [block["text"] for block in found if not block["reason"]]
+def blocks(name, *languages):
+    """The code of a page in its order; what a comment above excuses, with its reason, is left out."""
+    found = [block for block in BLOCK.finditer(text_of(name)) if not languages or block["language"] in languages]
+    return [block for block in found if not block["reason"]]
+
+
+def commands_of(text):
+    """The words of every adapters-kit command of a block, comments and continued lines joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if found := re.match(r"(?:\$ )?(?:accelerate launch .* -m adapters_kit|adapters-kit) (.*)", line):
+            yield shlex.split(found[1], comments=True)
+
+
+def commands(name):
+    """Those of a page, whether they run here or not."""
+    for block in BLOCK.finditer(text_of(name)):
+        if block["language"] in ("sh", "text"):
+            yield from commands_of(block["text"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs that pages take up where others left them: folders by name."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {
+        "chat": ak.train(
+            {"model": str(small.model("llama", chat=True)), "task": "causal-lm", "data": [TURNS] * 24,
+             "training": {"max_steps": 2, "samples": 0}}, folder / "chat", quiet=True).path,
+        **{name: ak.train(
+            {"model": str(small.model("bert")), "task": "text-classification", "data": small.sentiment(48),
+             "training": {"max_steps": 2, "samples": 0, "seed": seed}}, folder / name, quiet=True).path
+           for seed, name in enumerate("ab")},
+    }  # fmt: skip
+
+
+TURNS = {
+    "messages": [
+        {"role": "user", "content": "where does anna live ?"},
+        {"role": "assistant", "content": "anna lives in rome"},
+    ]
+}
+RECIPE = f"model: {MINILM}\ntask: text-classification\ndata: reviews.csv\ntraining: {{max_steps: 2, samples: 0}}\n"
 
 
 @pytest.fixture
@@ -38,28 +82,73 @@ def desk(tmp_path, monkeypatch):
     """The files that the pages speak of, and tiny models in place of the hub's."""
     monkeypatch.chdir(tmp_path)
     rows = small.sentiment(48)
-    for name in ("reviews.csv", "tickets.csv"):
-        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
-        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    turns = [
-        {"role": "user", "content": "where does anna live ?"},
-        {"role": "assistant", "content": "anna lives in rome"},
-    ]
-    small.write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 24)
-    return {MINILM: str(small.model("bert")), SMOLLM: str(small.model("llama", chat=True))}
+    for name, columns in {
+        "reviews": "text,label",
+        "tickets": "body,team",
+        "other": "body,team",
+        "new": "body,team",
+    }.items():
+        lines = [columns, *(f"{row['text']},{row['label']}" for row in rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    small.write_jsonl(tmp_path / "chats.jsonl", [TURNS] * 24)
+    llama = str(small.model("llama", chat=True))
+    (tmp_path / "model").symlink_to(llama)
+    return {MINILM: str(small.model("bert")), SMOLLM: llama, LLAMA: llama}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES[1:] if blocks(name, "python")])
-def test_python_runs(name, desk):
-    code = "\n".join(blocks(name, "python"))
+def run_python(code, names):
     if "model.gguf" in code:
         pytest.importorskip("gguf")
         from tests.support.gguf_files import write
 
         write("llama", Path("model.gguf"), "Q4_1")
-    for hub_id, folder in desk.items():
-        code = code.replace(hub_id, folder)
-    exec(compile(code, name, "exec"), {"__name__": "__page__"})
+    exec(compile(code, "page", "exec"), names)
+
+
+def run_command(words):
+    """In this process; what serves or asks is only parsed, as by `test_commands_parse`."""
+    if words[0] in ("serve", "ui", "chat"):
+        return
+    status = cli.main(words)
+    assert status == 0 or (words[0] == "check" and status == 1), words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES[1:] if blocks(name, "python", "sh")])
+def test_pages_run(name, desk, trained):
+    """Every block in its order in one folder, as a reader would go down the page."""
+    for run, folder in trained.items():
+        if f"runs/{run}" in text_of(name) and f"--out runs/{run}" not in text_of(name):
+            shutil.copytree(folder, Path("runs") / run)
+    if not any(words[0] == "init" for words in commands(name)):
+        for recipe in ("reviews", "customer-a", "customer-b"):
+            Path(f"{recipe}.yaml").write_text(RECIPE.replace(MINILM, desk[MINILM]))
+    names = {"__name__": "__page__"}
+    for block in blocks(name):
+        text = block["text"]
+        for hub_id, folder in desk.items():
+            text = text.replace(hub_id, folder)
+        text = re.sub(r"\d+GB", "0.6GB", text.replace("1024", "64"))  # the size of a tiny model
+        if block["title"]:
+            Path(block["title"]).write_text(text, encoding="utf-8")
+        elif block["language"] == "python":
+            run_python(text, names)
+        elif block["language"] == "json":
+            with Path("chats.jsonl").open("a", encoding="utf-8") as rows:
+                rows.write(text)
+        elif block["language"] == "toml":
+            declared = tomllib.loads(text)["project"]["entry-points"][registry.GROUP]
+        elif block["language"] == "sh":
+            for words in commands_of(text):
+                run_command(words)
+                if words[0] == "init":
+                    made = next(Path().glob("*.yaml"))
+                    made.write_text(made.read_text().replace(MINILM, desk[MINILM]))
+    if name == "docs/howto/method.md":
+        assert [names[where.partition(":")[2]].name for where in declared.values()] == list(declared)
+    if name == "docs/start.md":
+        listed = re.findall(r"^  (\S+)", blocks(name, "text")[0]["text"], re.MULTILINE)
+        assert len(listed) > 3 and all((Path("runs/reviews") / one).exists() for one in listed)
 
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -93,15 +182,7 @@ def test_recipes_are_valid(name):
 
     for block in blocks(name, "yaml"):
         rest = {"model": "m", "task": "text-classification", "data": "d.csv"}
-        Recipe(**rest | yaml.safe_load(block))
-
-
-def commands(name):
-    """The words of every adapters-kit command of a page, comments and continued lines joined."""
-    for block in [*blocks(name, "sh"), *blocks(name, "text")]:
-        for line in block.replace("\\\n", " ").splitlines():
-            if found := re.match(r"(?:\$ )?(?:accelerate launch .* -m adapters_kit|adapters-kit) (.*)", line):
-                yield shlex.split(found[1], comments=True)
+        Recipe(**rest | yaml.safe_load(block["text"]))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if list(commands(name))])
@@ -136,8 +217,6 @@ def test_readme_is_short():
 
 
 def test_the_readme_counts_peft_s_other_methods():
-    from adapters_kit import registry
-
     others = set(registry.known_names()) - set(registry.names()) - {"prompt-tuning"}  # which is `prompt`
     assert f"and {len(others)} more of peft's" in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -157,16 +236,13 @@ def made():
 
 def test_the_reference_names_everything(made):
     """Every public name, recipe key, verb, method and file."""
-    import adapters_kit as ak
-    from adapters_kit import registry
-
     names = made.python_names()
     assert all(f".{name}\n" in names for name in ak.__all__ if name not in ("__version__", "methods"))
     keys = made.recipe_keys()
     assert [key for key in known_flags() if f"`{key}`" not in keys] == []
     assert all(f"## {verb}\n" in made.commands() for verb in make_parser()[1])
     cards = made.method_cards()
-    assert all(f"## {name}\n" in cards for name in registry.names())
+    assert all(f"## {name}\n" in cards and registry.get(name).when for name in registry.names())
     house = made.house()
     files = (ROOT / "adapters_kit").rglob("*.py")
     assert [
@@ -207,5 +283,5 @@ def test_the_readme_with_its_real_model(real, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("README.md", "python"):
-        exec(compile(block.replace(MINILM, str(real("minilm"))), "README.md", "exec"), names)
+        exec(compile(block["text"].replace(MINILM, str(real("minilm"))), "README.md", "exec"), names)
     assert names["run"].metrics["accuracy"] > 0 and (tmp_path / "merged" / "config.json").is_file()

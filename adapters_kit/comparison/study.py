@@ -26,6 +26,7 @@ from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
+from adapters_kit.training.assembly import method_options
 from adapters_kit.training.callbacks import duration
 from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.resolve import resolve
@@ -309,6 +310,9 @@ def _as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+_SOME_STEPS = 10**9  # the rows, and so the length of a run, are not known yet; each run fills in its own
+
+
 def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callable[[str, str], nn.Module]) -> Variant:
     """Checks on the model's shapes that the method suits it: refused now, not after an hour."""
     if changes.get("method") == FULL:
@@ -320,7 +324,8 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
     resolved = resolve(changed).training
     assert resolved.learning_rate is not None  # that is what resolving is for
     changed = changed.changed(**{"training.base_dropout": resolved.base_dropout})
-    config = build_config(shapes(changed.model, changed.task), changed.method.name, **changed.method.options)
+    options = method_options(changed, _SOME_STEPS)
+    config = build_config(shapes(changed.model, changed.task), changed.method.name, **options)
     return Variant(label, changed, "adapter", resolved.learning_rate, config)
 
 

@@ -51,11 +51,7 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
         steps: optimizer steps of the run, for methods that plan ahead (AdaLoRA).
     """
     torch.manual_seed(recipe.training.seed)
-    options = recipe.method.options
-    if isinstance(recipe.method.name, str) and not is_adapter_folder(recipe.method.name):
-        config = find_method(recipe.method.name).config_class
-        if "total_step" in {field.name for field in dataclasses.fields(config)}:
-            options.setdefault("total_step", steps)
+    options = method_options(recipe, steps)
     training = recipe.training
     set_dropout(model, training.base_dropout)
     wrapped = wrap(model, recipe.method.name, fuse=training.fuse, recompute=training.recompute, **options)
@@ -65,6 +61,16 @@ def add_adapter(model: nn.Module, recipe: Recipe, steps: int) -> nn.Module:
     if recipe.task == "causal-lm" and training.chunked_loss:
         chunked_loss(wrapped)
     return wrapped
+
+
+def method_options(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """The options of the recipe's method; where it plans ahead, the length of the run in optimizer steps among them."""
+    options = recipe.method.options
+    if isinstance(recipe.method.name, str) and not is_adapter_folder(recipe.method.name):
+        config = find_method(recipe.method.name).config_class
+        if "total_step" in {field.name for field in dataclasses.fields(config)}:
+            options.setdefault("total_step", steps)
+    return options
 
 
 def set_dropout(model: nn.Module, probability: float | None) -> None:

@@ -21,6 +21,7 @@ def methods(options: argparse.Namespace) -> Shown:
             "name": one.name,
             "config": one.config.partition(":")[2],
             "trains": one.trains,
+            "when": one.when,
             "merges": one.mergeable,
             "needs": one.needs if one.in_recipes else f"{one.needs} (not in recipes)",
             "paper": one.paper,

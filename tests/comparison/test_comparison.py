@@ -179,8 +179,10 @@ def test_a_cell_is_reproducible_and_full_trains_everything(recipe):
 
 @pytest.mark.slow
 def test_labelled_variants_change_the_recipe(recipe, in_process, tmp_path):
-    kinds = {"r=1": {"method": {"name": "lora", "r": 1}}, "r=4": {"method": {"name": "lora", "r": 4}}}
-    rates = {"r=1": 1e-3, "r=4": 1e-3}
+    planned = {"name": "adalora", "init_r": 2, "target_r": 1}  # asks how many steps the run will have
+    methods = {"r=1": {"name": "lora", "r": 1}, "r=4": {"name": "lora", "r": 4}, "adalora": planned}
+    kinds = {label: {"method": method} for label, method in methods.items()}
+    rates = dict.fromkeys(kinds, 1e-3)
     found = ak.compare(recipe, kinds, [5], out=tmp_path, rates=rates, validation_size=32, quiet=True)
     trained = {row.label: row.costs["trainable_params"] for row in found.rows}
     assert trained["r=1"] < trained["r=4"]

@@ -84,6 +84,7 @@ BLOCKS = Method(
     name="blocks",
     config="adapters_kit.methods.blocks.config:BlocksConfig",
     trains="the minima or scales that a GGUF file's blocks store",
+    when="where the result must be one .gguf file of the same size",
     paper="Xu et al. 2023, arXiv:2309.14717; Kim et al. 2023, arXiv:2305.14152",
     mergeable=True,
     needs='a .gguf file, quantize="keep"',

@@ -89,11 +89,12 @@ def _fill_in_sites(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "sites": sites, "target_modules": tuple(sites), "exclude_modules": None}
 
 
-def _preset(name: str, trains: str, paper: str, learning_rate: float = 1e-3, **defaults: Any) -> Method:
+def _preset(name: str, trains: str, when: str, paper: str, learning_rate: float = 1e-3, **defaults: Any) -> Method:
     return Method(
         name=name,
         config="adapters_kit.methods.bottleneck.config:BottleneckConfig",
         trains=trains,
+        when=when,
         paper=paper,
         mergeable=False,
         defaults=defaults,
@@ -110,12 +111,26 @@ _PFEIFFER: dict[str, Any] = {
 }
 _COMPACTER: dict[str, Any] = {"phm_layer": True, "non_linearity": "gelu", "reduction_factor": 32}
 
-HOULSBY = _preset("houlsby", "an MLP after attention and after FFN", "Houlsby et al. 2019, arXiv:1902.00751", 3e-3)
-PFEIFFER = _preset("pfeiffer", "an MLP after FFN", "Pfeiffer et al. 2020, arXiv:2005.00247", 3e-3, **_PFEIFFER)
+HOULSBY = _preset(
+    "houlsby",
+    "an MLP after attention and after FFN",
+    "where nothing needs merging: about LoRA's score with half of its parameters",
+    "Houlsby et al. 2019, arXiv:1902.00751",
+    3e-3,
+)
+PFEIFFER = _preset(
+    "pfeiffer",
+    "an MLP after FFN",
+    "as houlsby with half of the places, for many small adapters of one base",
+    "Pfeiffer et al. 2020, arXiv:2005.00247",
+    3e-3,
+    **_PFEIFFER,
+)
 # The paper scales it by 4: then one rate moves the second matrix four times as far as the first (docs/defaults.md).
 PARALLEL = _preset(
     "parallel",
     "an MLP beside FFN",
+    "where much is to be learned beside FFN, and nothing needs merging",
     "He et al. 2021, arXiv:2110.04366",
     mh_adapter=False,
     is_parallel=True,
@@ -125,6 +140,7 @@ PARALLEL = _preset(
 ADAPTERPLUS = _preset(
     "adapterplus",
     "an MLP after FFN, scaled per channel",
+    "on vision transformers, which it was made for",
     "Steitz and Roth 2024, arXiv:2406.06820",
     mh_adapter=False,
     original_ln_before=True,
@@ -137,12 +153,14 @@ ADAPTERPLUS = _preset(
 COMPACTER = _preset(
     "compacter",
     "Kronecker-factored MLPs after attention and FFN",
+    "where a bottleneck must be smaller still: its matrices are products of small ones",
     "Mahabadi et al. 2021, arXiv:2106.04647",
     **_COMPACTER,
 )
 COMPACTER_PLUS_PLUS = _preset(
     "compacter++",
     "Kronecker-factored MLPs after FFN",
+    "as compacter, with half of the places",
     "Mahabadi et al. 2021, arXiv:2106.04647",
     **_PFEIFFER | _COMPACTER,
 )

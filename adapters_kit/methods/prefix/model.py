@@ -249,6 +249,7 @@ PREFIX = Method(
     name="prefix",
     config="adapters_kit.methods.prefix.model:PrefixConfig",
     trains="keys and values before every attention",
+    when="where one base serves many tasks that generate: it ships as a KV cache too",
     paper="Li & Liang 2021, arXiv:2101.00190",
     mergeable=False,
     defaults={"num_virtual_tokens": 20},

@@ -57,7 +57,7 @@ def combine(model: nn.Module, methods: Sequence[str | PeftConfig], **options: An
 
 
 def _preset(
-    name: str, trains: str, paper: str, parts: dict[str, dict[str, Any]], learning_rate: float, **own: Any
+    name: str, trains: str, when: str, paper: str, parts: dict[str, dict[str, Any]], learning_rate: float, **own: Any
 ) -> Method:
     def prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
         given = options.pop("parts", None) or {}
@@ -72,6 +72,7 @@ def _preset(
         name=name,
         config="adapters_kit.methods.together.config:CombinedConfig",
         trains=trains,
+        when=when,
         paper=paper,
         mergeable=False,
         defaults=own,
@@ -83,6 +84,7 @@ def _preset(
 MAM = _preset(
     "mam",
     "a prefix in attention and an MLP beside FFN",
+    "where the papers that you compare with took it; lora or parallel alone did better in our table",
     "He et al. 2021, arXiv:2110.04366",
     {
         "prefix": {"num_virtual_tokens": 30},
@@ -94,6 +96,7 @@ MAM = _preset(
 UNIPELT = _preset(
     "unipelt",
     "a prefix, an MLP after FFN and LoRA, each behind a gate",
+    "with few rows, when it is not known which of its three parts suits: gates find out",
     "Mao et al. 2022, arXiv:2110.07577",
     {"prefix": {"num_virtual_tokens": 10}, "pfeiffer": {"reduction_factor": 16}, "lora": {"r": 8, "lora_alpha": 16}},
     learning_rate=1e-3,
