@@ -67,7 +67,7 @@ fuzz: .venv/.installed
 
 # Training with every method, merges, exports, sweeps and comparisons, killed or with a full disk at each write, and gone on with.
 kills: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --minutes 60
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --minutes 20
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

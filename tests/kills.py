@@ -1,41 +1,53 @@
 """make kills: what survives when the process is killed or the disk is full, at every write. Prints what it tried.
 
 Every trial runs in a forked child, so that SIGKILL is SIGKILL: no `finally` runs. The n-th write of the child kills it,
-or fails as on a full disk; then the same call is made again, and must end with the bytes of a run that was never
-stopped. Trials of all kinds take turns until the time is over: `python -m tests.kills --minutes 30`.
+or fails as on a full disk; then the same call is made again (and stopped again in every third trial), and must end with
+the bytes of a run that was never stopped. Trials of all kinds take turns until the time is over:
+`python -m tests.kills --minutes 20`.
+
+A trial is cheap: whatever a run imports is imported before the first fork, pictures are written but not drawn, and the
+cells of a comparison are forks of the trial. Limits are of CPU time, since other work on the machine is no fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
+import importlib
 import json
+import mmap
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from matplotlib.figure import Figure
 
 import adapters_kit as ak
 from adapters_kit import registry
-from adapters_kit.comparison import study, worker  # noqa: F401 (imported once, before any fork)
-from adapters_kit.merging import merge  # noqa: F401
+from adapters_kit.comparison import worker
 from adapters_kit.recipe import Recipe
-from adapters_kit.serving import export  # noqa: F401
-from adapters_kit.training import sweep, train  # noqa: F401
 from tests.support import small, stopping
 
-OK, REFUSED, CRASHED, LATE = 0, 3, 4, 5
-"""How a child ends, beside -SIGKILL: an error in the package's own words, any other error, more than LIMIT seconds."""
-LIMIT = 180
+OK, REFUSED, CRASHED = 0, 3, 4
+"""How a child ends, beside signals: an error in the package's own words, any other error."""
+SECONDS = 60
+"""Of CPU time, that a child may take; -SIGXCPU is its end otherwise."""
+HANGS = 900
+"""Seconds after which a child that does nothing is ended with SIGALRM."""
 DONE = object()
 
 
@@ -45,16 +57,34 @@ class Kind:
 
     Attributes:
         name: what it is called in the report.
-        call: does it, into the folder given; made again after an interruption with `again`.
+        call: does it, into the folder given; made again after an interruption.
         result: what has to be equal after the second call, from the folder.
         is_atomic: whether the folder is complete or absent at every moment.
+        otherwise: tried where this one is refused.
     """
 
     name: str
     call: Callable[[Path], Any]
-    again: Callable[[Path], Any]
     result: Callable[[Path], Any]
     is_atomic: bool = False
+    otherwise: Kind | None = None
+
+
+class Writes(stopping.Writes):
+    """Counts for the processes that it forks too."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._shared = mmap.mmap(-1, 8)
+        super().__init__(*arguments)
+
+    @property  # type: ignore[override]
+    def count(self) -> int:
+        """Writes so far."""
+        return int.from_bytes(self._shared[:8], "little")
+
+    @count.setter
+    def count(self, value: int) -> None:
+        self._shared[:8] = value.to_bytes(8, "little")
 
 
 def child(
@@ -77,19 +107,17 @@ def child(
     number = os.fork()
     if number == 0:
         _child(call, watch, said, at, kill)
-    begun, limit = time.monotonic(), LIMIT if after is None else after
+    begun, limit = time.monotonic(), HANGS if after is None else after
     while True:
         done, status = os.waitpid(number, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() - begun > limit:
-            os.kill(number, signal.SIGKILL)
-            os.waitpid(number, 0)
-            return LATE if after is None else -signal.SIGKILL
-        time.sleep(0.01)
+            os.kill(number, signal.SIGALRM if after is None else signal.SIGKILL)
+        time.sleep(0.005)
 
 
-def _child(call: Callable[[], Any], watch: Path, said: Path, at: int | None, kill: bool) -> None:
+def _child(call: Callable[[], Any], watch: Path, said: Path, at: int | None, kill: bool) -> NoReturn:
     def die() -> BaseException:
         if kill:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -99,8 +127,12 @@ def _child(call: Callable[[], Any], watch: Path, said: Path, at: int | None, kil
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    said.unlink(missing_ok=True)
     try:
-        writes = stopping.Writes(watch, at, die)
+        Figure.savefig = _undrawn  # type: ignore[method-assign]
+        worker._started = _forked  # type: ignore[assignment]
+        writes = Writes(watch, at, die)
         with writes.watched():
             call()
         said.write_text(str(writes.count))
@@ -112,6 +144,46 @@ def _child(call: Callable[[], Any], watch: Path, said: Path, at: int | None, kil
         said.write_text(traceback.format_exc()[-1500:])
     finally:
         os._exit(status)
+
+
+def _undrawn(figure: Figure, target: Any, **options: Any) -> None:
+    """In place of `Figure.savefig`: half of a tiny run's time is its pictures."""
+    if hasattr(target, "write"):
+        target.write("<svg></svg>")
+    else:
+        with open(target, "wb") as file:
+            file.write(b"a picture")
+
+
+def _forked(function: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    """In place of `worker._started`: a fork, which has imported everything already, and whose writes count too."""
+
+    def instead_of_a_program() -> NoReturn:
+        os.closerange(3, 4096)  # also the pipe by which subprocess waits for the program to start
+        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+        getattr(worker, function)()
+        os._exit(0)
+
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        ["none"], start_new_session=True, stdin=pipe, stdout=pipe, text=True, preexec_fn=instead_of_a_program
+    )
+
+
+def imported(call: Callable[[], Any], said: Path) -> None:
+    """Imports what a call imports, which is made in a process of its own: torch's threads survive no fork."""
+
+    def told() -> None:
+        call()
+        (said.parent / "modules").write_text("\n".join(sys.modules))
+
+    if child(told, said.parent, said) != OK:
+        raise RuntimeError(said.read_text())
+    for name in (said.parent / "modules").read_text().splitlines():
+        with suppress(Exception):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or every child would look through it all, again and again
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -138,45 +210,45 @@ def kinds(work: Path) -> list[Kind]:
     """Everything that is tried; data, models and an adapter to merge are made in `work`."""
     data = work / "data"
     data.mkdir()
-    small.write_jsonl(data / "train.jsonl", small.sentiment(16))
-    small.write_jsonl(data / "test.jsonl", small.sentiment(8, seed=1))
-    small.write_jsonl(work / "text.jsonl", [{"text": row["text"]} for row in small.sentiment(24)])
-    training = {"max_steps": 4, "batch_size": 4, "learning_rate": 3e-3, "log_every": 1, "samples": 1, "save_every": 1}
+    small.write_jsonl(data / "train.jsonl", small.sentiment(12))
+    small.write_jsonl(data / "test.jsonl", small.sentiment(4, seed=1))
+    small.write_jsonl(work / "text.jsonl", [{"text": row["text"]} for row in small.sentiment(16)])
+    training = {"max_steps": 3, "batch_size": 4, "learning_rate": 3e-3, "log_every": 1, "samples": 1, "save_every": 1}
     bert, llama = str(small.model("bert")), str(small.model("llama"))
 
     def recipe(method: Any, task: str = "text-classification") -> Recipe:
         where = {"model": bert, "data": str(data)}
         if task == "causal-lm":
-            where = {"model": llama, "data": {"train": str(work / "text.jsonl"), "test_size": 8}}
+            where = {"model": llama, "data": {"train": str(work / "text.jsonl"), "test_size": 4}}
         return Recipe(**where, task=task, method=method, training=training)
 
-    def trained(method: str, task: str) -> Kind:
+    def trained(method: str, *tasks: str) -> Kind:
         def call(out: Path) -> Any:
-            return ak.train(recipe(method, task), out, quiet=True, resume=True)
+            return ak.train(recipe(method, tasks[0]), out, quiet=True, resume=True)
 
-        return Kind(f"train {method} {task}", call, call, _run)
+        otherwise = trained(method, *tasks[1:]) if tasks[1:] else None
+        return Kind(f"train {method} {tasks[0]}", call, _run, otherwise=otherwise)
 
     adapter = work / "adapter-run"
-    if child(lambda: ak.train(recipe("lora"), adapter, quiet=True), work, work / "said") != OK:
-        raise RuntimeError((work / "said").read_text())
+    imported(lambda: ak.train(recipe("lora"), adapter, quiet=True), work / "said")
 
     def whole(name: str, call: Callable[[Path], Any]) -> Kind:
-        return Kind(name, call, call, hashes, is_atomic=True)
+        return Kind(name, call, hashes, is_atomic=True)
 
     def swept(out: Path) -> Any:
         return ak.sweep(recipe("lora"), out, learning_rates=[1e-3, 3e-3], quiet=True)
 
     def compared(out: Path) -> Any:
-        return ak.compare(recipe("lora"), ["lora", "ia3"], 1, out=out, grid=None, validation_size=4, quiet=True)
+        return ak.compare(recipe("lora"), ["lora", "ia3"], 1, out=out, grid=None, validation_size=2, quiet=True)
 
     found = [
         whole("merge", lambda out: ak.merge(adapter / "adapter", out, overwrite=True)),
         whole("export", lambda out: ak.export(adapter / "adapter", out, canonical=True, overwrite=True)),
-        Kind("sweep", swept, swept, _sweep),
-        Kind("compare", compared, compared, _comparison),
+        Kind("sweep", swept, _sweep),
+        Kind("compare", compared, _comparison),
+        trained("lora", "causal-lm"),
     ]
-    names = ["lora", *(name for name in registry.known_names() if name != "lora")]
-    return found + [trained(name, task) for name in names for task in ("text-classification", "causal-lm")]
+    return found + [trained(name, "text-classification", "causal-lm") for name in registry.known_names()]
 
 
 @dataclass
@@ -198,43 +270,54 @@ class Trials:
 
     def __iter__(self) -> Iterator[None]:
         """Counts the writes of a whole call, then stops it at each, in random order."""
-        folder, said = self.work / self.kind.name.replace(" ", "-"), self.work / "said"
-        folder.mkdir(exist_ok=True)
-        begun = time.monotonic()
-        status = child(lambda: self.kind.call(folder / "whole"), folder, said)
-        lasted = time.monotonic() - begun
-        if status != OK:
-            short = said.read_text().strip().splitlines()[-1][:160]
-            self.counts["refused" if status == REFUSED else "did not run"] += 1
-            (self.faults if status != REFUSED else self.notes).append(f"{self.kind.name}: {short}")
+        said = self.work / "said"
+        while True:
+            folder = self.work / self.kind.name.replace(" ", "-")
+            folder.mkdir(exist_ok=True)
+            begun = time.monotonic()
+            status = child(lambda: self.kind.call(folder / "whole"), folder, said)
+            lasted = time.monotonic() - begun
+            if status == OK:
+                break
+            short = f"{self.kind.name}: {_last(said, status)}"
             shutil.rmtree(folder, ignore_errors=True)
-            return
+            if status != REFUSED:
+                self.counts["did not run"] += 1
+                self.faults.append(short)
+                return
+            if self.kind.otherwise is None:
+                self.counts["refused"] += 1
+                self.notes.append(short)
+                return
+            self.kind = self.kind.otherwise
         writes, expected = int(said.read_text()), self.kind.result(folder / "whole")
         yield
         draw = random.Random(self.kind.name)
-        places = [(at, kill) for at in range(1, writes + 1) for kill in (True, False)]
-        draw.shuffle(places)
-        for at, kill in places[: self.most]:
-            self._one(folder / "out", said, expected, at, kill, None)
+        kills, full = (draw.sample(range(1, writes + 1), writes) for _ in range(2))
+        for number, (killed, failed) in enumerate(list(zip(kills, full, strict=True))[: self.most]):
+            self._one(folder / "out", said, expected, [{"at": killed}])
             yield
-            if at % 3 == 0 and self.most is None:  # not only at a write
-                self._one(folder / "out", said, expected, None, True, draw.uniform(0, lasted))
-                yield
+            self._one(folder / "out", said, expected, [{"at": failed, "kill": False}])
+            yield
+            # Not only at a write, and not only once.
+            self._one(folder / "out", said, expected, [{"after": draw.uniform(0, lasted)}] * (1 + number % 2))
+            yield
+            self._one(folder / "out", said, expected, [{"at": killed}, {"at": draw.randint(1, 1 + writes // 2)}])
+            yield
 
-    def _one(self, out: Path, said: Path, expected: Any, at: int | None, kill: bool, after: float | None) -> None:
-        what = f"{self.kind.name}, {'killed' if kill else 'disk full'} " + (
-            f"at write {at}" if at else f"after {after or 0:.2f} s"
-        )
-        status = child(lambda: self.kind.call(out), out.parent, said, at, kill, after)
-        self.counts["kills" if kill else "full disks"] += 1
-        allowed = (-signal.SIGKILL, OK) if kill else (REFUSED, OK)
-        if status not in allowed:
-            self.faults.append(f"{what}: ended with {status}: {said.read_text().strip().splitlines()[-1][:160]}")
-        if self.kind.is_atomic and out.exists() and self.kind.result(out) != expected:
-            self.faults.append(f"{what}: half of it stands under its final name")
-        status = child(lambda: self.kind.again(out), out.parent, said)
+    def _one(self, out: Path, said: Path, expected: Any, stops: list[dict[str, Any]]) -> None:
+        what = f"{self.kind.name}, {stops}"
+        for stop in stops:
+            status = child(lambda: self.kind.call(out), out.parent, said, **stop)
+            kill = stop.get("kill", True)
+            self.counts["kills" if kill else "full disks"] += status != OK or not kill
+            if status not in ((-signal.SIGKILL, OK) if kill else (REFUSED, OK)):
+                self.faults.append(f"{what}: ended with {_last(said, status)}")
+            if self.kind.is_atomic and out.exists() and self.kind.result(out) != expected:
+                self.faults.append(f"{what}: half of it stands under its final name")
+        status = child(lambda: self.kind.call(out), out.parent, said)
         if status != OK:
-            self.faults.append(f"{what}: the next call ended with {said.read_text().strip().splitlines()[-1][:160]}")
+            self.faults.append(f"{what}: the next call ended with {_last(said, status)}")
         elif self.kind.result(out) != expected:
             self.faults.append(f"{what}: the next call gave something else")
         left = sorted(name for name in os.listdir(out.parent) if name not in ("whole", "out"))
@@ -245,6 +328,12 @@ class Trials:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _last(said: Path, status: int) -> str:
+    """The exit status of a child, and the last line of its error."""
+    lines = said.read_text().strip().splitlines() if said.is_file() else []
+    return f"{status}: {lines[-1][:160] if lines else 'nothing said'}"
+
+
 def main() -> int:
     """Takes turns until the time is over; 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -253,7 +342,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds whose names begin so, with commas between")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    until = time.monotonic() + 60 * options.minutes
+    begun = time.monotonic()
     faults: list[str] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
@@ -261,17 +350,23 @@ def main() -> int:
         chosen = [kind for kind in kinds(Path(folder)) if kind.name.startswith(starts)]
         trials = [Trials(kind, Path(folder), options.most, Counter(), faults, notes) for kind in chosen]
         waiting = deque(iter(one) for one in trials)
-        while waiting and time.monotonic() < until:
+        seen = 0
+        while waiting and time.monotonic() - begun < 60 * options.minutes:
             turn = waiting.popleft()
             if next(turn, DONE) is not DONE:
                 waiting.append(turn)
+            for fault in faults[seen:]:
+                print(f"{fault}", flush=True)
+            seen = len(faults)
     total: Counter[str] = Counter()
-    for name in dict.fromkeys(kind.name for kind in chosen):
-        counts = sum((one.counts for one in trials if one.kind.name == name), Counter())
+    for one in trials:
+        counts = one.counts
         total += counts
-        print(f"{name:<32}" + "  ".join(f"{what}: {count}" for what, count in sorted(counts.items())))
-    print("all".ljust(32) + "  ".join(f"{what}: {count}" for what, count in sorted(total.items())))
+        print(f"{one.kind.name:<40}" + "  ".join(f"{what}: {count}" for what, count in sorted(counts.items())))
+    print("all".ljust(40) + "  ".join(f"{what}: {count}" for what, count in sorted(total.items())))
     print("\n".join(["refused:", *notes]))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{time.monotonic() - begun:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of CPU")
     print("\n".join(["faults:", *faults]) if faults else "nothing was lost")
     return 1 if faults else 0
 

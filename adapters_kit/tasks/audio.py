@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from math import gcd
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from adapters_kit.errors import DataError, MissingPackageError
 
 INSTALL = "pip install 'adapters-kit[audio]'"
 _LOUDEST = 8.0  # samples are within -1 to 1, a little over it where a mix was not limited
+_RATES = (100, 1_000_000)  # what is recorded, whales and bats included; a damaged head says anything up to 2^32
+_FINEST = 20_000  # the filter between two rates has 20 times as many taps as their ratio in lowest terms has parts
 _RIFF_STREAMED = (0, 0xFFFFFFFF)  # what recorders write that do not know the length yet
 
 
@@ -78,6 +80,7 @@ def kind_of(value: Any, row: int, rate: Any = None) -> Kind:
         info = soundfile.info(source)
     except _unreadable(soundfile) as error:
         raise DataError(f"Row {row + 1}: {_name(value)} is no recording that can be read ({error}).") from error
+    _check_rate(info.samplerate, row, _name(value))
     return Kind(info.frames / info.samplerate, info.samplerate, info.channels)
 
 
@@ -87,8 +90,16 @@ def resampled(clip: Clip, rate: int) -> np.ndarray:
         return clip.samples
     from scipy.signal import resample_poly
 
-    common = gcd(clip.rate, rate)
-    return resample_poly(clip.samples, rate // common, clip.rate // common).astype(np.float32)
+    ratio = Fraction(rate, clip.rate).limit_denominator(_FINEST)  # exact, or off by less than nobody hears: 1e-6
+    return resample_poly(clip.samples, ratio.numerator, ratio.denominator).astype(np.float32)
+
+
+def _check_rate(rate: int, row: int, name: str) -> None:
+    if not _RATES[0] <= rate <= _RATES[1]:
+        raise DataError(
+            f"Row {row + 1}: {name} says {rate:,} samples a second, and no recording has less than {_RATES[0]} or more "
+            f"than {_RATES[1]:,}. The file is damaged, or the number is another one's."
+        )
 
 
 def _soundfile() -> Any:
@@ -130,6 +141,7 @@ def _from_array(array: Any, rate: Any, row: int) -> Clip:
 
 
 def _checked(samples: np.ndarray, rate: int, channels: int, row: int, name: str) -> Clip:
+    _check_rate(rate, row, name)
     if not len(samples):
         raise DataError(f"Row {row + 1}: {name} is empty: it has no samples.")
     loudest = float(np.abs(samples).max())

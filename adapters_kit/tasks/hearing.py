@@ -141,7 +141,8 @@ class HearingTask(Task):
         inputs, masks = [], []
         for feature in features:
             clip = open_audio(feature["audio"], feature["row"], feature.get("sampling_rate"))
-            samples = resampled(clip, self.rate)[: round(self.max_seconds * self.rate)]
+            heard = clip.samples[: round((self.max_seconds + 1) * clip.rate)]  # a second more than the filter sees
+            samples = resampled(clip._replace(samples=heard), self.rate)[: round(self.max_seconds * self.rate)]
             with torch.autocast("cpu", enabled=False):  # numpy has no bf16
                 made = self.extractor(samples, sampling_rate=self.rate, return_tensors="np")
             inputs.append(torch.from_numpy(np.asarray(made[self.input][0], dtype=np.float32)))

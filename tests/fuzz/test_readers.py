@@ -7,6 +7,7 @@ or put in; values of JSON replaced by others, keys lost or renamed. Flags are wo
 """
 
 import copy
+import gzip
 import json
 import os
 import time
@@ -14,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import feather
 
 import adapters_kit as ak
 from adapters_kit.artifacts.adapter import read_adapter
@@ -31,6 +35,7 @@ from adapters_kit.artifacts.proof import Position, Prompt, Proof, read_proof
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import AdapterError
 from adapters_kit.recipe import Recipe, known_flags
+from adapters_kit.tasks.audio import open_audio, resampled
 from adapters_kit.tasks.conversation import Conversation
 from adapters_kit.tasks.images import open_image
 from adapters_kit.tasks.template import ChatTemplate
@@ -121,7 +126,13 @@ def place(tmp_path_factory) -> Path:
     (root / "rows.csv").write_text('text,label\n"a, ""b""",1\nc,02\n', encoding="utf-8")
     (root / "rows.tsv").write_text("text\tlabel\na\t1\nb\t2\n", encoding="utf-8")
     (root / "rows.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    pq.write_table(pa.table({"text": ["a", "b"], "label": [1, 2]}), root / "rows.parquet")
+    (root / "rows.conll").write_text("a B-X\nb O\n\nc O\n", encoding="utf-8")
+    (root / "rows.ft").write_text("__label__a one two\n__label__b three\n", encoding="utf-8")
+    (root / "rows.csv.gz").write_bytes(gzip.compress((root / "rows.csv").read_bytes()))
+    table = pa.table({"text": ["a", "b"], "label": [1, 2], "words": [["a"], []]})
+    pq.write_table(table, root / "rows.parquet")
+    feather.write_feather(table, root / "rows.arrow", compression="uncompressed")
+    soundfile.write(root / "sound.wav", np.linspace(-0.5, 0.5, 400), 44_100)
     Image.new("RGB", (16, 16), "red").save(root / "picture.png")
     (root / "README.md").write_text("---\nlicense: mit\ntags: [a, {b: c}]\n---\n# Mine\n", encoding="utf-8")
     told = [Position("a", {"a": -0.5, "b": -3.0}, {"a": -1.0, "b": -2.0})]
@@ -163,7 +174,12 @@ READERS: dict[str, tuple[str, Callable[[Path], st.SearchStrategy[bytes]], Callab
     "csv": ("rows.csv", _bytes, lambda root: read_rows(root / "rows.csv")),
     "tsv": ("rows.tsv", _bytes, lambda root: read_rows(root / "rows.tsv")),
     "text": ("rows.txt", _bytes, lambda root: read_rows(root / "rows.txt")),
-    "parquet": ("rows.parquet", _bytes, lambda root: read_rows(root / "rows.parquet")),
+    "conll": ("rows.conll", _bytes, lambda root: read_rows(root / "rows.conll")),
+    "fasttext": ("rows.ft", _bytes, lambda root: read_rows(root / "rows.ft")),
+    "gzip": ("rows.csv.gz", _bytes, lambda root: read_rows(root / "rows.csv.gz")),
+    "parquet": ("rows.parquet", _bytes, lambda root: list(read_rows(root / "rows.parquet"))),
+    "arrow": ("rows.arrow", _bytes, lambda root: list(read_rows(root / "rows.arrow"))),
+    "sound": ("sound.wav", _bytes, lambda root: resampled(open_audio(str(root / "sound.wav"), 0), 16_000)),
     "picture": ("picture.png", _bytes, lambda root: open_image(str(root / "picture.png"), 0)),
     "card": ("README.md", _bytes, lambda root: split((root / "README.md").read_text(errors="replace"))),
     "proof": ("proof.json", _json, lambda root: read_proof(root)),

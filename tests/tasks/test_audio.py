@@ -56,7 +56,9 @@ def test_samples_in_memory_and_several_channels():
     assert open_audio(file_of(both.T), 0).channels == 2
 
 
-@pytest.mark.parametrize(("rate", "wanted"), [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (22_050, 24_000)])
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (22_050, 24_000), (999_983, 16_000)]
+)
 def test_a_tone_stays_the_tone_that_it_was_at_another_rate(rate, wanted):
     clip = open_audio({"array": sounds.tone(600, 1.0, rate), "sampling_rate": rate}, 0)
     found = resampled(clip, wanted)
@@ -85,6 +87,8 @@ def test_cut_off_recordings_are_refused_by_row(tmp_path, kind, part):
         (None, None, "None \\(NoneType\\) is no recording"),
         ([0.1, 0.2], None, "samples without a sampling rate.*data.columns: {sampling_rate: NAME}"),
         ({"array": [0.1], "sampling_rate": 0}, None, "samples without a sampling rate"),
+        ({"array": [0.1], "sampling_rate": 2**31 - 1}, None, "says 2,147,483,647 samples a second.*damaged"),
+        ({"array": [0.1], "sampling_rate": 1}, None, "says 1 samples a second.*damaged"),
         ({"array": ["a"], "sampling_rate": 8000}, None, "no list of numbers"),
         ({"array": [], "sampling_rate": 8000}, None, "it has no samples"),
         ({"array": [0.0, float("nan")], "sampling_rate": 8000}, None, "no numbers"),

@@ -175,6 +175,10 @@ def _plain(table: pa.Table) -> pa.Table:
     if (odd := next((name for name in table.column_names if "\0" in name), None)) is not None:
         raise DataError(f"The column {odd!r} has a zero byte in its name, which no table can hold. Rename it.")
     for index, column in enumerate(table.schema):
+        try:  # Arrow believes a file: text that is none, or places outside of the file, would be met when it is used
+            table.column(index).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"the column {column.name!r} is damaged ({gist(error)})") from None
         if pa.types.is_string_view(column.type):
             table = table.set_column(index, column.name, table.column(index).cast(pa.string()))
     if len(set(table.column_names)) != table.num_columns:

@@ -148,6 +148,18 @@ def test_parquet_of_every_kind(tmp_path):
             data.read(DataSpec(train=str(tmp_path / "d.parquet"))).train.to_list()
 
 
+@pytest.mark.parametrize(("offsets", "content"), [([0, 1, 2], b"\xe1b"), ([0, 2**30, 2], b"ab"), ([0, -7, 2], b"ab")])
+def test_text_that_is_none_is_refused_as_it_is_read(tmp_path, offsets, content):
+    """Arrow keeps what a file says unseen; used, it would end the process or come from elsewhere in memory."""
+    buffers = [None, pa.py_buffer(np.array(offsets, dtype=np.int32)), pa.py_buffer(content)]
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 2, buffers), "label": [0, 1]})
+    path = tmp_path / "d.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"Cannot read .*d\.arrow: the column 'text' is damaged"):
+        data.read(DataSpec(train=str(path)))
+
+
 def test_files_of_other_kinds_say_what_to_do(tmp_path):
     for name, advice in (("a.xlsx", "Save the sheet as CSV"), ("a.zip", "Unpack it"), ("a.jsonl.gz", "Cannot unpack")):
         (tmp_path / name).write_text("x")
