@@ -31,6 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -160,7 +161,7 @@ def _forked(function: str, environment: dict[str, str]) -> subprocess.Popen[str]
 
     def instead_of_a_program() -> NoReturn:
         os.closerange(3, 4096)  # also the pipe by which subprocess waits for the program to start
-        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")  # noqa: SIM115
         getattr(worker, function)()
         os._exit(0)
 
@@ -275,7 +276,7 @@ class Trials:
             folder = self.work / self.kind.name.replace(" ", "-")
             folder.mkdir(exist_ok=True)
             begun = time.monotonic()
-            status = child(lambda: self.kind.call(folder / "whole"), folder, said)
+            status = child(partial(self.kind.call, folder / "whole"), folder, said)
             lasted = time.monotonic() - begun
             if status == OK:
                 break
