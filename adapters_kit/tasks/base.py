@@ -19,6 +19,7 @@ from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.sparse_attention import attend_fully
 from adapters_kit.tasks.special_ids import check_special
 from adapters_kit.tasks.streaming import answer, pieces
 
@@ -102,6 +103,7 @@ class Task:
                 f"training.max_length is {self.max_length}; {self.recipe.model} takes at most {self.longest} tokens."
             )
         self.embedded = embedded(model)
+        attend_fully(model, self.recipe.model, self.max_length, self.notes)
         check_special(model, self.recipe.model, self.embedded, self.notes)
         self._pad_with_what_is_embedded()
         config = model.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,10 @@ class AdapterTrainer(Trainer):
         ]
         if "tensorboard" in training.log_to:
             callbacks.append(TensorBoard(out / "tensorboard"))
+        batch = task.collate_training([train_features[0]])
+        sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+        if args.world_size > 1 and not sharded:
+            args.ddp_find_unused_parameters = leaves_some_out(model, batch)
         super().__init__(
             model=model,
             args=args,
@@ -95,9 +100,7 @@ class AdapterTrainer(Trainer):
         # Trainer takes every model whose forward has **kwargs for one that divides its loss by the items counted over
         # all devices and accumulated batches. BERT and many others ignore the count: their loss would come out
         # multiplied by the number of processes and of accumulation steps.
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(
-            model, task.collate_training([train_features[0]])
-        )
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(model, batch)
 
     def go(self, checkpoint: Path | None) -> None:
         """Trains, from a checkpoint or from the start."""
@@ -234,6 +237,22 @@ def divides_by_items(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     finally:
         model.train(was_training)
     return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != 0)
+
+
+def leaves_some_out(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether a step may leave some of what is trained without a gradient, which DDP would wait for.
+
+    A pooler that no head reads (BigBird), experts that no token is sent to, layers that are dropped at random.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    drops = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    if any("expert" in name for name in named) or any(getattr(model.config, key, 0) for key in drops):
+        return True
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "row"}
+    with torch.random.fork_rng(), torch.enable_grad(), autocast(model, device):
+        gradients = torch.autograd.grad(model(**batch).loss, list(named.values()), allow_unused=True)
+    return any(gradient is None for gradient in gradients)
 
 
 def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingArguments:
