@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,28 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: no full collection, of which each training does one, looks through it again."""
     gc.collect()
     gc.freeze()
+    gc.callbacks.append(_watch)
+
+
+_SLOW = 0.03  # seconds
+_collection = {"began": 0.0, "slow": False}
+
+
+def _watch(phase: str, info: dict[str, int]) -> None:
+    """Notes a full collection that looked through much."""
+    if info["generation"] == 2:
+        if phase == "start":
+            _collection["began"] = time.process_time()
+        else:
+            _collection["slow"] |= time.process_time() - _collection["began"] > _SLOW
+
+
+def pytest_runtest_logfinish() -> None:
+    """After a slow one, what the tests so far have imported and keep stays out of the next ones too."""
+    if _collection["slow"]:
+        gc.collect()
+        gc.freeze()
+        _collection["slow"] = False
 
 
 @pytest.hookimpl(wrapper=True)
