@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from adapters_kit.anatomy import embeddings, output_embeddings
 from adapters_kit.artifacts.adapter import Adapter
@@ -128,7 +128,7 @@ def match(
         renamed=renamed,
         dropped=dropped,
     )
-    return replace(draft, layout=layout, notes=_told(resized, shapes))
+    return replace(draft, layout=layout, notes=_told(bare, resized, shapes))
 
 
 def _check_class(adapter: Adapter, kind: type, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
@@ -144,8 +144,8 @@ def _check_class(adapter: Adapter, kind: type, config: PretrainedConfig, checkpo
     )
 
 
-def _told(resized: Shapes, shapes: Shapes) -> tuple[str, ...]:
-    grown = sorted(resized.keys() - shapes.keys())
+def _told(bare: PreTrainedModel, resized: Shapes, shapes: Shapes) -> tuple[str, ...]:
+    grown = sorted(resized.keys() - shapes.keys() - dict(bare.named_buffers()).keys())
     if not grown:
         return ()
     return (
@@ -172,26 +172,36 @@ def _check_complete(
         )
 
 
+def _words(bare: PreTrainedModel) -> int | None:
+    """Size of the vocabulary in training."""
+    return getattr(bare.config.get_text_config(), "vocab_size", None)
+
+
 def _resized(attached: deltas.Attached, stored: Mapping[str, Origin], shapes: Shapes, checkpoint: Checkpoint) -> Shapes:
-    """Vocabulary matrices that are stored with another number of rows; every other difference of shape is refused."""
+    """Vocabulary matrices that are stored with another number of rows, and buffers with an entry a word; every other
+    difference of shape is refused."""
     bare, found = attached.bare, {}
     paths = [path for path in (*embeddings(bare), output_embeddings(bare)) if path]
     words = {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
+    beside = {name for name, buffer in bare.named_buffers() if buffer.dim()}  # BART's final_logits_bias: (1, words)
     inside = {f"{unit.path}.{name}": unit for unit in attached.units for name in unit.wanted}
     for name, origin in stored.items():
-        if origin.converter is not None or (name in shapes and name not in inside):
+        if origin.converter is not None:
             continue
+        given = name in shapes and name not in inside  # as a whole; what was tied to it keeps the base's values
         have = checkpoint.tensors[origin.keys[0]].shape
         want = tuple(bare.state_dict(keep_vars=True)[name].shape) if name not in shapes else shapes[name]
-        if have == want:
+        if have == want or (given and name not in words):
             continue
-        if name not in words or have[1:] != want[1:]:
+        grown = name in words and have[1:] == want[1:]
+        if not grown and not (name in beside and have[:-1] == want[:-1] and want[-1] == _words(bare)):
             raise ShippingError(
                 f"{origin.keys[0]} has the shape {have} in {checkpoint.folder}, and {want} in the "
                 f"{type(bare).__name__} of its config.json: they do not belong together."
             )
         for alias in attached.tied.get(name, (name,)):
-            found[alias] = want
+            if not (given and alias in shapes):
+                found[alias] = want
     return found
 
 

@@ -56,7 +56,13 @@ class BaseWeights:
 
 def resize(value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A vocabulary matrix (or bias) with more or fewer rows. New ones hold the mean of the old ones, which is what
-    transformers' `resize_token_embeddings` starts them with, but for a draw of 1e-9 of the variance (Hewitt 2021)."""
+    transformers' `resize_token_embeddings` starts them with, but for a draw of 1e-9 of the variance (Hewitt 2021). A
+    buffer (1, words) has new columns of zeros."""
+    if shape[0] == value.shape[0]:
+        grown = value.new_zeros(shape)
+        kept = min(shape[-1], value.shape[-1])
+        grown[..., :kept] = value[..., :kept]
+        return grown
     if shape[0] <= value.shape[0]:
         return value[: shape[0]]
     mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)
