@@ -1,5 +1,6 @@
 """wrap(): freeze a model and put a trainable module on it, as a `peft.PeftModel`."""
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,11 @@ def _adapter_folder(method: Any) -> Path | None:
     """`method` as the folder of a saved adapter, if that is what it is."""
     if isinstance(method, PeftConfig | list | tuple):
         return None
+    if not isinstance(method, str | os.PathLike):
+        raise UnknownNameError(
+            f"method={method!r} is no method: give a name such as 'lora', a peft config, the folder of a saved adapter "
+            "or of its run, or a list of names and configs."
+        )
     folder = adapter_folder(method)
     if is_adapter_folder(folder):
         for note in other_adapters(folder):

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "costs": lambda: comparison.cost_table(comparison.read()),
     "rates": lambda: comparison.rates_table(comparison.read()),
     "combinations": lambda: comparison.movies_table(comparison.read()["combinations"]),
+    "others": lambda: comparison.movies_table(comparison.read()["others"]),
     "language": lambda: comparison.language_table(comparison.read()),
     "rank": lambda: comparison.curve_table(comparison.read(), "rank"),
     "rate": lambda: comparison.curve_table(comparison.read(), "rate"),

@@ -140,6 +140,7 @@ REFUSED = {
     "rank": (("lora",), {"r": 0}, "not a rank"),
     "steps": (("adalora",), {}, "total_step"),
     "folder": (("nowhere/adapter",), {}, "neither a method nor an existing adapter folder"),
+    "nothing": ((None,), {}, "is no method: give a name"),
     "options of a config": ((LoraConfig(target_modules=["q_porj"]),), {}, "q_proj"),
 }
 

@@ -104,21 +104,14 @@ class Writer:
         """
 
         def generate(**options: Any) -> None:
-            self._generate([ids], sampling, base, **options)
+            self.generate_batch([ids], sampling, base=base, **options)
 
         return _until(pieces(self.tokenizer, generate), sampling.stop)
-
-    def generate(self, ids: Sequence[int], sampling: Sampling, *, base: bool = False, **options: Any) -> Any:
-        """What `model.generate` returns for one prompt, in this thread; `options` go there."""
-        return self._generate([ids], sampling, base, **options)
 
     def generate_batch(
         self, rows: Sequence[Sequence[int]], sampling: Sampling, *, base: bool = False, **options: Any
     ) -> Any:
-        """The same for several prompts at once, padded on the left."""
-        return self._generate(rows, sampling, base, **options)
-
-    def _generate(self, rows: Sequence[Sequence[int]], sampling: Sampling, base: bool, **options: Any) -> Any:
+        """What `model.generate` returns for several prompts, padded on the left; `options` go there."""
         device = next(self.model.parameters()).device
         longest, padding = max(map(len, rows)), self.tokenizer.pad_token_id or 0
         inputs = torch.tensor([[padding] * (longest - len(ids)) + list(ids) for ids in rows], device=device)

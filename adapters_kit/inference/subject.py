@@ -76,9 +76,10 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     if "task" not in recipe_keys:
         known = task_of_model(path)
         if not known:
+            absent = "" if path.exists() else " (nothing of that name is here)"
             raise ModelError(
-                f"{os.fspath(name)} is no run and no adapter folder, and as a model it does not tell what it is for: "
-                f"give task=TASK. {_TASKS}"
+                f"{os.fspath(name)} is no run and no adapter folder{absent}, and as a model it does not tell what it "
+                f"is for: give task=TASK. {_TASKS}"
             )
         recipe_keys = {**known, **recipe_keys}
     return _bare(os.fspath(name), recipe_keys), None

@@ -47,6 +47,9 @@ def bars(title: str, edges: Sequence[float], counts: Sequence[int], xlabel: str)
     axis.bar(edges[:-1], counts, width=[b - a for a, b in pairwise(edges)], align="edge",
              color=_COLOURS[0], edgecolor="none")  # fmt: skip
     _dress(axis, title, xlabel)
+    from matplotlib.ticker import MaxNLocator
+
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
     return _svg(figure, title)
 
 
@@ -58,6 +61,8 @@ def dots(title: str, names: Sequence[str], x: Sequence[float], y: Sequence[float
     axis.scatter(x, y, color=_COLOURS[0], s=28, zorder=3)
     if min(x) > 0 and max(x) / min(x) > 30:
         axis.set_xscale("log")
+    else:
+        axis.ticklabel_format(axis="x", useOffset=False)
     axis.margins(0.15)
     _dress(axis, title, xlabel)
     axis.set_ylabel(ylabel, color=_INK, fontsize=9)

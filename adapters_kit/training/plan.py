@@ -319,15 +319,15 @@ def _free_memory() -> int | None:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes: 24GB, 24GiB, 24 and 24g are all 24 * 2**30, as cards are sold; MB likewise.
+    """Bytes: 24GB, 24GiB, 24 and 24g are all 24 * 2**30, as cards are sold; MB likewise. 2**20 and more are bytes.
 
     Raises:
         RecipeError: anything else.
     """
-    if isinstance(text, int):
+    if isinstance(text, int) and text >= 2**20:
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])?i?b?\s*", text.lower())
-    if match is None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])?i?b?\s*", str(text).lower())
+    if match is None or not float(match[1]):
         raise RecipeError([f"{text!r} is no amount of memory; write 24GB"], source="--gpu")
     return int(float(match[1]) * (2**20 if match[2] == "m" else GIB))
 

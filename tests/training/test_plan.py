@@ -162,14 +162,17 @@ def test_quantized_weights_take_less(recipe):
     assert quantized.memory.weights < 0.6 * plain.memory.weights
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24 << 30), ("80", 80 << 30), ("512 MiB", 512 << 20), (7, 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 << 30), ("80", 80 << 30), ("512 MiB", 512 << 20), (24, 24 << 30), (1 << 33, 1 << 33)]
+)
 def test_amounts_of_memory(text, size):
     assert parse_size(text) == size
 
 
-def test_an_amount_that_is_none():
+@pytest.mark.parametrize("text", ["much", "0", 0, -1, None])
+def test_an_amount_that_is_none(text):
     with pytest.raises(RecipeError, match="write 24GB"):
-        parse_size("much")
+        parse_size(text)
 
 
 class Live(TorchDispatchMode):
