@@ -44,7 +44,7 @@ def register() -> None:
         for name in PLUGINS:
             importlib.import_module(name)
         record_saves()
-        name_classes()
+        wrap_loading()
 
 
 def record_saves() -> None:
@@ -71,9 +71,10 @@ def record_saves() -> None:
     kind.save_pretrained = recording
 
 
-def name_classes() -> None:
+def wrap_loading() -> None:
     """From now on a model into which `PeftModel.from_pretrained` loads an adapter of ours names its classes as
-    the record of the adapter does, where it knew them as LABEL_0 … only: a pipeline then answers with names."""
+    the record of the adapter does, where it knew them as LABEL_0 … only: a pipeline then answers with names.
+    And `load_adapter` does not walk over the adapters that lie there already: see `kernels.aside`."""
     kind: Any = sys.modules["peft"].PeftModel
     loading = kind.load_adapter
     if getattr(loading, "names", False):
@@ -81,9 +82,12 @@ def name_classes() -> None:
 
     @functools.wraps(loading)
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-        result = loading(self, model_id, *args, **kwargs)
         from adapters_kit.artifacts.record_reader import name_classes_of
+        from adapters_kit.kernels.aside import others_aside
 
+        given = inspect.signature(loading).bind(self, model_id, *args, **kwargs).arguments
+        with others_aside(self, given["adapter_name"]):
+            result = loading(self, model_id, *args, **kwargs)
         name_classes_of(self, model_id)
         return result
 
