@@ -22,6 +22,7 @@ from adapters_kit.tasks.conversation import (
     past_turns,
     refuse_preferences,
     system_beside,
+    system_text,
     with_input,
 )
 from adapters_kit.tasks.generation import (
@@ -215,7 +216,7 @@ class CausalLM(Task):
         text = with_input(text, as_text(row.get(self.columns.get("input", "")), where))
         past = past_turns(row.get(self.columns.get("history", "")), f"{where}, the history")
         before = [turn["content"] or "" for turn in past]
-        system = as_text(row.get(self.columns.get("system", "")), where)
+        system = system_text(row.get(self.columns.get("system", "")), where)
         if system.strip():
             before.insert(0, system)
         ids = self._begun("\n\n".join([*before, text]), cuts)

@@ -25,6 +25,7 @@ from adapters_kit.tasks.turns import (
     as_turns,
     by_turns,
     shortened,
+    spelled_parts,
     spelled_turns,
     texts_of,
     written_out,
@@ -97,8 +98,9 @@ def conversation(row: Mapping[str, Any], columns: Mapping[str, str], number: int
             turns = _answered(turns, told, f"{where}, column {columns['completion']!r}")
     within = [tools for turn in turns for name in ("tools", "functions") if (tools := turn.pop(name, None))]
     tools = as_tools(cell("tools") or next(iter(within), None), where)
-    if text("system").strip() and turns[0]["role"] not in LEADING:
-        turns.insert(0, {"role": "system", "content": text("system")})
+    system = system_text(cell("system"), f"{where}, column {columns.get('system')!r}")
+    if system.strip() and turns[0]["role"] not in LEADING:
+        turns.insert(0, {"role": "system", "content": system})
     return Conversation(turns, tools)
 
 
@@ -123,7 +125,7 @@ def _are_calls(told: Any, where: str) -> bool:
 
 def system_beside(row: Mapping[str, Any], columns: Mapping[str, str], talk: Conversation) -> bool:
     """Whether the column of the system says something that the conversation's own system turn stands in for."""
-    given = as_text(row.get(columns.get("system", "")), "The system").strip()
+    given = system_text(row.get(columns.get("system", "")), "The system").strip()
     return given not in ("", (talk.turns[0]["content"] or "").strip())
 
 
@@ -153,6 +155,18 @@ def _pairs(questions: Sequence[str], answers: Sequence[str] | None, where: str) 
     both = zip(questions, answers, strict=True)
     roles = ("user", "assistant")
     return [{"role": role, "content": said} for pair in both for role, said in zip(roles, pair, strict=True)]
+
+
+def system_text(value: Any, where: str) -> str:
+    """What stands in a column of the system: text, or parts of it as Gemini and Bedrock have them.
+
+    Raises:
+        DataError: anything else.
+    """
+    value = spelled_parts(value)
+    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(part, Mapping) for part in value)):
+        return str(as_turns([{"role": "system", "content": value}], where)[0]["content"])
+    return as_text(value, where)
 
 
 def with_input(prompt: str, given: str) -> str:

@@ -282,23 +282,31 @@ class Answer(NamedTuple):
         return "" if self.null_margin > threshold else self.text
 
 
+_TEXTS = ("text", "value", "spans")  # keys of the answers' texts: SQuAD's, TriviaQA's, DROP's
+
+
 def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> list[Span]:
     """The answers of a row as (position in the context, text).
 
-    Takes SQuAD's {"text": [...], "answer_start": [...]}, a list of strings or of {"text": ..., "answer_start": ...}, or
-    one string; without positions the first occurrence in the context counts. None, an empty list and an empty text are
-    a question without an answer.
+    Takes SQuAD's {"text": [...], "answer_start": [...]}, a list of strings or of {"text": ..., "answer_start": ...},
+    TriviaQA's {"value": ...}, DROP's {"spans": [...]}, or one string; without positions the first occurrence in the
+    context counts. None, an empty list and an empty text are a question without an answer.
 
     Raises:
         DataError: an answer that does not stand in the context.
     """
     value, context = row[columns["answers"]], row[columns["context"]]
-    if isinstance(value, str) and isinstance(read := written_out(value), Mapping) and "text" in read:
+    if isinstance(value, str) and isinstance(read := written_out(value), Mapping) and set(_TEXTS) & set(read):
         value = read
     if value is None or value == "":
         return []
     if isinstance(value, Mapping):
-        texts, starts = value.get("text"), value.get("answer_start")
+        key = next((key for key in _TEXTS if key in value), None)
+        if key is None:
+            raise DataError(
+                f"Row {index + 1}: answers are a string, a list of strings or SQuAD's form, not {value!r:.200}."
+            )
+        texts, starts = value[key], value.get("answer_start")
         if isinstance(texts, str):
             texts, starts = [texts], [starts]
         starts = starts if starts is not None else [None] * len(texts or [])

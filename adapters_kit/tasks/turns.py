@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
@@ -53,6 +54,7 @@ _PAIRS = (
         ("human", "bot"),
     ),
 )
+_NUMPY = re.compile(r"\barray\((\[[^\[\]]*\])(?:, dtype=\w+)?\)")  # a list, as pandas writes out one of numpy's
 BEGUN = "begun"
 """Key of an assistant turn of which that many characters were there before the model writes on."""
 
@@ -66,7 +68,9 @@ def as_turns(value: Any, where: str) -> list[Turn]:
     value = written_out(value)
     if isinstance(value, Mapping) and isinstance(value.get("messages"), Sequence):
         value = value["messages"]
-    if isinstance(value, Mapping) and value and all(isinstance(part, Sequence) for part in value.values()):
+    if isinstance(value, Mapping) and isinstance(value.get("role", value.get("from")), str):
+        value = [value]  # one turn
+    if isinstance(value, Mapping) and value and all(isinstance(part, list | tuple) for part in value.values()):
         # `datasets` gives some lists of structs as a struct of lists.
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -150,6 +154,13 @@ def spelled_turns(value: Any) -> Any:
         isinstance(turn, Mapping) and "role" in turn and any(key in turn for key in said) for turn in turns
     )
     return turns if fits else value
+
+
+def spelled_parts(value: Any) -> Any:
+    """The parts that a text is JSON's way to write, {"parts": [...]} or [{"text": ...}]; everything else as it is."""
+    parsed = _parsed(value)
+    fits = isinstance(parsed, Mapping) and isinstance(parsed.get("parts"), list)
+    return parsed if fits or _are_parts(parsed) else value
 
 
 def texts_of(value: Any) -> list[str] | None:
@@ -310,7 +321,7 @@ def written_out(value: Any) -> Any:
             return value
     if isinstance(value, str) and value.strip()[:1] in ("{", "["):
         try:
-            return ast.literal_eval(value.strip())
+            return ast.literal_eval(_NUMPY.sub(r"\1", value.strip()))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return value
     return value

@@ -146,7 +146,7 @@ def test_rare_classes_are_split_as_well_as_possible(tmp_path, seed):
     assert held["many"] >= 15
     assert held["some"] >= 3
     assert sum(held.values()) == 23
-    assert any("too few rows to be in the held-out part" in note for note in task.notes.sentences)
+    assert any("are not in the held-out part of 23 rows" in note for note in task.notes.sentences)
     many = [f"c{i % 40}" for i in range(100)]  # fewer held-out rows than classes
     _, parts = prepared(tmp_path, many, training={"seed": seed})
     assert len(parts.test) == 10

@@ -58,6 +58,27 @@ BEHIND = [("user", f"{ASKED}\n\n{ABOUT}"), *BY_TURNS[1:]]
             BEHIND,
         ),
         ({"inputs": ASKED, "targets": TOLD, "language": "en"}, BY_TURNS[:2]),
+        (
+            {"input": [{"role": "user", "content": ASKED}], "output": {"role": "assistant", "content": TOLD}},
+            BY_TURNS[:2],
+        ),
+        (
+            {
+                "systemInstruction": {"role": "system", "parts": [{"text": ABOUT}]},
+                "contents": [
+                    {"role": "user", "parts": [{"text": ASKED}]},
+                    {"role": "model", "parts": [{"text": TOLD}]},
+                ],
+            },
+            [("system", ABOUT), *BY_TURNS[:2]],
+        ),
+        (
+            {
+                "system": [{"text": ABOUT}],
+                "messages": [{"role": role, "content": [{"text": said}]} for role, said in BY_TURNS],
+            },
+            [("system", ABOUT), *BY_TURNS],
+        ),
         ({"problem": ASKED, "solution": TOLD, "level": 3}, BY_TURNS[:2]),
         ({"question": ASKED, "passage": ABOUT, "answer": TOLD}, [BEHIND[0], BY_TURNS[1]]),
     ],

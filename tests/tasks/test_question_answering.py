@@ -224,3 +224,24 @@ def test_an_answer_in_another_place_says_where_it_stands(tmp_path):
         given(tmp_path, lambda _: "Rome")
     task, _ = given(tmp_path, lambda _: "rome")
     assert task.notes.counts["answers_placed_first"] == 12
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"value": "rome", "aliases": ["roma"]},
+        {"spans": ["rome"], "types": ["span"]},
+        "{'text': array(['rome'], dtype=object), 'answer_start': array([9], dtype=int32)}",
+        "{'spans': ['rome']}",
+    ],
+)
+def test_answers_as_other_data_sets_write_them(given):
+    row = {"context": "she saw: rome", "answers": given}
+    assert qa.spans_of(row, {"context": "context", "answers": "answers"}, 0) == [(9, "rome")]
+
+
+def test_an_object_that_is_no_answer_is_refused():
+    """Not taken for a question without one."""
+    row = {"context": "she saw rome", "answers": {"aliases": ["rome"]}}
+    with pytest.raises(DataError, match="Row 1: answers are"):
+        qa.spans_of(row, {"context": "context", "answers": "answers"}, 0)

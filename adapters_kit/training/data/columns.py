@@ -26,17 +26,17 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     "input": ("input", "context", "story", "passage"),
     "history": ("history",),
-    "system": ("system", "system_prompt"),
+    "system": ("system", "system_prompt", "systeminstruction", "system_instruction"),
     "tools": ("tools", "functions"),
     "messages": ("messages", "conversation", "conversations", "chat"),
-    "tokens": ("tokens", "words"),
-    "tags": ("tags", "ner_tags", "labels", "pos_tags"),
+    "tokens": ("tokens", "words", "word"),
+    "tags": ("tags", "ner_tags", "labels", "pos_tags", "tag"),
     "spans": ("spans", "entities", "ents", "label", "labels", "annotations", "annotation", "ner"),
     "question": ("question", "query"),
     "context": ("context", "passage", "paragraph"),
-    "answers": ("answers", "answer"),
-    "source": ("source", "src", "input", "document", "article", "dialogue", "text", "question"),
-    "target": ("target", "tgt", "output", "summary", "highlights", "translation", "answer"),
+    "answers": ("answers", "answer", "answer_text", "answers_spans"),
+    "source": ("source", "src", "input", "inputs", "document", "article", "dialogue", "text", "question"),
+    "target": ("target", "tgt", "output", "targets", "summary", "highlights", "translation", "answer"),
     "audio": ("audio", "speech", "sound", "recording", "wav", "clip", "file_name", "file", "path"),
     "transcript": ("transcript", "transcription", "text", "sentence", "normalized_text"),
     "sampling_rate": ("sampling_rate", "sample_rate"),
@@ -100,6 +100,8 @@ def recognise(
     wanted = " or ".join(" and ".join(roles) for roles in alternatives)
     examples = ["{" + ", ".join(f"{role}: NAME" for role in roles) + "}" for roles in alternatives]
     row = header_is_a_row(data)
+    if names == ["text"] and not any(set(roles) <= {"text"} for roles in alternatives):
+        row = "Text files hold running text: write rows of several columns as CSV, TSV or JSON Lines, with their names."
     raise DataError(
         f"Cannot tell which column is what: the task needs {wanted}, the data has the columns {', '.join(names)}. "
         + (row or f"Name them in the recipe: data.columns: {', or '.join(examples)}")

@@ -22,6 +22,9 @@ _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 
 
+_NAMED = ' A row names its values: {"text": ..., "label": ...}.'
+
+
 def read_json_lines(path: Path, encoding: str | None, notes: Notes) -> Iterator[pa.Table]:
     """The rows of a file with one object a line, in parts.
 
@@ -39,7 +42,7 @@ def _line_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row, int
         place = f"line {number}"
         value = pair_row(_parsed(path, line, place))
         if not isinstance(value, dict):
-            raise DataError(f"{path}, {place}: each line is one {{...}} object, this is {line.strip()[:80]}")
+            raise DataError(f"{path}, {place}: each line is one {{...}} object, this is {line.strip()[:80]}{_NAMED}")
         yield place, value, len(line)
 
 
@@ -217,7 +220,7 @@ def _rows_of_list(items: Sequence[Any], path: Path, notes: Notes) -> Sequence[Ro
     items = exported(items, path, notes)
     for number, item in enumerate(items, 1):
         if not isinstance(item, Mapping):
-            raise DataError(f"{path} holds no list of objects: row {number} is {item!r:.80}.")
+            raise DataError(f"{path} holds no list of objects: row {number} is {item!r:.80}.{_NAMED}")
     if items and all(set(item) >= {"row_idx", "row"} for item in items):  # the hub's viewer
         short = [number for number, item in enumerate(items, 1) if item.get("truncated_cells")]
         if short:

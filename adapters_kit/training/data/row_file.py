@@ -154,7 +154,7 @@ def _other(path: Path) -> str:
         return " Save the sheet as CSV."
     if suffix in _ARCHIVES:
         return " Unpack it first."
-    return " Rename it if it is one of these."
+    return " Write its rows as CSV or JSON Lines; or rename it if it is one of these."
 
 
 def _data_set(tables: Iterable[pa.Table], large: bool) -> Dataset:

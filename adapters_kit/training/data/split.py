@@ -70,7 +70,7 @@ def split(
         lacking = sorted({str(name) for name in classes} - {str(classes[row]) for row in held_out})
         if lacking:
             notes.say(
-                f"{len(lacking)} classes have too few rows to be in the held-out part too, so that no score tells of "
+                f"{len(lacking)} classes are not in the held-out part of {count:,} rows, so that no score tells of "
                 f"them: {', '.join(lacking[:10])}."
             )
     if not held_out:
