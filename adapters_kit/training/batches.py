@@ -67,17 +67,21 @@ class FromData:
         self.example = _example(task, features[0])
 
     def batch(self, rows: int, length: int) -> Batch:
-        """The longest examples, repeated to so many rows and so many tokens."""
-        batch = self.task.collate_training([self.largest[i % len(self.largest)] for i in range(rows)])
+        """The longest examples, and more rows and tokens like them: the values of those are nobody's."""
+        known = self.largest[:rows]
+        batch = self.task.collate_training(known)
         for name in ("row", *self.task.unplanned):
             batch.pop(name, None)
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]  # a full mask is dropped inside the model, but only if its values can be seen
         now = batch["input_ids"].shape[1] if "input_ids" in batch else None
-        if now is None or length == self.length:
+        if now is not None and length != self.length:
+            columns = torch.arange(length) % now
+            batch = {k: v[:, columns] if v.ndim >= 2 and v.shape[1] == now else v for k, v in batch.items()}
+        if rows == len(known):
             return batch
-        columns = torch.arange(length) % now
-        return {k: v[:, columns] if v.ndim >= 2 and v.shape[1] == now else v for k, v in batch.items()}
+        # Never filled: a card's worth of rows of a small model would take gigabytes here, and a minute to collate.
+        return {k: v.new_empty((rows, *v.shape[1:])) for k, v in batch.items()}
 
 
 class FromLength:
