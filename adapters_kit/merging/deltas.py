@@ -140,7 +140,7 @@ def _check_mergeable(adapter: Adapter) -> None:
 
 
 def usual_rounding(kind: str, bare: PreTrainedModel, checkpoint: Checkpoint) -> Rounding:
-    """What `from_pretrained(quantization_config=...)` of that kind makes of a model by default: every linear but the
+    """What `from_pretrained(quantization_config=...)` of that kind makes of a model as QLoRA does: every linear but the
     output embeddings in blocks of 64 with scales quantized once more, the rest in the checkpoint's dtype."""
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module

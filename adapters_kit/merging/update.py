@@ -87,7 +87,14 @@ def match(
     _check_class(adapter, kind, config, checkpoint)
     attached = deltas.attach(adapter, kind, config)
     bare = attached.bare
+    notes: tuple[str, ...] = ()
     if isinstance(rounding, str):
+        if rounding != "int8":
+            notes = (
+                f"Taken as {rounding} in blocks of 64 whose scales are quantized too (bnb_4bit_use_double_quant), as "
+                "QLoRA has it. Without that the weights differ by the rounding of a scale: ak.record(folder, model) "
+                "tells which it was.",
+            )
         rounding = deltas.usual_rounding(rounding, bare, checkpoint)
     stored, unused = trace(bare, checkpoint.tensors)
     origins = dict(stored)
@@ -128,7 +135,7 @@ def match(
         renamed=renamed,
         dropped=dropped,
     )
-    return replace(draft, layout=layout, notes=_told(bare, resized, shapes))
+    return replace(draft, layout=layout, notes=(*notes, *_told(bare, resized, shapes)))
 
 
 def _check_class(adapter: Adapter, kind: type, config: PretrainedConfig, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.loading import load as load_quantized
 from adapters_kit.merging.roundtrip import Rounding
-from tests.support.shipping import load, save_base, train_on
+from tests.support.shipping import disturb, load, save_base, train_on
 
 LORA = peft.LoraConfig
 
@@ -48,6 +48,22 @@ def test_a_quantized_base_is_merged_dequantized(family, quantize, tmp_path):
     expected = held.double() + (update if family == "llama" else update.T)
     merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
     assert torch.allclose(merged.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_a_missing_record_is_asked_for_with_both_drifts(tmp_path):
+    base = save_base("llama", tmp_path / "base")
+    model = peft.get_peft_model(load_quantized(base, quantize="nf4"), LORA(target_modules=["q_proj", "up_proj"]))
+    disturb(model)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    ak.merge(folder, tmp_path / "recorded")
+    (folder / "adapters_kit.json").unlink()
+    with pytest.raises(ak.AdapterError, match=r"(?s)no record.*KL .* for nf4 and .*KL .* for int8.*quantized='nf4'"):
+        ak.merge(folder, tmp_path / "asked")
+    said = ak.merge(folder, tmp_path / "said", quantized="nf4")
+    assert "bnb_4bit_use_double_quant" in str(said)
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("recorded", "said"))
+    assert left.keys() == right.keys() and all(torch.equal(left[name].float(), right[name].float()) for name in left)
 
 
 @pytest.mark.parametrize(
