@@ -273,6 +273,7 @@ def test_an_adapterhub_adapter_is_converted_checked_and_exported(capsys, tmp_pat
     assert status == 1 and "max_lora_rank" in json.loads(out)["problems"][0]["what"]
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_length_needs_no_data(capsys):
     words = ["--model", str(small.model("llama")), "--task", "causal-lm", "--length", "16", "--gpu", "8GB"]
     status, out, err = run(capsys, "plan", *words)

@@ -154,6 +154,7 @@ def test_pages_run(name, desk, trained):
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_run(path, desk):
     """Cell by cell; what a cell ends with shows itself, as a notebook would show it."""
@@ -234,6 +235,7 @@ def made():
     return module
 
 
+@pytest.mark.slow
 def test_the_reference_names_everything(made):
     """Every public name, recipe key, verb, method and file."""
     names = made.python_names()

@@ -200,6 +200,7 @@ def test_only_peft_plugin_touches_the_registries_of_peft():
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_the_public_names_are_the_namespace():
     assert adapters_kit.__all__ == sorted(set(adapters_kit.__all__))
     assert set(dir(adapters_kit)) == set(adapters_kit.__all__)

@@ -133,6 +133,7 @@ def test_n_best_answers_of_many_tokens_do_not_depend_on_their_company(family):
         assert scores == sorted(scores, reverse=True) and len(scores) == 3
 
 
+@pytest.mark.slow
 def test_n_best_classes_in_memory_in_files_and_on_the_command_line(tmp_path, capsys):
     recipe = {"model": model("bert"), "task": "text-classification", "data": small.sentiment(24)}
     run = ak.train({**recipe, "training.max_steps": 1, "training.samples": 0}, tmp_path / "run", quiet=True)

@@ -77,6 +77,7 @@ KEYS_ONLY = registry.Method(
 )
 
 
+@pytest.mark.slow
 def test_a_method_in_the_house_is_one_declaration_and_one_line(looked_up_anew, monkeypatch, tmp_path):
     """Its name, options and rate are known to recipes, `wrap` and the table of methods; it trains, and merges."""
     monkeypatch.setitem(registry.BUILTIN, "keys-only", f"{__name__}:KEYS_ONLY")

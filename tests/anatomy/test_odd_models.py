@@ -58,6 +58,7 @@ def test_a_model_that_rescales_its_weights_computes_the_same_in_training(answere
     torch.testing.assert_close(wrapped.eval()(IDS).logits, wrapped.train()(IDS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [rwkv, gemma3n])
 def test_every_adapter_learns_and_merges(tmp_path, build):
     model = build()

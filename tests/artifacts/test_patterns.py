@@ -40,6 +40,7 @@ def test_in_a_part_of_several_methods():
         ak.wrap(tiny.build("llama"), ["lora", "prefix"], parts={"lora": {"target_modules": BOMBS[0]}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["whole", "part"])
 def test_an_adapter_s(place, tmp_path):
     base = shutil.copytree(small.model("llama"), tmp_path / "base")

@@ -140,6 +140,7 @@ def projections(count, dtype=torch.float64, out=(4, 3, 5), wide=6, rank=2, bias=
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("shared", [False, True])
 def test_first_and_second_derivatives_by_finite_differences(p, shared):

@@ -172,6 +172,7 @@ def test_a_language_model_checkpointed(reentrant):
         assert grad.norm() > 0 and relative(gradients(fused)[name], grad) < 1e-4, name
 
 
+@pytest.mark.slow
 def test_compiled_and_differentiated_twice():
     torch.compiler.reset()
     plain, fused = build(nn.Linear, torch.float32)

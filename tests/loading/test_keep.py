@@ -115,6 +115,7 @@ def test_a_weight_in_blocks_is_not_trained_as_a_whole(tmp_path):
     assert not hasattr(kept, "peft_config") and type(kept.lm_head) is torch.nn.Linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["keep", None])
 def test_the_card_s_code_loads_what_was_trained_and_check_s_command_ships_it(quantize, tmp_path, monkeypatch):
     folder = tmp_path / "here"

@@ -176,6 +176,7 @@ def test_a_base_that_changes_while_it_is_read(pair, monkeypatch):
     assert not (tmp / "merged").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [".merged.partial-*", ".merged.partial-*/model.safetensors"])
 def test_killed_while_merging(moment, pair):
     """At the start, and with the weights written or half written."""

@@ -25,6 +25,7 @@ def trained(base, folder, size=0.05, **options):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "least"), [("Q4_1", 0.6), ("Q4_0", 0.4), ("Q8_0", 0.9)])
 def test_most_of_the_change_arrives(kind, least, tmp_path):
     base, out = tmp_path / "model.gguf", tmp_path / "tuned.gguf"

@@ -264,6 +264,7 @@ def test_what_cannot_be_merged_says_why(tmp_path):
         assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_full_verification_finds_a_single_wrong_value(tmp_path, monkeypatch):
     """One weight off by one unit in the last place is below every tolerance on outputs; so is a lost copy."""
     from adapters_kit.merging import merge as module

@@ -92,6 +92,7 @@ def test_a_merge_in_blocks_of_rows_is_that_of_the_whole(rank, scale, tmp_path, m
             assert torch.equal(torch.cat(merged[name]), checkpoint.read(name) + (b @ a) * scale), name
 
 
+@pytest.mark.slow
 def test_a_plain_merge_imports_neither_peft_nor_transformers(tmp_path):
     base = save_base("llama", tmp_path / "base")
     train_on(base, LORA(target_modules=["q_proj"]), tmp_path / "adapter")

@@ -148,6 +148,7 @@ def test_two_combinations_switch_mix_and_go(name, tmp_path):
     assert not any(".b." in key or key.endswith(".b") for key in model.state_dict())
 
 
+@pytest.mark.slow
 def test_copies_pickles_and_folders_alone(tmp_path):
     base = tiny.build("llama")
     base.save_pretrained(tmp_path / "base")
@@ -257,6 +258,7 @@ def test_stacked_classifiers_use_the_upper_head():
     assert {key for key, moved in heads.items() if moved} == {key for key in heads if ".task." in key}
 
 
+@pytest.mark.slow
 def test_a_language_adapter_goes_under_a_classifier(tmp_path):
     """examples/stack.py on a tiny model: two runs, two folders, one classifier of both."""
     import stack

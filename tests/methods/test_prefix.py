@@ -16,7 +16,9 @@ from adapters_kit.methods.prefix.holders import attention_modules
 from adapters_kit.methods.prefix.model import prefix_layers
 from tests.support import tiny
 
-OFF = ["mpnet", "deberta", "deberta-v2", "xlnet", "gpt-neo", "gptj", "bloom", "falcon", "mpt", "mamba"]
+# Attention of their own, not through the interface; transformers 5.24 moves GPT-J onto it, and others may follow.
+OWN = ["mpnet", "deberta", "deberta-v2", "xlnet", "gpt-neo", "gptj", "bloom", "falcon", "mpt", "mamba"]
+OFF = [name for name in OWN if not attention_modules(tiny.build(name))]
 ON = [name for name in tiny.NAMES if name not in OFF]
 DECODERS = [name for name in tiny.names("decoder") if name in ON]
 TEXT = [*[name for name in tiny.names("encoder") if name in ON], *DECODERS, *tiny.names("encoder-decoder")]

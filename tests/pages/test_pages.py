@@ -206,6 +206,7 @@ def test_every_task_agrees_about_which_way_its_score_gets_better():
         assert task.higher_is_better == (task.metric not in LESS_IS_BETTER), name
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_page_and_shows_itself_in_a_notebook(tmp_path):
     recipe = {"model": str(small.model("bert")), "task": "text-classification", "data": small.sentiment(32),
               "training": {"max_steps": 2, "log_every": 1}}  # fmt: skip

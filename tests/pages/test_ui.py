@@ -58,6 +58,7 @@ def test_a_job_tells_what_to_type_and_how_it_ended():
     job.forget()
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_other_machines_are_let_in_only_with_a_token():
     from adapters_kit.ui.page import launch

@@ -147,6 +147,7 @@ def asked(shipped, model, **options):
         return ak.prove(url, adapter)
 
 
+@pytest.mark.slow
 def test_the_tuned_model_and_the_base(shipped):
     _, tuned, plain, _ = shipped
     for options in ({}, {"ids": False}, {"completions": False}, {"chat": False}, {"logprobs": False}):
@@ -201,6 +202,7 @@ def test_merge_carries_the_proof_or_makes_one(shipped, tmp_path):
     assert (tmp_path / "shipped/proof.json").is_file()
 
 
+@pytest.mark.slow
 def test_train_leaves_a_proof_without_rows_of_the_data(tmp_path):
     rows = [{"prompt": f"where does {q['name']} live ?", "completion": q["answer"]} for q in small.questions(24)]
     data = small.write_jsonl(tmp_path / "rows.jsonl", rows)

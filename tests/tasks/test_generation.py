@@ -80,6 +80,7 @@ CHAT = (
 )
 
 
+@pytest.mark.slow
 def test_answers_stop_at_the_template_s_end_of_turn(tmp_path):
     """Learned until sure, an answer ends with its turn, in predict, samples and stream; the saved config says so."""
     folder = tmp_path / "model"

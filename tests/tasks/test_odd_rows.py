@@ -28,6 +28,7 @@ def scores(run, texts, size):
     return torch.tensor([row["score"] if row["label"] == "good" else 1 - row["score"] for row in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["xlnet", "t5", "bart", "llama", "gpt2"])
 def test_a_row_is_answered_as_alone_whatever_it_holds(tmp_path, family):
     """XLNet reads the last token, T5 and BART the end of the text, a decoder needs one token at least."""
@@ -43,6 +44,7 @@ def test_a_row_is_answered_as_alone_whatever_it_holds(tmp_path, family):
     torch.testing.assert_close(together, alone, rtol=0, atol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_padding_is_no_end_of_a_text(tmp_path, family):
     """A tokenizer without a padding token pads with the end's, of which the head finds as many as there are."""
@@ -82,6 +84,7 @@ def test_a_token_behind_the_embeddings_is_refused_by_name(tmp_path, family):
         run_of(tmp_path, {"train": [row] * 8, "test": [plain] * 2}, task, model=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "bert", "bart"])
 def test_a_padding_token_behind_the_embeddings_is_replaced_and_told(tmp_path, family):
     folder = with_more_words(tmp_path, family, pad_token="<pad>")

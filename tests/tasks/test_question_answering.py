@@ -153,6 +153,7 @@ def test_a_slow_tokenizer_answers_and_tags(tmp_path, canine):
     assert all(answer["tags"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["CanineTokenizer", "ByT5Tokenizer"])
 def test_places_of_tokens_that_are_not_told(kind):
     """The pieces of windows spell what stands at the places that are said of them."""

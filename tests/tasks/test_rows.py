@@ -88,6 +88,7 @@ def test_a_value_that_is_no_text_is_told_by_its_row():
         check_text(["x", 7], 10, "a", "text", ["a", "b"])
 
 
+@pytest.mark.slow
 def test_rows_with_nothing_to_learn_do_not_stop_a_run(tmp_path):
     """Empty texts of a corpus, sentences without words: left out and counted."""
     texts = [{"text": "" if i % 4 == 0 else row["context"]} for i, row in enumerate(small.questions(60))]
@@ -113,6 +114,7 @@ def test_rows_with_nothing_to_learn_do_not_stop_a_run(tmp_path):
         assert len(ak.predict(run.path, str(path))) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pads", ["own", "eos", "another in the config", "none in the tokenizer"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_a_decoder_answers_each_row_of_a_batch_as_it_does_alone(tmp_path, family, pads):

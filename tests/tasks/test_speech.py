@@ -108,6 +108,7 @@ def test_without_jiwer_it_is_said_before_work_starts(tmp_path, monkeypatch):
         prepare(Recipe(model="m", task=TASK, data=str(tmp_path / "rows.jsonl")))
 
 
+@pytest.mark.slow
 def test_a_model_without_letters_says_how_it_gets_them_and_they_work(tmp_path):
     """A vocabulary of the texts' own letters and a new head, which the adapter trains and saves."""
     sounds.rows_file(tmp_path / "rows.jsonl", sounds.melodies(12, tmp_path))

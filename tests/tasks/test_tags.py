@@ -46,6 +46,7 @@ def test_a_run_says_what_its_f1_is_of(tmp_path, scheme):
     assert any("[SEP] are no tags" in note for note in run.metrics["notes"]) == (scheme == "mixed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [str, " ".join, lambda items: str(items).replace(",", "")])
 def test_lists_that_a_table_holds_as_text(tmp_path, write):
     """As pandas, people and numpy write lists into a cell."""

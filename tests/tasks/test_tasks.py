@@ -137,6 +137,7 @@ DRAWN = [(example, names[0]) for example, names in MODELS.items()]
 UNDRAWN = [(example, name) for example, names in MODELS.items() for name in names[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "family"), [*UNDRAWN, *(pytest.param(*pair, marks=pytest.mark.pictures) for pair in DRAWN)]
 )
@@ -233,6 +234,7 @@ def test_packed_logits_equal_unpacked(family):
     assert seen == 24
 
 
+@pytest.mark.slow
 def test_packing_trains_as_without(tmp_path):
     """One step on everything at once: the same loss, packed or not."""
     path = small.write_jsonl(tmp_path / "rows.jsonl", causal("prompt", 24))

@@ -52,6 +52,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("step", [8])
 def test_every_method_resumes(rows, tmp_path, method, step):
@@ -123,6 +124,7 @@ def test_a_run_knows_all_that_it_writes(whole):
     assert {path.name for path in whole.path.iterdir()} <= run_folder.OWN
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_left_out_and_said(rows, whole, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.raises(stopping.Killed), stopping.killed_at_step(8):
@@ -136,6 +138,7 @@ def test_a_torn_checkpoint_is_left_out_and_said(rows, whole, tmp_path, capsys):
     assert stopping.digest(resumed.path) == stopping.digest(whole.path)
 
 
+@pytest.mark.slow
 def test_a_moved_run_folder_goes_on(rows, whole, tmp_path):
     with pytest.raises(stopping.Killed), stopping.killed_at_step(8):
         run(recipe(rows), tmp_path / "before")
@@ -194,6 +197,7 @@ def test_two_writers_do_not_meet_in_one_folder(rows, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_stop_by_hand_saves_the_step(rows, whole, tmp_path, capsys, name):
     """Before any evaluation or checkpoint."""
@@ -241,6 +245,7 @@ def test_fp16_without_a_gpu_is_refused_before_anything_is_loaded(rows, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nothing_of_the_machine_or_the_rows_travels(rows, whole, tmp_path, monkeypatch):
     given = recipe(rows, log_to=["tensorboard"], max_steps=2)
     done = run(given, tmp_path / "run")
@@ -302,6 +307,7 @@ def test_a_killed_process_leaves_its_lock_to_the_next(rows, whole, tmp_path):
     assert not (tmp_path / ".run.lock").exists()
 
 
+@pytest.mark.slow
 def test_metrics_lines_are_never_rewritten_in_place(rows, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with pytest.raises(stopping.Killed), stopping.killed_at_step(8):

@@ -96,6 +96,7 @@ def test_both_parts_of_a_dataset_dict_are_kept_with_their_classes(tmp_path):
     assert done.metrics["test_examples"] == 8 and done.recipe.labels == ["bad", "good"]
 
 
+@pytest.mark.slow
 def test_a_run_of_rows_in_memory_is_scored_asked_and_merged_like_any_other(run, tmp_path):
     assert ak.evaluate(run)["accuracy"] == run.metrics["accuracy"]
     texts = [row["text"] for row in ROWS[:3]]
@@ -108,6 +109,7 @@ def test_a_run_of_rows_in_memory_is_scored_asked_and_merged_like_any_other(run, 
     assert ak.check(run, "peft")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_path_of_its_yaml_file(run, tmp_path):
     assert ak.train(str(run.path / "recipe.yaml"), tmp_path / "again", quiet=True).metrics["steps"] == 1
     assert ak.plan(run.path / "recipe.yaml").trainable == run.metrics["trainable_params"]
@@ -150,6 +152,7 @@ def test_names_of_other_libraries_lead_to_ours():
         ak.Recipe(model="m", task="causal-lm", data="d.csv", training={"num_train_epochs": 1})
 
 
+@pytest.mark.slow
 def test_a_multi_label_run_answers_with_labels(tmp_path):
     """Also one that was made before its recipe said which kind of target it has."""
     rows = [{"text": row["text"], "label": [row["label"], "all"]} for row in ROWS]
@@ -188,6 +191,7 @@ def test_a_run_folder_is_its_recipe_and_goes_on(run, tmp_path, monkeypatch):
         ak.train(str(run.path), quiet=True)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_folder_goes_where_the_command_line_puts_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small.write_jsonl(tmp_path / "reviews.jsonl", ROWS)

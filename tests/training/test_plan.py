@@ -71,6 +71,7 @@ def test_counting_holds_nothing_afterwards():
     assert len(seen) == 1 and seen[0]() is None
 
 
+@pytest.mark.slow
 def test_plan_says_what_is_trained_and_marks_the_answer(recipe):
     plan = ak.plan(recipe)
     model = ak.wrap(tiny.build("llama"), "lora")
@@ -157,6 +158,7 @@ def test_variants_are_the_bytes_of_a_real_step(recipe, precision):
         assert kept[""].total < kept["without fused layers"].total
 
 
+@pytest.mark.slow
 def test_quantized_weights_take_less(recipe):
     plain, quantized = ak.plan(recipe), ak.plan(recipe.changed(quantize="nf4"))
     assert quantized.memory.weights < 0.6 * plain.memory.weights
@@ -238,6 +240,7 @@ def test_within_a_tenth_of_a_real_model(real, smollm2_blocks, asset):
         assert planned == pytest.approx(held + max(live.peak, plan.memory.evaluation), rel=0.1), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), [("lora", "Q4_1"), ("blocks", "Q4_1"), ("blocks", "Q4_K")])
 def test_a_base_kept_in_its_blocks(method, kind, tmp_path):
     """The file's own bytes for the weights, and what a loaded model keeps for its backward pass."""

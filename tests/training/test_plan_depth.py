@@ -37,6 +37,7 @@ CASES = [(family, method) for family in DEEP for method in ("lora", "houlsby", "
 CASES += [(family, "prefix") for family in ("llama", "gemma3", "t5", "bart")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_a_short_run_counts_what_a_whole_one_does(family, method):
     model = ak.wrap(on_meta(family, **DEEP[family]).to(torch.bfloat16), method, fuse=False).train()
@@ -110,6 +111,7 @@ def test_advice_is_worked_out(config):
         ak.plan(asked, length=5000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "question-answering", "masked-lm"])
 def test_every_task_from_a_length(task, tmp_path):
     tiny.build("bert", num_hidden_layers=4).config.save_pretrained(tmp_path)

@@ -49,6 +49,7 @@ def losses(run: ak.Run) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in run.history() if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_a_complete_folder(rows, tmp_path):
     run = train(recipe(rows, training={}), tmp_path / "run")
     metrics = json.loads((run.path / "metrics.json").read_text())
@@ -106,6 +107,7 @@ def test_same_seed_same_run(rows, tmp_path):
     assert losses(first) == losses(second) != losses(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere(rows, tmp_path, capsys, monkeypatch, terminal):
     monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")  # rich takes the first for a terminal
@@ -149,6 +151,7 @@ def test_killed_and_resumed_is_as_if_never_stopped(rows, tmp_path):
         train(given.changed(**{"training.seed": 1}), out, resume=True)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_rows(rows, tmp_path, monkeypatch):
     original = TextClassification.collate
 
@@ -185,6 +188,7 @@ def test_out_of_memory_says_what_to_lower_or_halves_the_batch(rows, tmp_path, mo
     assert losses(run) == losses(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "distilbert", "llama"])
 def test_accumulated_batches_train_as_one(rows, tmp_path, family):
     """Losses of 2 x 4 accumulated are those of 8 at once: models that do not count items are not scaled by the 4."""

@@ -128,6 +128,7 @@ def test_every_suffix_that_is_read_is_known_as_data():
     assert set(READERS) == set(DATA_SUFFIXES)
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_tell_what_was_done_to_the_rows(tmp_path):
     rows = small.sentiment(40)
     run = ak.train(
