@@ -52,7 +52,8 @@ def test_a_quantized_base_is_merged_dequantized(family, quantize, tmp_path):
 
 def test_a_missing_record_is_asked_for_with_both_drifts(tmp_path):
     base = save_base("llama", tmp_path / "base")
-    model = peft.get_peft_model(load_quantized(base, quantize="nf4"), LORA(target_modules=["q_proj", "up_proj"]))
+    bare = load_quantized(base, quantize="nf4", dtype="float32")
+    model = peft.get_peft_model(bare, LORA(target_modules=["q_proj", "up_proj"]))
     disturb(model)
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
