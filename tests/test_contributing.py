@@ -44,3 +44,15 @@ def test_the_lists_of_servers_agree():
 
 def test_the_lists_of_quantizations_agree():
     assert tuple(KINDS) == QUANTIZATIONS
+
+
+def test_the_versions_with_hashes_are_those_without():
+    def pins(file):
+        lines = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        return {(re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in lines}
+
+    hashed = pins("constraints.hashed.txt")
+    assert pins("constraints.txt") <= hashed, "write it again: .ci/hashes"
+    assert len({name for name, _ in hashed}) == len(hashed) - 1, "torch alone has two builds"
+    text = (ROOT / "constraints.hashed.txt").read_text(encoding="utf-8")
+    assert all("--hash=sha256:" in block for block in re.split(r"\n(?=\w)", text)[1:])

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapters_kit.artifacts.card import render
+from adapters_kit.artifacts.leaks import scrub
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
 from adapters_kit.task_table import TASKS
@@ -46,14 +47,14 @@ def card(
             "be wherever it is loaded."
         )
     if advice := metrics.get("advice"):
-        lead = "\n\n".join([*(f"**{line}**" for line in advice), lead])
+        lead = "\n\n".join([*(f"**{scrub(line)}**" for line in advice), lead])
     examples = (
         [f"- `{json.dumps(sample, ensure_ascii=False)}`" for sample in samples[:3]] if recipe.card.samples else []
     )
     held_out = f", held out: `{shown.data.test}`" if shown.data.test else ""
     sections = [
         (f"Scores on {metrics['test_examples']:,} held-out examples", _scores(recipe, metrics, metric, layers)),
-        ("What was done to the data", "\n".join(f"- {note}" for note in metrics.get("notes", ()))),
+        ("What was done to the data", "\n".join(f"- {scrub(note)}" for note in metrics.get("notes", ()))),
         ("Load", _load(shown)),
         ("Data", f"`{shown.data.train}`{held_out}"),
         ("Samples", "\n".join(examples)),

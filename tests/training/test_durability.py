@@ -14,7 +14,7 @@ from adapters_kit import cli, system
 from adapters_kit.artifacts import files
 from adapters_kit.errors import RecipeError, TrainingError, WriteError
 from adapters_kit.recipe import Recipe
-from adapters_kit.training import checkpoints, loop, run_folder, train
+from adapters_kit.training import checkpoints, loop, run_card, run_folder, train
 from tests.support import small, stopping
 
 TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "log_every": 1, "samples": 2, "save_every": 3}
@@ -261,6 +261,9 @@ def test_nothing_of_the_machine_or_the_rows_travels(rows, whole, tmp_path, monke
     assert not [path for path, content in text.items() if socket.gethostname() in path.name]
     assert rows.name in (done.path / "README.md").read_text(), "the name alone says which data"
     assert ak.evaluate(done.adapter)["accuracy"] == pytest.approx(done.metrics["accuracy"])
+    noted = run_card.card(given, done.metrics | {"notes": [f"The head of {given.model} is kept."]}, "accuracy")
+    assert f"- The head of {Path(given.model).name} is kept." in noted
+    assert given.model not in noted
     told = run(given.changed(**{"card.samples": True}), tmp_path / "told")
     assert "## Samples" in (told.adapter / "README.md").read_text()
 
