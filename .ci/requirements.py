@@ -24,7 +24,11 @@ def bounds() -> dict[str, tuple[str, str]]:
     own = re.findall(r"\[(.*)\]", next(line for line in extras["dev"] if line.startswith("adapters-kit[")))
     groups = [project["dependencies"], extras["dev"], *(extras[name] for name in own[0].split(","))]
     found = [re.fullmatch(r"([\w.-]+)>=([\w.]+)(,.*)?", line) for group in groups for line in group]
-    return {match[1]: (match[2], (match[3] or "").lstrip(",")) for match in found if match and not match[1].startswith(NOT_FOR_TESTS)}
+    return {
+        match[1]: (match[2], (match[3] or "").lstrip(","))
+        for match in found
+        if match and not match[1].startswith(NOT_FOR_TESTS)
+    }
 
 
 def main(which: str) -> None:
