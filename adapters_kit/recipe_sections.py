@@ -115,11 +115,13 @@ class DataSpec(BaseModel):
     train: PathText
     """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
     and test (shards are joined), one saved by `datasets`, or with one sub-folder of images or recordings a class; or a
-    hub id."""
+    hub id. Conversations as OpenAI, ShareGPT, Alpaca, Dolly, xLAM, CoQA and UltraChat write them, marked texts as doccano,
+    Label Studio, Prodigy and spaCy do."""
     test: PathText | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role to column name, such as {text: review, label: stars}; recognised by name where left out."""
+    """Role to column name, such as {text: review, label: stars} or {text: body, spans: marks}; recognised by name where
+    left out."""
     subset: str | None = None
     """The configuration of a hub data set that has several."""
     delimiter: Delimiter | None = None

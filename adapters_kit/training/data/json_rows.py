@@ -17,7 +17,7 @@ from adapters_kit.training.data.json_tables import Row, tables
 
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
 # Keys under which documents keep their rows, beside keys that tell about them.
-_HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results", "annotations")
+_HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
 

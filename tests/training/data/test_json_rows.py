@@ -102,6 +102,13 @@ def test_damage_is_told_with_its_place(tmp_path, text, message, suffix):
         read(tmp_path / f"a.{suffix}", text, dumped=False)
 
 
+def test_annotations_beside_what_they_are_of_are_no_rows(tmp_path):
+    """COCO's document."""
+    value = {"images": [{"id": 1}], "annotations": [{"image_id": 1}], "categories": [{"id": 1}]}
+    with pytest.raises(DataError, match="several lists of objects, 'images', 'annotations', 'categories'"):
+        read(tmp_path / "a.json", value)
+
+
 def test_half_a_character_is_replaced_and_counted(tmp_path):
     text = '{"text": "good \\ud83d"}\n{"text": "fine \\ud83d\\ude00"}\n'
     found, notes = read(tmp_path / "a.jsonl", text, dumped=False)
