@@ -115,8 +115,8 @@ class DataSpec(BaseModel):
     train: PathText
     """A CSV, TSV, JSON, JSONL, Parquet, Arrow, CoNLL, fastText or text file; a folder with files or folders named train
     and test (shards are joined), one saved by `datasets`, or with one sub-folder of images or recordings a class; or a
-    hub id. Conversations as OpenAI, ShareGPT, Alpaca, Dolly, xLAM, CoQA and UltraChat write them, marked texts as doccano,
-    Label Studio, Prodigy and spaCy do."""
+    hub id. Conversations as OpenAI, ShareGPT, Alpaca, Dolly, xLAM, CoQA and UltraChat write them, and texts marked in
+    doccano, Label Studio, Prodigy or spaCy."""
     test: PathText | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
     columns: dict[str, str] = Field(default_factory=dict)
