@@ -14,9 +14,11 @@ RUN pip install "torch>=2.11" --index-url "$TORCH_INDEX"
 WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE MANIFEST.in ./
 COPY adapters_kit adapters_kit
-RUN pip install ".[quantize,gguf,plots,metrics,ui]" && rm -rf build
+RUN pip install ".[quantize,gguf,plots,metrics,audio,ui]" && rm -rf build
 
-# Run folders belong to whoever starts the container: docker run --user "$(id -u):$(id -g)"
+# Run folders belong to whoever starts the container: docker run --user "$(id -u):$(id -g)". That user has no name and no
+# home in here, which matplotlib and torch ask for.
+ENV HOME=/tmp USER=adapters-kit
 WORKDIR /data
 ENTRYPOINT ["adapters-kit"]
 CMD ["--help"]

@@ -37,6 +37,17 @@ def quiet() -> None:
 
 
 @contextmanager
+def without_vocabulary_guess() -> Iterator[None]:
+    """Leaves out what peft says of a base whose config.json it cannot ask the hub for: it takes it as unchanged.
+
+    For whoever loaded the base itself and changed none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        yield
+
+
+@contextmanager
 def without_load_report() -> Iterator[None]:
     """Leaves out transformers' table of weights that a checkpoint does not have, with its advice to train.
 

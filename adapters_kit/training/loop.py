@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import MissingPackageError, TrainingError
+from adapters_kit.noise import without_vocabulary_guess
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training import checkpoints
@@ -193,7 +194,8 @@ class AdapterTrainer(Trainer):
             if isinstance(unwrapped, PeftModel) and not self._is_sharded():
                 checkpoints.save_trained(unwrapped, folder)
         PartialState().wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with without_vocabulary_guess():
+            super()._save_checkpoint(model, trial)
         if self.args.should_save:
             checkpoints.seal(folder)
 
