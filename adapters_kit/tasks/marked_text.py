@@ -189,7 +189,8 @@ def _read(cell: Any, text: str | None, where: str, mended: Mended) -> Iterator[S
 def _points(item: Any) -> list[Any]:
     """Dataturks' marks of one label; everything else is a span itself."""
     if isinstance(item, Mapping) and isinstance(item.get("points"), list):
-        return [{**point, "label": item.get("label")} for point in item["points"]]
+        label = item.get("label")
+        return [{**point, "label": label} if isinstance(point, Mapping) else point for point in item["points"]]
     return [item]
 
 
@@ -218,8 +219,9 @@ def _parts(item: Any, where: str) -> tuple[int, int, str, str | None]:
 def _number(value: Any) -> int | None:
     if isinstance(value, str) and value.strip().isdecimal():
         return int(value)
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    return int(value) if whole else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _placed(start: int, end: int, label: str, said: str | None, text: str, where: str, mended: Mended) -> Span:

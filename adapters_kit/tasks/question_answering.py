@@ -309,14 +309,16 @@ def spans_of(row: Mapping[str, Any], columns: Mapping[str, str], index: int) -> 
         texts, starts = value[key], value.get("answer_start")
         if isinstance(texts, str):
             texts, starts = [texts], [starts]
-        starts = starts if starts is not None else [None] * len(texts or [])
+        if starts is None and isinstance(texts, list):
+            starts = [None] * len(texts)
     else:
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items):
             texts, starts = [item.get("text") for item in items], [item.get("answer_start") for item in items]
         else:
             texts, starts = items, ([None] * len(items) if isinstance(items, list) else [])
-    if not isinstance(texts or [], list) or not all(isinstance(text, str) for text in texts or []):
+    lists = all(isinstance(given, list | None) for given in (texts, starts))
+    if not lists or not all(isinstance(text, str) for text in texts or []):
         raise DataError(
             f"Row {index + 1}: answers are a string, a list of strings or SQuAD's form, not {value!r:.200}."
         )

@@ -112,6 +112,8 @@ def test_choices_of_label_studio_are_labels_of_texts(tmp_path):
         ({"label": [{"start": 0, "end": 4, "text": "bert", "label": "P"}]}, "is 'anna' in the text, and says .*'bert'"),
         ({"label": [{"start": 0, "end": 4, "labels": ["P", "L"]}]}, "a span with 2 labels"),
         ({"label": [{"start": 0, "label": "P"}]}, "is no span"),
+        ({"label": [{"start": float("inf"), "end": 4, "label": "P"}]}, "is no span"),
+        ({"label": [{"label": ["P"], "points": [7]}]}, "is no span"),
         ({"label": "good"}, r"'good' is no list of spans.*data\.columns: {tokens: NAME, tags: NAME}"),
         ({"label": None}, "6 of 6 training rows have no label in column 'label'"),
         ({"label": MARKS, "answer": "reject"}, "6 of 6 rows were not accepted .*Keep the rows of 'accept'"),

@@ -241,8 +241,9 @@ def test_answers_as_other_data_sets_write_them(given):
     assert qa.spans_of(row, {"context": "context", "answers": "answers"}, 0) == [(9, "rome")]
 
 
-def test_an_object_that_is_no_answer_is_refused():
+@pytest.mark.parametrize("given", [{"aliases": ["rome"]}, {"text": 7}, {"text": ["rome"], "answer_start": 8}])
+def test_an_object_that_is_no_answer_is_refused(given):
     """Not taken for a question without one."""
-    row = {"context": "she saw rome", "answers": {"aliases": ["rome"]}}
+    row = {"context": "she saw rome", "answers": given}
     with pytest.raises(DataError, match="Row 1: answers are"):
         qa.spans_of(row, {"context": "context", "answers": "answers"}, 0)

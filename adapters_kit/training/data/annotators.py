@@ -38,7 +38,11 @@ def exported(items: Sequence[Any], path: Path, notes: Notes) -> Sequence[Any]:
 
 
 def _is_task(item: Row) -> bool:
-    return isinstance(item.get("data"), Mapping) and isinstance(_work(item), list)
+    work = _work(item)
+    if not isinstance(item.get("data"), Mapping) or not isinstance(work, list):
+        return False
+    results = [one.get("result") if isinstance(one, Mapping) else None for one in work]
+    return all(isinstance(one, list) and all(isinstance(part, Mapping) for part in one) for one in results)
 
 
 def _work(item: Row) -> Any:
@@ -67,10 +71,10 @@ def _tasks(items: Sequence[Row], path: Path, notes: Notes) -> list[dict[str, Any
             name = name if name not in item["data"] else f"{name}_annotated"
             span = "start" in value
             names[name] = names.get(name, False) or span
-            if span:
-                made.setdefault(name, []).append(dict(value))
-            else:
+            if not span:
                 made[name] = _choice(value)
+            elif isinstance(before := made.setdefault(name, []), list):
+                before.append(dict(value))
         rows.append({**item["data"], "_done": bool(done), **made})
     for row in rows:
         done = row.pop("_done")
