@@ -20,6 +20,12 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
+def not_asked() -> bool:
+    """Whether the user has told the hub's libraries to ask nothing; 0 means no, as it does to them."""
+    told = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in told)
+
+
 @cache
 def reachable() -> bool:
     """Whether the hub, or the proxy that leads to it, accepts a connection. Asked once in a process."""
@@ -41,7 +47,7 @@ def copy_without_hub(name: str, revision: str | None = None) -> Path | None:
     Raises:
         UnknownNameError: the hub does not answer, and the cache has no such model.
     """
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or reachable():
+    if not_asked() or reachable():
         return None
     from huggingface_hub import snapshot_download
 

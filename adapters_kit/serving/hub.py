@@ -16,7 +16,7 @@ import yaml
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
 from adapters_kit.artifacts.card import split
-from adapters_kit.artifacts.hub_ping import endpoint, reachable
+from adapters_kit.artifacts.hub_ping import endpoint, not_asked, reachable
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.leaks import ACCESS_TOKEN, find_leaks, scrub
 from adapters_kit.artifacts.side_files import at_home
@@ -133,7 +133,7 @@ def pull(repo: str, out: str | os.PathLike[str], *, revision: str | None = None,
 
 
 def _need_hub() -> None:
-    if os.environ.get("HF_HUB_OFFLINE"):
+    if not_asked():
         raise ShippingError("HF_HUB_OFFLINE is set, so the hub is not asked. Unset it for this.")
     if not reachable():
         raise ShippingError(

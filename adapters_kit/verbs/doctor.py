@@ -49,7 +49,7 @@ def doctor(options: argparse.Namespace) -> Shown:
         }
         for what, (needs, fix) in FEATURES.items()
     }
-    hub = "offline (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else _hub()
+    hub = _hub()
     disk = shutil.disk_usage(os.getcwd())
     data = {
         "versions": found,
@@ -64,7 +64,7 @@ def doctor(options: argparse.Namespace) -> Shown:
     def show() -> None:
         print_table(["what", "version"], [[name, value] for name, value in found.items()])
         print(f"\ndevices: {', '.join(devices)}; torch threads: {torch.get_num_threads()}")
-        print(f"free disk here: {disk.free / 2**30:.1f} GiB;  model hub: {hub}\n")
+        print(f"free disk here: {disk.free / 2**30:.1f} GiB\nmodel hub: {hub}\n")
         rows = [
             [what, "works" if one["works"] else "missing", "" if one["works"] else str(one["try"])]
             for what, one in features.items()
@@ -93,8 +93,10 @@ def _devices() -> list[str]:
 
 
 def _hub() -> str:
-    from adapters_kit.artifacts.hub_ping import endpoint, reachable
+    from adapters_kit.artifacts.hub_ping import endpoint, not_asked, reachable
 
+    if not_asked():
+        return "offline (HF_HUB_OFFLINE is set)"
     return f"{endpoint()} answers" if reachable() else f"{endpoint()} does not answer; local folders and the cache work"
 
 

@@ -281,6 +281,12 @@ def test_a_data_set_of_the_hub_is_not_waited_for_where_the_hub_does_not_answer(m
     assert asked == [True] and not constants.HF_HUB_OFFLINE
 
 
+@pytest.mark.parametrize(("told", "silent"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_offline_is_what_the_hub_s_libraries_take_for_it(told, silent, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", told)
+    assert hub_ping.not_asked() is silent
+
+
 def test_a_sweep_of_one_run_has_the_columns_of_several(run, tmp_path):
     recipe = {"model": run.recipe.model, "task": "text-classification", "data": ROWS, "training.max_steps": 1}
     table = ak.sweep(recipe, tmp_path, learning_rates=[1e-3], quiet=True)
