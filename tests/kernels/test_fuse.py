@@ -141,8 +141,7 @@ def projections(count, dtype=torch.float64, out=(4, 3, 5), wide=6, rank=2, bias=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("p", "shared"), [(0.0, False), (0.1, True), (0.5, False)])
 def test_first_and_second_derivatives_by_finite_differences(p, shared):
     parts = projections(3)
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)

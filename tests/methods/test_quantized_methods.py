@@ -107,15 +107,16 @@ def test_every_method(name, method, tmp_path):
 def test_every_family(name, kind):
     turn = tiny.NAMES.index(name)
     bottleneck = BOTTLENECKS[turn % len(BOTTLENECKS)]
-    for method in (("lora", bottleneck), ("ia3", "prefix"))[(turn + KINDS.index(kind)) % 2]:
-        if name in NO_BRANCHES and method == bottleneck:
-            with pytest.raises(ModelError, match="no place for bottleneck adapters"):
-                ak.wrap(quantized.base(name, kind), method)
-        elif name in OWN_ATTENTION and method == "prefix":
-            with pytest.raises(ModelError, match="no place to join a prefix"):
-                ak.wrap(quantized.base(name, kind), method)
-        else:
-            check(name, kind, method)
+    # Each family has a method inside its linears for one kind, and one beside them for the other.
+    method = (("lora", "ia3"), (bottleneck, "prefix"))[(turn // 2 + KINDS.index(kind)) % 2][turn % 2]
+    if name in NO_BRANCHES and method == bottleneck:
+        with pytest.raises(ModelError, match="no place for bottleneck adapters"):
+            ak.wrap(quantized.base(name, kind), method)
+    elif name in OWN_ATTENTION and method == "prefix":
+        with pytest.raises(ModelError, match="no place to join a prefix"):
+            ak.wrap(quantized.base(name, kind), method)
+    else:
+        check(name, kind, method)
 
 
 @pytest.mark.parametrize("kind", KINDS)

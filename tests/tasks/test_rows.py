@@ -115,8 +115,11 @@ def test_rows_with_nothing_to_learn_do_not_stop_a_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pads", ["own", "eos", "another in the config", "none in the tokenizer"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "pads"),
+    [("llama", "own"), ("gpt2", "eos"), ("llama", "another in the config"), ("gpt2", "none in the tokenizer"),
+     ("qwen3", "none in the tokenizer")],
+)  # fmt: skip
 def test_a_decoder_answers_each_row_of_a_batch_as_it_does_alone(tmp_path, family, pads):
     """Whatever the padding token of tokenizer and config are."""
     folder = tmp_path / "model"

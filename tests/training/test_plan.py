@@ -26,8 +26,7 @@ TASKS = {"encoder": "text-classification", "decoder": "causal-lm", "encoder-deco
 FAMILIES = ["bert", "gpt2", "llama", "t5", "bart"]
 
 
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "fuse"), [(torch.bfloat16, True), (torch.float32, False)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_kept_for_backward_are_those_of_a_real_step(family, dtype, fuse):
     """Counted on fake tensors from the config, and on a real model with real tensors: the same to the byte."""
