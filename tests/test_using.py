@@ -1,6 +1,7 @@
 """Asking what was trained: files of rows, a conversation, an OpenAI-compatible server, a proposed recipe."""
 
 import csv
+import errno
 import json
 import re
 import threading
@@ -15,7 +16,7 @@ import yaml
 
 import adapters_kit as ak
 from adapters_kit import cli
-from adapters_kit.errors import DataError, ModelError
+from adapters_kit.errors import DataError, ModelError, WriteError
 from adapters_kit.inference import answer_file
 from adapters_kit.inference.server import Served, make_server
 from adapters_kit.inference.session import Chat, Sampling, Writer, _until
@@ -124,6 +125,21 @@ def test_a_stopped_file_goes_on_and_another_one_is_refused(classifier, tmp_path,
         answer_file.predict_file(classifier, rows, out)
     with pytest.raises(DataError, match=r"\.csv, \.tsv"):
         answer_file.predict_file(classifier, rows, tmp_path / "out.xlsx")
+
+
+def test_where_nothing_can_be_written_is_one_sentence(classifier, tmp_path, monkeypatch):
+    rows = write(tmp_path / "in.jsonl", small.sentiment(3))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match=r"Could not write .*out\.csv: a file of that name is in the way"):
+        answer_file.predict_file(classifier, rows, tmp_path / "file" / "out.csv")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match=r"disk is full.*the same call goes on"):
+        patch.setitem(answer_file._WRITERS, ".csv", full)
+        answer_file.predict_file(classifier, rows, tmp_path / "out.csv")
+    assert answer_file.predict_file(classifier, rows, tmp_path / "out.csv").kept == 3
 
 
 def test_the_command_answers_a_file(classifier, tmp_path, capsys):

@@ -25,6 +25,7 @@ from adapters_kit.artifacts.files import replacing
 from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
 from adapters_kit.inference.subject import Subject, ask_for, describe, load_subject, make_task
+from adapters_kit.system import writing
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.resolve import rows_of
@@ -86,6 +87,7 @@ def predict_file(
     Raises:
         DataError: `out` exists, is of another kind, or a stopped call on other rows left its answers; the source has a
             column that the answers would cover; rows that the task cannot read.
+        WriteError: `out` cannot be written: no space, no permission.
     """
     begun = time.perf_counter()
     out = Path(out)
@@ -106,27 +108,28 @@ def predict_file(
         part.unlink(missing_ok=True)
     done = kept = _answered(part, made_from)
     subject = load_subject(recipe, task, adapter)
-    out.parent.mkdir(parents=True, exist_ok=True)
     told = _Told(subject.task.notes)
-    with part.open("a", encoding="utf-8", newline="\n") as file:
-        if part.stat().st_size == 0:
-            file.write(json.dumps(made_from) + "\n")
-        while done < len(rows):
-            piece = rows.select(range(done, min(done + PIECE, len(rows))))
-            subject.task.notes = Notes()
-            answers = _answers(subject, piece, batch_size or 2 * recipe.training.batch_size, done)
-            told.add(subject.task.notes, done, done + len(piece))
-            if clash := sorted(set(own) & set(answers[0])):
-                part.unlink()
-                raise DataError(f"{source} has a column {clash[0]!r} already, which would be covered: rename it.")
-            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-            file.flush()
-            done += len(piece)
-            if progress is not None:
-                progress(done, len(rows))
-    with replacing(out) as beside:
-        _WRITERS[out.suffix.lower()](beside, rows, lambda: _lines(part))
-    part.unlink()
+    with writing(out, "What was answered so far is kept: the same call goes on."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("a", encoding="utf-8", newline="\n") as file:
+            if part.stat().st_size == 0:
+                file.write(json.dumps(made_from) + "\n")
+            while done < len(rows):
+                piece = rows.select(range(done, min(done + PIECE, len(rows))))
+                subject.task.notes = Notes()
+                answers = _answers(subject, piece, batch_size or 2 * recipe.training.batch_size, done)
+                told.add(subject.task.notes, done, done + len(piece))
+                if clash := sorted(set(own) & set(answers[0])):
+                    part.unlink()
+                    raise DataError(f"{source} has a column {clash[0]!r} already, which would be covered: rename it.")
+                file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+                file.flush()
+                done += len(piece)
+                if progress is not None:
+                    progress(done, len(rows))
+        with replacing(out) as beside:
+            _WRITERS[out.suffix.lower()](beside, rows, lambda: _lines(part))
+        part.unlink()
     return Written(out, len(rows), kept, time.perf_counter() - begun, tuple(told.sentences()))
 
 
