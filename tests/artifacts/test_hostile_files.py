@@ -277,6 +277,24 @@ def test_what_a_link_leads_to_is_not_shipped(base, adapter, tmp_path):
             assert b"-private-" not in path.read_bytes(), path
 
 
+def test_code_that_an_adapter_brings_is_not_planted(tmp_path):
+    folder, ran = tmp_path / "adapter", tmp_path / "ran"
+    ak.wrap(ak.load(small.model("llama")), "lora").save_pretrained(folder)
+    (folder / "tokenizer_own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    named = {"auto_map": {"AutoTokenizer": ["tokenizer_own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    record = json.loads((folder / "adapters_kit.json").read_text())
+    record["config"] = {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "tokenizer_own.Own"}}
+    (folder / "adapters_kit.json").write_text(json.dumps(record))
+    told = str(ak.merge(folder, tmp_path / "merged"))
+    assert "named code of their own (auto_map)" in told
+    assert not list((tmp_path / "merged").rglob("*.py"))
+    for path in (tmp_path / "merged").glob("*.json"):
+        assert "auto_map" not in path.read_text(), path
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert not ran.exists()
+
+
 def test_a_pickle_beside_the_weights_is_neither_opened_nor_shipped(base, adapter, tmp_path):
     (adapter / "adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
     with pytest.raises(AdapterError, match=r"both .* and adapter_model\.bin.*Remove the stale one"):
