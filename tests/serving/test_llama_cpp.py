@@ -26,6 +26,7 @@ LIMITS = {"float16": 1e-5, "bfloat16": 1.5e-4, "q8_0": 4e-3}
 
 
 def test_a_wrong_type_or_a_taken_file_is_refused_first(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ak.AdapterError, match=r"q8_0.*q4_k_m"):
         ak.export(tmp_path, tmp_path / "x.gguf", format="gguf", dtype="q9_0")
     (tmp_path / "x.gguf").write_bytes(b"mine")
