@@ -301,7 +301,7 @@ def _check_padding(config: PreTrainedConfig, source: Source) -> None:
     """Refuse a padding token behind the vocabulary: torch makes no table of embeddings with it."""
     text = config.get_text_config()
     pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
+    if isinstance(pad, int) and isinstance(size, int) and size > 0 and not -size <= pad < size:
         raise ModelError(
             f"pad_token_id is {pad} in the config.json of {source.name}, which has the tokens 0 to {size - 1:,}. Set "
             "it there to one of them: the tokenizer's padding token, or that of the end of a text."
