@@ -1,8 +1,8 @@
 """make kills: what survives when the process is killed or the disk is full, at every write. Prints what it tried.
 
 Every trial runs in a forked child, so that SIGKILL is SIGKILL: no `finally` runs. The n-th write of the child kills it,
-or fails as on a full disk; then the same call is made again (and stopped again in every third trial), and must end with
-the bytes of a run that was never stopped. Trials of all kinds take turns until the time is over:
+or fails as on a full disk; then the same call is made again (and stopped again in every fourth trial), and must end
+with the bytes of a run that was never stopped. Trials of all kinds take turns until the time is over:
 `python -m tests.kills --minutes 20`.
 
 A trial is cheap: whatever a run imports is imported before the first fork, pictures are written but not drawn, and the

@@ -269,13 +269,17 @@ def _set_labels(config: PreTrainedConfig, task: str | None, labels: Sequence[str
     if labels is None:
         return own
     # A head trained on these very classes has its own order of them: renaming its outputs would swap the classes.
-    names, alike = list(labels), [label.strip().casefold() for label in own]
-    if sorted(alike) == sorted(label.strip().casefold() for label in labels) and len({*alike}) == len(alike):
-        names.sort(key=lambda label: alike.index(label.strip().casefold()))
+    names, places = list(labels), {_spelled_alike(label): place for place, label in enumerate(own)}
+    if len(places) == len(own) and sorted(places) == sorted(map(_spelled_alike, labels)):
+        names.sort(key=lambda label: places[_spelled_alike(label)])
     config.num_labels = len(names)
     config.id2label = dict(enumerate(names))
     config.label2id = {label: index for index, label in enumerate(names)}
     return own
+
+
+def _spelled_alike(label: str) -> str:
+    return label.strip().casefold()
 
 
 def _read_config(source: Source, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:

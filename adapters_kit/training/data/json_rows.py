@@ -20,8 +20,6 @@ SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", 
 _HOLDERS = ("data", "rows", "examples", "instances", "records", "items", "samples", "dataset", "results")
 _CONVERSATIONS = ("messages", "conversations", "conversation", "chat")
 _WHOLE = 1 << 26  # bytes up to which a document is read whole
-
-
 _NAMED = ' A row names its values: {"text": ..., "label": ...}.'
 
 

@@ -22,8 +22,9 @@ def medium(path: Path) -> str | None:
     return next((role for role, suffixes in MEDIA.items() if path.suffix.lower() in suffixes), None)
 
 
-def _counts(path: Path) -> bool:
-    return medium(path) is not None and path.name[0] != "." and path.is_file()
+def _files(folder: Path) -> list[tuple[Path, str | None]]:
+    """(file, its role) of all files below a folder that are not hidden, in order."""
+    return [(path, medium(path)) for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
 
 
 def media(folder: Path, notes: Notes) -> Dataset | None:
@@ -33,7 +34,7 @@ def media(folder: Path, notes: Notes) -> Dataset | None:
     """
     if not any(medium(path) for pattern in ("*/*", "*") for path in folder.glob(pattern)):
         return None
-    found = [(path, medium(path)) for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+    found = _files(folder)
     media = [(path, role) for path, role in found if role is not None]
     if others := [path for path, role in found if role is None]:
         names = ", ".join(str(path.relative_to(folder)) for path in others[:5]) + ", …" * (len(others) > 5)
@@ -70,10 +71,10 @@ def media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Datase
         )
     rows = located(rows, column, lists[0].parent)
     listed = {Path(name).resolve() for name in rows[column][:] if isinstance(name, str)}
-    if left := [path for path in folder.rglob("*") if _counts(path) and path.resolve() not in listed]:
+    if left := [path for path, role in _files(folder) if role is not None and path.resolve() not in listed]:
         form.notes.say(
             f"{folder.name}: {len(left):,} files are not named in {lists[0].name} and are not read, the first "
-            f"{min(left).relative_to(folder)}.",
+            f"{left[0].relative_to(folder)}.",
             files_not_named=len(left),
         )
     return rows

@@ -52,7 +52,7 @@ def _row_groups(path: Path) -> Iterator[pa.Table]:
     with parquet.ParquetFile(path) as file:
         yield file.schema_arrow.empty_table()
         for batch in file.iter_batches(batch_size=10_000):
-            yield pa.Table.from_batches([batch])
+            yield _undamaged(pa.Table.from_batches([batch]))
 
 
 def _arrow(path: Path, form: Format) -> dict[str, Iterator[pa.Table]]:
@@ -61,7 +61,17 @@ def _arrow(path: Path, form: Format) -> dict[str, Iterator[pa.Table]]:
             reader = pa.ipc.open_stream(file)
         except pa.ArrowInvalid:
             reader = pa.ipc.open_file(file)
-        return {"train": iter([reader.read_all()])}
+        return {"train": iter([_undamaged(reader.read_all())])}
+
+
+def _undamaged(table: pa.Table) -> pa.Table:
+    """Arrow believes a file: text that is none, or places outside of the file, would be met when they are used."""
+    for name, column in zip(table.column_names, table.columns, strict=True):  # of one name there may be two yet
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise pa.ArrowInvalid(f"the column {name!r} is damaged ({gist(error)})") from None
+    return table
 
 
 READERS: dict[str, Reader] = {
@@ -175,10 +185,6 @@ def _plain(table: pa.Table) -> pa.Table:
     if (odd := next((name for name in table.column_names if "\0" in name), None)) is not None:
         raise DataError(f"The column {odd!r} has a zero byte in its name, which no table can hold. Rename it.")
     for index, column in enumerate(table.schema):
-        try:  # Arrow believes a file: text that is none, or places outside of the file, would be met when it is used
-            table.column(index).validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise pa.ArrowInvalid(f"the column {column.name!r} is damaged ({gist(error)})") from None
         if pa.types.is_string_view(column.type):
             table = table.set_column(index, column.name, table.column(index).cast(pa.string()))
     if len(set(table.column_names)) != table.num_columns:
