@@ -20,7 +20,7 @@ from datasets import Dataset
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.rows import check_text, in_parts
-from adapters_kit.tasks.text_scores import WITHOUT_SPACES
+from adapters_kit.tasks.text_scores import stands_alone
 from adapters_kit.tasks.turns import shortened, written_out
 
 _STARTS = ("start", "start_offset", "begin", "start_char", "char_start", "startOffset", "beginOffset")
@@ -72,7 +72,7 @@ def _kind(character: str) -> str:
         return "mark" if character in "\u200c\u200d" else "blank"  # joiners are within words
     if category[0] == "M":
         return "mark"
-    if not character.isascii() and unicodedata.name(character, "?").split(" ")[0] in WITHOUT_SPACES:
+    if stands_alone(character):
         return "alone"
     return "letter" if category[0] in "LN" or character == "_" else "sign"
 

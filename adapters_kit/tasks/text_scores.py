@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from adapters_kit.errors import MissingPackageError
 
 # Scripts whose words stand without spaces between them, by the first word of a character's Unicode name.
-WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
+_WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
+
+
+def script_of(character: str) -> str:
+    """The first word of a character's name in Unicode; empty for ASCII, which has one script."""
+    return "" if character.isascii() else unicodedata.name(character, "?").split(" ")[0]
+
+
+def stands_alone(character: str) -> bool:
+    """Whether a character is of a script that writes no spaces between words."""
+    return script_of(character) in _WITHOUT_SPACES
 
 
 def script_without_spaces(texts: Sequence[str]) -> str | None:
@@ -22,10 +32,9 @@ def script_without_spaces(texts: Sequence[str]) -> str | None:
         for character in text[:2000]:
             if character.isalpha():
                 letters += 1
-                if not character.isascii():
-                    script = unicodedata.name(character, "?").split(" ")[0]
+                if script := script_of(character):
                     counts[script] = counts.get(script, 0) + 1
-    found = {script: count for script, count in counts.items() if script in WITHOUT_SPACES}
+    found = {script: count for script, count in counts.items() if script in _WITHOUT_SPACES}
     return max(found, key=lambda script: found[script]) if 2 * sum(found.values()) > letters else None
 
 
@@ -41,7 +50,7 @@ class Units:
         word = ""
         for character in unicodedata.normalize("NFC", text).lower():
             kind = unicodedata.category(character)
-            if not character.isascii() and unicodedata.name(character, "?").split(" ")[0] in WITHOUT_SPACES:
+            if stands_alone(character):
                 units += [word] * bool(word)
                 word = ""
                 if kind[0] == "M" and units:
