@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of one thread each: the tests are many small models, not a few large ones. A process that has nothing
 # left to do takes tests from the other.
-PYTEST := -m pytest -n 2 --dist worksteal
+PYTEST := -m pytest -n 2 --dist worksteal --ignore=tests/extras
 # Compiled files are kept: each process of the tests, and each that a test starts, would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/methods/test_bottleneck.py
 
-.PHONY: demo demo-gguf test quick lint types docstrings numerics docs package lowest newest fuzz kills clean
+.PHONY: demo demo-gguf test quick lint types docstrings numerics docs package extras lowest newest fuzz kills clean
 
 # The stamp is younger than the files that say what to install, or the installation runs again.
 .venv/.installed: pyproject.toml constraints.txt
@@ -57,6 +57,15 @@ numerics: .venv/.installed
 package: .venv/.installed
 	.ci/package
 
+# The tests of what needs more packages than the others, in an environment of their own.
+.venv-extras/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,extras]"
+	touch $@
+
+extras: .venv-extras/.installed
+	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest -n 2 --dist worksteal tests/extras
+
 # make quick with the oldest versions that pyproject.toml allows, and with the newest there are.
 lowest newest:
 	.ci/versions $@ $(PYTHON)
@@ -70,4 +79,4 @@ kills: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --minutes 20
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-extras .venv-lowest .venv-newest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

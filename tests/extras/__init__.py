@@ -1,0 +1,1 @@
+"""Tests of what needs more packages than the others: `make extras`."""
