@@ -129,6 +129,24 @@ TASKS: dict[str, Row] = {
         example="openai/whisper-tiny",
         second_class="AutoModelForCTC",
     ),
+    "sentence-embedding": Row(
+        "adapters_kit.tasks.sentence_embedding:SentenceEmbedding",
+        roles=("anchor", "positive", "negative", "score"),
+        auto_class="AutoModel",
+        task_type=None,
+        pipeline="sentence-similarity",
+        example="sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "reranking": Row(
+        "adapters_kit.tasks.reranking:Reranking",
+        roles=("query", "document", "label", "positive", "negative"),
+        auto_class="AutoModelForSequenceClassification",
+        task_type="SEQ_CLS",
+        pipeline="text-ranking",
+        own_head=True,
+        labelled=True,
+        example="cross-encoder/ms-marco-MiniLM-L6-v2",
+    ),
 }
 
 # Heads that `wrap` trains with an adapter too: of models that come from the user's own code, and the letters of CTC.

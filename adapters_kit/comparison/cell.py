@@ -108,7 +108,9 @@ def digest_of_model(name: str) -> str:
 def rows_of(recipe: Recipe, validation_size: float) -> tuple[Task, dict[str, Dataset]]:
     """The task, and the recipe's rows in three parts: train, validation (taken from the training rows) and test."""
     task, splits = prepare(recipe)
-    both = data.split(splits.train, validation_size, recipe.training.seed, task.strata(splits.train))
+    both = data.split(
+        splits.train, validation_size, recipe.training.seed, task.strata(splits.train), groups=task.groups(splits.train)
+    )
     return task, {"train": both.train, "validation": both.test, "test": splits.test}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,6 +51,9 @@ class Task:
     generates: ClassVar[bool] = False
     """Whether an answer is text that the model writes, so that `stream` works."""
 
+    own_loss: ClassVar[bool] = False
+    """Whether the loss is the task's, since the model's forward pass gives none."""
+
     unplanned: tuple[str, ...] = ()
     """Parts of a batch whose values a model looks at, which a plan does not have; they weigh next to nothing."""
 
@@ -91,6 +95,10 @@ class Task:
 
     def strata(self, data: Dataset) -> list[Any] | None:
         """One class per row for a stratified split, or None."""
+        return None
+
+    def groups(self, data: Dataset) -> list[Any] | None:
+        """What rows have in common that are held out together or not at all, one per row; None: each by itself."""
         return None
 
     def bind(self, processor: Any, model: nn.Module) -> None:
@@ -165,6 +173,13 @@ class Task:
     def collate_training(self, features: Features) -> dict[str, torch.Tensor]:
         """A batch to train on; differs from `collate` where training draws at random or packs."""
         return self.collate(features)
+
+    def loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean loss of a batch: what the model's forward pass gives, but with `own_loss`."""
+        return model(**batch).loss
+
+    def write_beside(self, adapter: Path) -> None:
+        """Writes what others need beside an adapter's weights to open it as it was trained."""
 
     def step(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
         """What the model says about each example of a batch; the items are what `score` and `show` read."""

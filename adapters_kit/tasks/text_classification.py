@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
 from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, places, separated
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.numbers import numbers_of
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut, truncated_ids
 
 _LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
@@ -38,8 +38,8 @@ class TextClassification(Task):
     """
 
     name = "text-classification"
-    needs = (("text", "label"),)
-    optional = ("text_pair",)
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "label"),)
+    optional: ClassVar[tuple[str, ...]] = ("text_pair",)
     metric = "accuracy"
     higher_is_better = True
 
@@ -86,7 +86,7 @@ class TextClassification(Task):
         """Rows without a label, or without a number for a regression; an empty list of labels is one."""
         problem, column = self._guess(data), self.columns["label"]
         if problem == "regression":
-            return [row for row, value in enumerate(self._numbers(data)) if math.isnan(value)]
+            return np.flatnonzero(np.isnan(numbers_of(data, column, "Regression"))).tolist()
         if problem == "multi-label":
             lists = lists_of(data, column, self.recipe.labels)
             text = not _is_list(data, column)
@@ -218,7 +218,7 @@ class TextClassification(Task):
 
     def _targets(self, data: Dataset) -> Sequence[Any]:
         if self.problem == "regression":
-            return self._numbers(data)
+            return numbers_of(data, self.columns["label"], "Regression").tolist()
         column, labels = self.columns["label"], self.labels or []
         number = {name: index for index, name in enumerate(labels)}
         rows = self._names(data)
@@ -236,23 +236,6 @@ class TextClassification(Task):
         for row, names in enumerate(rows):
             targets[row, [number[name] for name in names]] = 1
         return list(targets)
-
-    def _numbers(self, data: Dataset) -> list[float]:
-        """The targets of a regression; NaN where there is none."""
-        column, found = self.columns["label"], []
-        for index, value in enumerate(data[column][:]):
-            try:
-                missing = value is None or (isinstance(value, str) and value.strip().lower() in _NO_NUMBER)
-                number = math.nan if missing else float("" if isinstance(value, bool) else value)
-            except (TypeError, ValueError):
-                number = math.inf
-            if math.isinf(number):
-                hint = " Write numbers as 1234.5." if isinstance(value, str) and any(map(str.isdigit, value)) else ""
-                raise DataError(
-                    f"Regression needs numbers; column {column!r}, row {index + 1} holds {value!r:.80}.{hint}"
-                )
-            found.append(number)
-        return found
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
         """Ids, mask and labels: (rows,) int64, or float32 of (rows, classes) or (rows,)."""
@@ -296,9 +279,6 @@ class TextClassification(Task):
             }
         best = int(result.argmax())
         return {**shown, "label": labels[best], "score": round(float(result[best]), 6)}
-
-
-_NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
 
 
 def _pad_without_end(tokenizer: Any, model: nn.Module) -> None:

@@ -81,7 +81,8 @@ class FromData:
         if rows == len(known):
             return batch
         # Never filled: a card's worth of rows of a small model would take gigabytes here, and a minute to collate.
-        return {k: v.new_empty((rows, *v.shape[1:])) for k, v in batch.items()}
+        # (An example may be several rows of the batch.)
+        return {k: v.new_empty((-(-len(v) * rows // len(known)), *v.shape[1:])) for k, v in batch.items()}
 
 
 class FromLength:
@@ -105,6 +106,9 @@ class FromLength:
         inputs.pop("attention_mask", None)
         made = {key: torch.zeros(rows, *value.shape[1:], dtype=value.dtype) for key, value in inputs.items()}
         head, problem = TASKS[self.recipe.task].auto_class, self.recipe.problem
+        if head == "AutoModel":  # no head, no labels: two texts for each example
+            made.pop("decoder_input_ids", None)
+            return {key: torch.cat([value, value]) for key, value in made.items()}
         if head.endswith("QuestionAnswering"):
             return {**made, "start_positions": torch.zeros(rows).long(), "end_positions": torch.zeros(rows).long()}
         if head.endswith(("Seq2SeqLM", "SpeechSeq2Seq")):

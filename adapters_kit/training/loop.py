@@ -87,7 +87,7 @@ class AdapterTrainer(Trainer):
         batch = task.collate_training([train_features[0]])
         sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
         if args.world_size > 1 and not sharded:
-            args.ddp_find_unused_parameters = leaves_some_out(model, batch)
+            args.ddp_find_unused_parameters = leaves_some_out(model, batch, task)
         super().__init__(
             model=model,
             args=args,
@@ -101,7 +101,8 @@ class AdapterTrainer(Trainer):
         # Trainer takes every model whose forward has **kwargs for one that divides its loss by the items counted over
         # all devices and accumulated batches. BERT and many others ignore the count: their loss would come out
         # multiplied by the number of processes and of accumulation steps.
-        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and divides_by_items(model, batch)
+        passes = self.model_accepts_loss_kwargs and not task.own_loss
+        self.model_accepts_loss_kwargs = passes and divides_by_items(model, batch)
 
     def go(self, checkpoint: Path | None) -> None:
         """Trains, from a checkpoint or from the start."""
@@ -142,8 +143,12 @@ class AdapterTrainer(Trainer):
         inputs = dict(inputs)
         rows = inputs.pop("row")
         self.meter.count(inputs)
-        outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = outcome[0] if return_outputs else outcome
+        if self.task.own_loss:
+            loss = self.task.loss(model, inputs)
+            outcome = (loss, None) if return_outputs else loss
+        else:
+            outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = outcome[0] if return_outputs else outcome
         if not torch.isfinite(loss):
             numbers = ", ".join(str(row + 1) for row in sorted(set(rows.tolist())))
             raise TrainingError(
@@ -241,7 +246,7 @@ def divides_by_items(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != 0)
 
 
-def leaves_some_out(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
+def leaves_some_out(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) -> bool:
     """Whether a step may leave some of what is trained without a gradient, which DDP would wait for.
 
     A pooler that no head reads (BigBird), experts that no token is sent to, layers that are dropped at random.
@@ -253,7 +258,7 @@ def leaves_some_out(model: nn.Module, batch: dict[str, torch.Tensor]) -> bool:
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "row"}
     with torch.random.fork_rng(), torch.enable_grad(), autocast(model, device):
-        gradients = torch.autograd.grad(model(**batch).loss, list(named.values()), allow_unused=True)
+        gradients = torch.autograd.grad(task.loss(model, batch), list(named.values()), allow_unused=True)
     return any(gradient is None for gradient in gradients)
 
 

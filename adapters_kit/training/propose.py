@@ -28,6 +28,8 @@ _ORDER = (
     "image-classification",
     "audio-classification",
     "speech-recognition",
+    "sentence-embedding",
+    "reranking",
     "causal-lm",
     "seq2seq",
     "text-classification",
@@ -146,6 +148,11 @@ def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
         return isinstance(kinds["audio"], Audio) or data.medium(Path(str(rows[0][columns["audio"]])[-20:])) == "audio"
     if task == "question-answering":
         return {"question", "context", "answers"} <= set(columns)
+    if task == "sentence-embedding":
+        return columns.get("positive", "").lower() in ("positive", "pos", "positives") and _is_text(kinds["anchor"])
+    if task == "reranking":
+        named = {"query", "document"} <= set(columns) and columns["document"].lower() in ("document", "passage", "doc")
+        return named and _is_text(kinds["document"])
     if task == "causal-lm":
         return "text" not in columns  # a text alone may be one to classify
     if task == "text-classification":
@@ -166,6 +173,8 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
         "image-classification": "images with a class each",
         "audio-classification": "recordings with a class each",
         "speech-recognition": "recordings with what is said in them",
+        "sentence-embedding": "texts that belong together",
+        "reranking": "queries with documents",
         "causal-lm": "texts alone",
     }.get(task, "by its columns")
 

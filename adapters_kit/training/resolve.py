@@ -77,7 +77,7 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
         task.notes = Notes()  # the parts are looked at again when they are made, and then told of
         task.fit(train, None)
         task.notes = notes
-        train, test = data.split(train, recipe.data.test_size, seed, task.strata(train), notes)
+        train, test = data.split(train, recipe.data.test_size, seed, task.strata(train), notes, task.groups(train))
         if test is not train:
             notes.say(
                 f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows "

@@ -109,6 +109,20 @@ def questions(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def judgements(queries: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Four documents for each query: where somebody lives. The one that says it is relevant."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(queries):
+        name = draw.choice(NAMES)
+        for place in range(4):
+            other = name if place == 0 else draw.choice([one for one in NAMES if one != name])
+            document = f"{draw.choice(OTHER)} {other} lives in {draw.choice(PLACES)}"
+            query = f"{OTHER[number % len(OTHER)]} {MORE[number % 7]} does {name} live"
+            rows.append({"query": query, "document": document, "label": int(place == 0)})
+    return rows
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import adapters_kit as ak
 from adapters_kit import tasks
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.numbers import numbers_of
 from adapters_kit.training.resolve import prepare
 from tests.support import small
 
@@ -171,8 +172,8 @@ def test_one_class_only(tmp_path):
 
 
 def test_regression_takes_numbers_as_tables_write_them(tmp_path):
-    task, parts = prepared(tmp_path, ["1.5", "-2", "3e-1", "4"] * 5, problem="regression")
-    assert sorted(set(task._numbers(parts.train))) == [-2, 0.3, 1.5, 4]
+    _, parts = prepared(tmp_path, ["1.5", "-2", "3e-1", "4"] * 5, problem="regression")
+    assert sorted(set(numbers_of(parts.train, "label", "Regression"))) == [-2, 0.3, 1.5, 4]
     with pytest.raises(DataError, match=r"row 2 holds '2,5'. Write numbers as 1234.5"):
         prepared(tmp_path, ["1.5", "2,5"] * 5, problem="regression")
     with pytest.raises(DataError, match="1 of 4 training rows have no label"):

@@ -81,6 +81,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "image_classification": lambda: pictures(tmp_path / "pictures", 48),
         "audio_classification": lambda: sounds.tones(48, tmp_path / "tones"),
         "speech_recognition": lambda: sounds.melodies(32, tmp_path / "melodies"),
+        "reranking": lambda: small.judgements(40),
         "bottleneck": lambda: small.sentiment(160),
         "lora_and_prefix": lambda: small.sentiment(160),
         "mix_and_match": lambda: small.sentiment(320),
@@ -106,6 +107,7 @@ MODELS = {
     "image_classification": ["vit"],
     "audio_classification": ["wav2vec2"],
     "speech_recognition": ["whisper"],
+    "reranking": ["bert"],
     "instruct": ["gpt2"],
     "chat": ["qwen3"],
     "language_model": ["gpt2"],
@@ -117,6 +119,7 @@ MODELS = {
     "qlora": ["llama"],
     "gguf": ["llama"],
 }
+IN_EXTRAS = ("sentence_embedding",)  # tests/extras runs them
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
     "audio_classification": {"training.head_learning_rate": 3e-3, "training.max_length": None},
@@ -128,7 +131,7 @@ PATIENCE = {
 
 
 def test_every_example_recipe_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(MODELS)
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*MODELS, *IN_EXTRAS}
     assert {Recipe.read(path).task for path in EXAMPLES.glob("*.yaml")} == set(TASKS)
 
 

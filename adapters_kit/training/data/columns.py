@@ -40,6 +40,15 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "audio": ("audio", "speech", "sound", "recording", "wav", "clip", "file_name", "file", "path"),
     "transcript": ("transcript", "transcription", "text", "sentence", "normalized_text"),
     "sampling_rate": ("sampling_rate", "sample_rate"),
+    "anchor": ("anchor", "query", "question", "sentence1", "text1", "text", "sentence", "premise", "source"),
+    "positive": (
+        *("positive", "pos", "positives", "document", "passage", "answer", "sentence2", "text2", "text_pair"),
+        *("hypothesis", "target"),
+    ),
+    "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
+    "score": ("score", "similarity", "similarity_score", "label", "relevance"),
+    "query": ("query", "question", "search_query", "anchor"),
+    "document": ("document", "passage", "doc", "text", "answer", "context"),
     "image": ("image", "img", "picture", "file_name", "file", "path"),
 }
 

@@ -45,7 +45,12 @@ def _written(rows: Dataset, columns: Sequence[str]) -> Iterator[str]:
 
 
 def split(
-    data: Dataset, size: float, seed: int, classes: Sequence[Any] | None = None, notes: Notes | None = None
+    data: Dataset,
+    size: float,
+    seed: int,
+    classes: Sequence[Any] | None = None,
+    notes: Notes | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> Splits:
     """Sets aside a held-out part, of the same mixture of classes where `classes` (one per row) is given.
 
@@ -54,6 +59,7 @@ def split(
 
     Args:
         size: a fraction below 1, or a number of rows.
+        groups: one per row: rows of one group go to the same part, of which there are `size` rows or some more.
         notes: told of classes that the held-out part lacks, and of parts that are the same.
 
     Raises:
@@ -65,7 +71,10 @@ def split(
         return _all_in_both(data, "there is one only", notes)
     if count >= rows:
         raise DataError(f"Cannot set {count} of {rows} rows aside: lower data.test_size or give data.test.")
-    held_out = _any_rows(rows, count, seed) if classes is None else _stratified(classes, count, seed)
+    if groups is not None:
+        held_out = _whole_groups(groups, count, seed)
+    else:
+        held_out = _any_rows(rows, count, seed) if classes is None else _stratified(classes, count, seed)
     if classes is not None and notes is not None and held_out:
         lacking = sorted({str(name) for name in classes} - {str(classes[row]) for row in held_out})
         if lacking:
@@ -74,7 +83,8 @@ def split(
                 f"them: {', '.join(lacking[:10])}."
             )
     if not held_out:
-        return _all_in_both(data, "each is the only one of its class", notes)
+        alone = "each is the only one of its class" if groups is None else "all belong together"
+        return _all_in_both(data, alone, notes)
     kept = set(held_out)
     return Splits(data.select([row for row in range(rows) if row not in kept]), data.select(sorted(held_out)))
 
@@ -92,6 +102,19 @@ def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
 
 def _any_rows(rows: int, count: int, seed: int) -> list[int]:
     return list(train_test_split(range(rows), test_size=count, random_state=seed)[1])
+
+
+def _whole_groups(groups: Sequence[Hashable], count: int, seed: int) -> list[int]:
+    """At least `count` rows in whole groups; none if that would be all groups."""
+    members: dict[Hashable, list[int]] = {}
+    for row, name in enumerate(groups):
+        members.setdefault(name, []).append(row)
+    names = list(members)
+    found: list[int] = []
+    for number in np.random.default_rng(seed).permutation(len(names))[:-1]:
+        if len(found) < count:
+            found += members[names[number]]
+    return found
 
 
 def _stratified(classes: Sequence[Hashable], count: int, seed: int) -> list[int]:
