@@ -217,7 +217,7 @@ class SentenceEmbedding(Task):
         return [vectors[owner == example] for example in range(owner.max() + 1)]
 
     def score(self, results: Sequence[np.ndarray], features: Features) -> dict[str, float]:
-        """The loss, of batches like those of the training, in the order of the rows; with scores how cosines go with them,
+        """The loss, of batches like those of the training, in the rows' order; with scores how cosines go with them,
         else where an anchor's positives stand among all texts held out."""
         size = self.recipe.training.batch_size
         parts = [slice(start, start + size) for start in range(0, len(results), size)]
