@@ -16,6 +16,7 @@ from datasets import Dataset, Value
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.generation import positions
@@ -178,8 +179,11 @@ class Task:
         """The mean loss of a batch: what the model's forward pass gives, but with `own_loss`."""
         return model(**batch).loss
 
-    def write_beside(self, adapter: Path) -> None:
-        """Writes what others need beside an adapter's weights to open it as it was trained."""
+    def write_beside(self, adapter: Path, model: nn.Module) -> None:
+        """Writes what others need beside an adapter's weights: where its answers stop, for whoever generates with it."""
+        ends = getattr(model, "generation_config", None) if self.generates else None
+        if ends is not None:
+            write_json(adapter / "generation_config.json", ends.to_diff_dict())
 
     def step(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
         """What the model says about each example of a batch; the items are what `score` and `show` read."""

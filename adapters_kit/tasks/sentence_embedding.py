@@ -267,7 +267,7 @@ class SentenceEmbedding(Task):
         cosines = [round(float(value), 6) for value in _cosines(result[:1], result[1:])[0]]
         return {**shown, "positive": given, "similarity": cosines if isinstance(given, list) else cosines[0]}
 
-    def write_beside(self, adapter: Path) -> None:
+    def write_beside(self, adapter: Path, model: nn.Module) -> None:
         """What sentence-transformers needs to open the adapter with the layers that it was trained with."""
         assert self.layers is not None
         self.layers.save(adapter, self.max_length)

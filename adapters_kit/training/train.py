@@ -287,10 +287,7 @@ class Training:
         trainer.save_model(str(unfinished))
         if self.main:
             (unfinished / "training_args.bin").unlink(missing_ok=True)
-            ends = getattr(trainer.model, "generation_config", None) if self.task.generates else None
-            if ends is not None:  # where its answers stop, for whoever generates with it
-                write_json(unfinished / "generation_config.json", ends.to_diff_dict())
-            self.task.write_beside(unfinished)
+            self.task.write_beside(unfinished, trainer.model)
             # Which bytes the adapter was trained on: merging it into anything else is refused.
             record_base(unfinished, self.recipe.model, trainer.model)
             recipe_file = write_text(unfinished / "recipe.yaml", without_paths(self.recipe).to_yaml())

@@ -192,7 +192,7 @@ def test_the_layers_of_the_base_are_kept(mode, tmp_path):
     ours = ak.predict(str(folder), [{"anchor": text} for text in texts], task=TASK)
     theirs = SentenceTransformer(str(folder)).encode(texts)
     assert np.abs(np.asarray([row["embedding"] for row in ours]) - theirs).max() < 2e-6
-    task.write_beside(tmp_path)
+    task.write_beside(tmp_path, ak.load(folder, TASK))
     named = [layer["type"].rpartition(".")[2] for layer in json.loads((tmp_path / "modules.json").read_text())]
     assert named == ["Transformer", "Pooling", "Dense", "Normalize"]
 
