@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two processes of one thread each: the tests are many small models, not a few large ones. A process that has nothing
 # left to do takes tests from the other.
-PYTEST := -m pytest -n 2 --dist worksteal --ignore=tests/extras
+PYTEST := -m pytest -n 2 --dist worksteal
 # Compiled files are kept: each process of the tests, and each that a test starts, would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 NUMERIC := tests/kernels tests/merging tests/methods/test_prefix.py tests/methods/test_bottleneck.py

@@ -180,7 +180,7 @@ class Task:
         return model(**batch).loss
 
     def write_beside(self, adapter: Path, model: nn.Module) -> None:
-        """Writes what others need beside an adapter's weights: where its answers stop, for whoever generates with it."""
+        """Writes what others need beside the weights: where answers stop, for whoever generates with them."""
         ends = getattr(model, "generation_config", None) if self.generates else None
         if ends is not None:
             write_json(adapter / "generation_config.json", ends.to_diff_dict())

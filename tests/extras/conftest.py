@@ -1,0 +1,5 @@
+"""Where the packages of the extra `extras` are not installed, nothing here is collected; `make extras` installs them."""
+
+from importlib.util import find_spec
+
+collect_ignore_glob = ["test_*"] if find_spec("sentence_transformers") is None else []
