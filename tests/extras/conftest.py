@@ -1,4 +1,4 @@
-"""Where the packages of the extra `extras` are not installed, nothing here is collected; `make extras` installs them."""
+"""Nothing here is collected where the packages of the extra `extras` are not installed; `make extras` installs them."""
 
 from importlib.util import find_spec
 
