@@ -147,6 +147,23 @@ TASKS: dict[str, Row] = {
         labelled=True,
         example="cross-encoder/ms-marco-MiniLM-L6-v2",
     ),
+    "next-sentence": Row(
+        "adapters_kit.tasks.next_sentence:NextSentence",
+        roles=("text",),
+        auto_class="AutoModelForNextSentencePrediction",
+        task_type=None,
+        pipeline="text-classification",
+        own_head=True,
+        example="google-bert/bert-base-uncased",
+    ),
+    "permutation-lm": Row(
+        "adapters_kit.tasks.permutation_lm:PermutationLM",
+        roles=("text",),
+        auto_class="AutoModelForCausalLM",
+        task_type="CAUSAL_LM",
+        pipeline="text-generation",
+        example="xlnet/xlnet-base-cased",
+    ),
 }
 
 # Heads that `wrap` trains with an adapter too: of models that come from the user's own code, and the letters of CTC.

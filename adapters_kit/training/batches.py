@@ -115,6 +115,8 @@ class FromLength:
             made.pop("decoder_input_ids", None)  # made from the labels
         if head.endswith("SpeechSeq2Seq") and "input_values" in made:
             return made  # CTC's loss looks at the values of labels, and keeps next to nothing
+        if head.endswith("NextSentencePrediction"):
+            return {**made, "labels": torch.zeros(rows).long()}
         if head.endswith(("SequenceClassification", "ImageClassification", "AudioClassification")):
             classes = self.bare.config.num_labels
             target = torch.zeros(rows, classes) if problem == "multi-label" else torch.zeros(rows).long()

@@ -123,6 +123,17 @@ def judgements(queries: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def stories(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of four sentences, each about one person."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(count):
+        name = draw.choice(NAMES)
+        places = [draw.choice(PLACES) for _ in range(4)]
+        made.append({"text": "\n".join(f"{draw.choice(OTHER)} {name} lives in {place}" for place in places)})
+    return made
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)
