@@ -1,5 +1,7 @@
 """Tasks that make what is to be learned from running text: next sentences, spans in a drawn order."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from datasets import Dataset
 
 import adapters_kit as ak
 from adapters_kit import tasks
-from adapters_kit.errors import DataError, ModelError
+from adapters_kit.errors import AdapterError, DataError, ModelError
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import IGNORED
@@ -43,8 +45,9 @@ def test_a_row_scores_alone_as_in_company(name):
     assert task.score(together, features)["loss"] > 0
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["lora", "houlsby", "ia3"])
+@pytest.mark.parametrize(
+    ("name", "method"), [*product(MODELS, ["lora", "ia3"]), ("next-sentence", "houlsby"), ("next-sentence", "prefix")]
+)
 def test_every_trained_number_gets_a_gradient(name, method):
     task, data, model = bound(name, small.stories(6))
     wrapped = wrap(model, method)
@@ -58,6 +61,13 @@ def test_every_trained_number_gets_a_gradient(name, method):
     named = dict(wrapped.named_parameters())
     assert not [path for path, p in named.items() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert all(p.grad is None for p in named.values() if not p.requires_grad)
+
+
+def test_a_bottleneck_beside_two_streams_is_refused():
+    """XLNet reads its layers twice for spans: once for what is said, once for what is to be guessed."""
+    task, data, model = bound("permutation-lm", small.stories(4))
+    with pytest.raises(AdapterError, match="forward differs from the one that the adapter was placed on"):
+        task.run(wrap(model, "houlsby"), list(task.encode(data)), 4)
 
 
 def test_every_other_pair_has_a_sentence_of_another_text():
