@@ -81,6 +81,49 @@ def staged(out: Path, *, overwrite: bool = False, keep: Sequence[Path] = ()) -> 
             shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(out: Path, *, overwrite: bool = False, beside: Sequence[str] = ()) -> Iterator[Path]:
+    """A path to write a file to, in a hidden folder of its own; on success it becomes `out`, else nothing has changed.
+
+    Locks and cleans as `staged` does.
+
+    Args:
+        overwrite: replace `out`; without it that is refused.
+        beside: suffixes of small files that go with it: `out + suffix` comes from the yielded path + suffix. One that
+            an earlier `out` had goes first, so that none ever stands beside a file that it does not tell about.
+
+    Raises:
+        ShippingError: `out` is there and may not be replaced, or is a folder.
+        WriteError: another process writes there; the disk is full or read-only; no permission.
+    """
+    out = Path(os.path.abspath(out))
+    check_file(out, overwrite)
+    with system.writing(out), system.lock(out):
+        for left in system.leftovers(out, "partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        work = system.folder_beside(out, "partial")
+        made = work / f"made{out.suffix}"
+        try:
+            yield made
+            for suffix in ("", *beside):
+                system.flush(Path(f"{made}{suffix}"))
+            check_file(out, overwrite)  # somebody may have put something there meanwhile
+            for suffix in beside:
+                Path(f"{out}{suffix}").unlink(missing_ok=True)
+            for suffix in ("", *beside):
+                os.replace(f"{made}{suffix}", f"{out}{suffix}")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Refuse a folder, and to write over a file unless `overwrite`."""
+    if out.is_dir():
+        raise ShippingError(f"{out} is a folder; name the file to write.")
+    if out.exists() and not overwrite:
+        raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
+
+
 def _check(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     """Refuse to write over anything but what was written here before."""
     for source in keep:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from adapters_kit.anatomy import probe_inputs
 from adapters_kit.artifacts.adapter import Adapter
-from adapters_kit.artifacts.files import replacing, write_json
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.identity import base_hashes, compare_hashes, wrong_base
 from adapters_kit.artifacts.manifest import describe
-from adapters_kit.artifacts.staging import file_sha256
+from adapters_kit.artifacts.staging import check_file, file_sha256, staged_file
 from adapters_kit.errors import ShippingError
 from adapters_kit.kernels.block_update import updated
 from adapters_kit.kernels.ggml import FORMATS
@@ -107,22 +107,23 @@ def merge_into_gguf(
     notes = _check_base(adapter, base, force)
     begin = time.perf_counter()
     table = kept_weights(base, skeleton(base))
-    with torch.no_grad(), replacing(out) as beside:
+    with torch.no_grad(), staged_file(out, overwrite=overwrite, beside=[SUFFIX]) as made:
         if adapter.method == "blocks":
             new, judged = _exact(adapter, base, table), None
         else:
             new, judged, more = _rounded(adapter, base, calibration)
             notes += more
-        _copy(base, beside)
-        with open(beside, "rb+") as file:
+        _copy(base, made)
+        with open(made, "rb+") as file:
             for path, raw in new.items():
                 kept = _place(table, path, adapter, base)
                 file.seek(kept.stored.offset)
                 file.write(_in_file_order(kept, raw))
         seconds = time.perf_counter() - begin
-        kl, kl_base = _compare(adapter, base, beside, judged) if verify else (None, None)
-    names = sorted(table[f"{path}.weight"].stored.name for path in new)
-    write_json(Path(f"{out}{SUFFIX}"), _told(adapter, base, out) | {"tensors": names, "kl": kl, "kl_base": kl_base})
+        kl, kl_base = _compare(adapter, base, made, judged) if verify else (None, None)
+        names = sorted(table[f"{path}.weight"].stored.name for path in new)
+        told = _told(adapter, base, made) | {"tensors": names, "kl": kl, "kl_base": kl_base}
+        write_json(Path(f"{made}{SUFFIX}"), told)
     return GgufReport(out, len(new), out.stat().st_size, seconds, kl, kl_base, tuple(notes))
 
 
@@ -137,8 +138,7 @@ def _check(adapter: Adapter, base: Path, out: Path, overwrite: bool) -> None:
         raise ShippingError(f"{base} is no .gguf file. Name the file that {adapter.folder} was trained on with base=.")
     if out.exists() and out.samefile(base):
         raise ShippingError(f"{out} is the base itself. Choose another file: the base would be lost.")
-    if out.exists() and not overwrite:
-        raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
+    check_file(out, overwrite)
 
 
 def _check_base(adapter: Adapter, base: Path, force: bool) -> list[str]:
@@ -244,7 +244,7 @@ def _in_file_order(kept: Kept, raw: Tensor) -> memoryview:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as read, open(target, "rb+") as write:
+    with open(source, "rb") as read, open(target, "wb") as write:
         while piece := read.read(COPY):
             write.write(piece)
 
@@ -274,12 +274,12 @@ def _compare(adapter: Adapter, base: Path, made: Path, tokens: Tensor | None) ->
     return kl, kl_base
 
 
-def _told(adapter: Adapter, base: Path, out: Path) -> dict[str, Any]:
+def _told(adapter: Adapter, base: Path, made: Path) -> dict[str, Any]:
     return {
         "made_by": f"adapters-kit {version('adapters-kit')}",
         "base": describe(base),
         "base_sha256": base_hashes(base)[base.name],
-        "sha256": file_sha256(out),
+        "sha256": file_sha256(made),
         "method": adapter.method,
         "trained": adapter.raw.get("train"),
     }

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import transformers
 
-from adapters_kit import system
 from adapters_kit.artifacts.adapter import CONFIG, WEIGHTS, read_adapter
 from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.dtypes import GGUF, as_dtype, name_of
@@ -25,6 +24,7 @@ from adapters_kit.artifacts.factors import canonicalise
 from adapters_kit.artifacts.files import write_json, write_tensors
 from adapters_kit.artifacts.side_files import side_files, write_side_files
 from adapters_kit.artifacts.source import base_of
+from adapters_kit.artifacts.staging import check_file, staged_file
 from adapters_kit.errors import MissingPackageError, ShippingError, nearest
 from adapters_kit.serving.quantizer import TYPES, quantizer, requantize
 
@@ -61,11 +61,7 @@ def write_gguf(
         more = "" if (source / CONFIG).is_file() else f"; by llama.cpp's quantizer {', '.join(TYPES)}"
         raise ShippingError(f"dtype={dtype!r}: GGUF files are written as {', '.join(GGUF)}{more}.")
     command_of_quantizer = quantizer() if packed else []
-    out = Path(os.path.abspath(out))
-    if out.is_dir():
-        raise ShippingError(f"{out} is a folder; name the file to write.")
-    if out.exists() and not overwrite:
-        raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
+    check_file(out, overwrite)
     if (source / CONFIG).is_file():
         adapter = read_adapter(source)
         if whole := sorted(adapter.config.modules_to_save or ()):
@@ -77,38 +73,28 @@ def write_gguf(
         if named.suffix == ".gguf":
             from adapters_kit.serving.lora_gguf import write_lora_gguf
 
-            write_lora_gguf(adapter, named, out, as_dtype(dtype))
+            write_lora_gguf(adapter, named, out, as_dtype(dtype), overwrite=overwrite)
             return out
     folder = converters()
     _check_known(folder, named if (source / CONFIG).is_file() else source)
-    with system.writing(out), system.lock(out):
-        for left in system.leftovers(out, "partial"):
-            shutil.rmtree(left, ignore_errors=True)
-        work = system.folder_beside(out, "partial")
-        try:
-            made = work / "made.gguf"
-            if (source / CONFIG).is_file():
-                config, weights, _ = canonicalise(read_adapter(source))
-                write_json(work / "canonical" / CONFIG, config)
-                write_tensors(work / "canonical" / WEIGHTS, weights)
-                command = [
-                    folder / "convert_lora_to_gguf.py",
-                    work / "canonical",
-                    "--base",
-                    clean_folder(named, work / "base"),
-                ]
-            else:
-                command = [folder / "convert_hf_to_gguf.py", clean_folder(source, work / source.resolve().name)]
-            _run([sys.executable, *map(str, command), "--outfile", str(made), "--outtype", kind], source, work)
-            if packed:
-                plain, made = made, work / "packed.gguf"
-                requantize(command_of_quantizer, plain, made, packed)
-            system.flush(made)
-            if out.exists() and not overwrite:  # somebody may have put something there meanwhile
-                raise ShippingError(f"{out} exists. Choose another file, or allow it with overwrite=True.")
-            os.replace(made, out)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with staged_file(out, overwrite=overwrite) as made:
+        work = made.parent
+        if (source / CONFIG).is_file():
+            config, weights, _ = canonicalise(read_adapter(source))
+            write_json(work / "canonical" / CONFIG, config)
+            write_tensors(work / "canonical" / WEIGHTS, weights)
+            command = [
+                folder / "convert_lora_to_gguf.py",
+                work / "canonical",
+                "--base",
+                clean_folder(named, work / "base"),
+            ]
+        else:
+            command = [folder / "convert_hf_to_gguf.py", clean_folder(source, work / source.resolve().name)]
+        written = work / "plain.gguf" if packed else made
+        _run([sys.executable, *map(str, command), "--outfile", str(written), "--outtype", kind], source, work)
+        if packed:
+            requantize(command_of_quantizer, written, made, packed)
     return out
 
 

@@ -13,19 +13,22 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.factors import canonicalise, pairs
-from adapters_kit.artifacts.files import replacing
+from adapters_kit.artifacts.staging import staged_file
 from adapters_kit.errors import ShippingError
 from adapters_kit.loading import skeleton
 from adapters_kit.loading.gguf import kept_weights
 
 
-def write_lora_gguf(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
+def write_lora_gguf(
+    adapter: Adapter, base: Path, out: Path, dtype: torch.dtype = torch.float16, *, overwrite: bool = False
+) -> None:
     """Write the file `out`.
 
     Args:
         adapter: LoRA in any form that has a canonical one.
         base: the .gguf file.
         dtype: of the factors: float16 or float32.
+        overwrite: replace `out`.
 
     Raises:
         ShippingError: no LoRA, a dtype that the format lacks here, or a module that is no tensor of the file.
@@ -47,8 +50,8 @@ def write_lora_gguf(adapter: Adapter, base: Path, out: Path, dtype: torch.dtype 
             f"modules). Merge it into a folder and export that: adapters-kit merge {adapter.folder} merged/"
         )
     metadata, _ = read_gguf_metadata(str(base))
-    with replacing(out) as beside:
-        writer = gguf.GGUFWriter(beside, metadata["general.architecture"])
+    with staged_file(out, overwrite=overwrite) as made:
+        writer = gguf.GGUFWriter(made, metadata["general.architecture"])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))

@@ -60,13 +60,19 @@ class Steering(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stops where `patience` evaluations in a row were no better."""
+        if self.is_out_of_patience(args, state):
+            control.should_training_stop = True
+
+    def is_out_of_patience(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the last `patience` evaluations were no better than one before them."""
         if self.patience is None:
-            return
+            return False
         key = f"eval_{args.metric_for_best_model}"
         scores = [line[key] for line in state.log_history if key in line]
+        if not scores:
+            return False
         best = max(scores) if args.greater_is_better else min(scores)
-        if len(scores) - 1 - scores.index(best) >= self.patience:
-            control.should_training_stop = True
+        return len(scores) - 1 - scores.index(best) >= self.patience
 
 
 class Interruption(TrainerCallback):

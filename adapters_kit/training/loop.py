@@ -74,8 +74,9 @@ class AdapterTrainer(Trainer):
         self.meter = Meter()
         self.interruption = Interruption()
         self.screen = Screen(self.meter, task.metric, console)
+        self.steering = Steering(self.order, training.save_every, training.early_stopping, durable)
         callbacks = [
-            Steering(self.order, training.save_every, training.early_stopping, durable),
+            self.steering,
             self.interruption,
             self.meter,
             RankAllocation(),
@@ -109,6 +110,13 @@ class AdapterTrainer(Trainer):
         if checkpoint is not None and (checkpoint / checkpoints.PROGRESS).is_file():
             self.meter.restore(json.loads((checkpoint / checkpoints.PROGRESS).read_text(encoding="utf-8")))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def _run_epoch(self, *given: Any, **options: Any) -> None:
+        # A run that was killed after its last step is over, though its epoch may not be: Trainer would make one more.
+        if self.state.global_step >= self.state.max_steps or self.steering.is_out_of_patience(self.args, self.state):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*given, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedByEpoch:
         return self.order

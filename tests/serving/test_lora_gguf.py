@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import adapters_kit as ak
-from adapters_kit.errors import ShippingError
+from adapters_kit.errors import ShippingError, WriteError
 from adapters_kit.loading.gguf import kept_weights
-from tests.support import tiny
+from tests.support import stopping, tiny
 
 gguf = pytest.importorskip("gguf")
 from tests.support.gguf_files import write  # noqa: E402
@@ -60,3 +60,34 @@ def test_what_llama_cpp_cannot_carry_is_refused(tmp_path):
     with pytest.raises(ShippingError, match="float16 or float32"):
         ak.export(tmp_path / "plain", tmp_path / "out.gguf", format="gguf", dtype="bfloat16")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("verb", ["export", "merge"])
+def test_a_full_disk_or_a_kill_leaves_the_old_file_and_nothing_else(verb, tmp_path):
+    base, adapter, out = tmp_path / "model.gguf", tmp_path / "adapter", tmp_path / "out" / "x.gguf"
+    write("llama", base, "Q8_0")
+    trained(base, adapter, target_modules=["q_proj"])
+
+    def make():
+        if verb == "export":
+            ak.export(adapter, out, format="gguf", overwrite=True)
+        else:
+            ak.merge(adapter, out, base=base, overwrite=True, verify="off")
+
+    make()
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    counter = stopping.Writes(out.parent)
+    with counter.watched():
+        make()
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+    for number in range(1, counter.count + 1):
+        with (
+            pytest.raises(WriteError, match=r"Could not write .*x\.gguf: the disk is full"),
+            stopping.Writes(out.parent, number, stopping.full_disk).watched(),
+        ):
+            make()
+        assert out.read_bytes() == before[out.name]
+    killed = out.parent / ".x.gguf.partial-0a1b2c3d"
+    killed.mkdir()
+    make()
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before

@@ -1,7 +1,7 @@
 """Runs that end in the middle: killed at a chosen write or step, or with a disk that is full from then on.
 
 A kill is an exception that nothing in the package catches, so that hundreds fit into a minute; `kill_at_file` and
-tests/kills.py also end processes with SIGKILL.
+tests/kills also end processes with SIGKILL.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from adapters_kit.training import loop
 
@@ -60,7 +62,7 @@ def kill_at_file(folder: Path, pattern: str, run: Callable[..., Any], *arguments
 
 
 class Writes:
-    """Counts what puts a file into its place (renames, and files opened for writing below `folder`), and fails at one.
+    """Counts writes below `folder` (folders, files opened, saved by torch or safetensors, renames), and fails at one.
 
     Attributes:
         count: writes so far.
@@ -78,7 +80,8 @@ class Writes:
     @contextmanager
     def watched(self) -> Iterator[Writes]:
         """Inside, every write counts."""
-        renamed, moved, opened, made = os.replace, os.rename, open, os.open
+        renamed, moved, opened, made, folders = os.replace, os.rename, open, os.open, os.mkdir
+        saved, serialized = torch.save, safetensors.torch.serialize_file
 
         def replace(source: Any, target: Any, **options: Any) -> None:
             self._one(target)
@@ -98,7 +101,23 @@ class Writes:
                 self._one(path)
             return made(path, flags, *args, **options)
 
+        def mkdir(path: Any, *args: Any, **options: Any) -> None:
+            if not os.path.isdir(path):
+                self._one(path)
+            folders(path, *args, **options)
+
+        def save(value: Any, target: Any, *args: Any, **options: Any) -> None:
+            self._one(target)
+            saved(value, target, *args, **options)
+
+        def serialize(tensors: Any, target: Any, *args: Any, **options: Any) -> None:
+            self._one(target)
+            serialized(tensors, target, *args, **options)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "mkdir", mkdir)
+            patch.setattr(torch, "save", save)
+            patch.setattr(safetensors.torch, "serialize_file", serialize)
             patch.setattr(os, "replace", replace)
             patch.setattr(os, "rename", rename)
             patch.setattr(os, "open", open_descriptor)

@@ -43,7 +43,7 @@ def whole(rows, tmp_path_factory) -> ak.Run:
     return run(recipe(rows), tmp_path_factory.mktemp("whole") / "run")
 
 
-# What a method learns beside its parameters, or saves in another form, is what a resume forgets. All: tests/kills.py.
+# What a method learns beside its parameters, or saves in another form, is what a resume forgets. All: tests/kills.
 METHODS = [
     {"name": "adalora", "init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1},
     "p-tuning",
@@ -68,7 +68,7 @@ def test_every_method_resumes(rows, tmp_path, method, step):
 
 @pytest.mark.slow
 def test_killed_at_a_write_and_resumed(rows, whole, tmp_path):
-    """A few of the writes; tests/kills.py takes every one."""
+    """A few of the writes; tests/kills takes every one."""
     given = recipe(rows)
     counter = stopping.Writes(tmp_path)
     with counter.watched():
@@ -83,6 +83,23 @@ def test_killed_at_a_write_and_resumed(rows, whole, tmp_path):
         assert stopping.digest(resumed.path) == stopping.digest(whole.path)
         assert stopping.metrics(resumed.path) == stopping.metrics(whole.path)
         assert not [name for name in os.listdir(out) if name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "training", [{"max_steps": 2}, {"epochs": 4, "early_stopping": 1, "evals_per_epoch": 2}], ids=["steps", "patience"]
+)
+def test_killed_after_the_last_step_trains_no_further(rows, tmp_path, training):
+    """The last step may lie in the middle of an epoch, and its checkpoint is there before what comes after it."""
+    given = recipe(rows, **training | {"save_every": 1, "samples": 0})
+    counter = stopping.Writes(tmp_path)
+    with counter.watched():
+        expected = run(given, tmp_path / "whole")
+    with pytest.raises(stopping.Killed), stopping.Writes(tmp_path, counter.count).watched():
+        run(given, tmp_path / "killed")
+    resumed = run(given, tmp_path / "killed", resume=True)
+    assert stopping.metrics(resumed.path) == stopping.metrics(expected.path)
+    assert stopping.digest(resumed.path) == stopping.digest(expected.path)
 
 
 @pytest.mark.slow
