@@ -104,7 +104,9 @@ def kinds(work: Path) -> list[Kind]:
         return ak.sweep(recipe("lora", **short), out, learning_rates=[1e-3, 3e-3], quiet=True)
 
     def compared(out: Path) -> Any:
-        return ak.compare(recipe("lora", **short), ["lora", "ia3"], 1, out=out, grid=None, validation_size=2, quiet=True)
+        return ak.compare(
+            recipe("lora", **short), ["lora", "ia3"], 1, out=out, grid=None, validation_size=2, quiet=True
+        )
 
     def many(out: Path) -> Any:
         return ak.train_many([recipe("lora", **short), recipe("ia3", **short)], out, quiet=True, resume=True)

@@ -157,7 +157,9 @@ class Trials:
         if status != OK:
             self.faults.append(f"{what}: the next call ended with {_last(self.said, status)}")
         elif self.kind.result(out) != expected:
-            self.faults.append(f"{what}: the next call gave something else: {self.kind.result(out)}, not {expected}"[:900])
+            self.faults.append(
+                f"{what}: the next call gave something else: {self.kind.result(out)}, not {expected}"[:900]
+            )
         left = self._clear(folder)
         if left:
             self.faults.append(f"{what}: left behind {left}")
