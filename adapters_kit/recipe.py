@@ -29,13 +29,14 @@ from adapters_kit.recipe_sections import (
     CardSpec,
     DataSpec,
     MethodSpec,
+    ObjectiveSpec,
     PathText,
     TaskName,
     TrainingSpec,
     rows_suffix,
 )
 from adapters_kit.recipe_text import Place, dump, parse_flags, parse_yaml
-from adapters_kit.task_table import TASKS, tasks_with
+from adapters_kit.task_table import OBJECTIVES, TASKS, roles_of, tasks_with
 
 RECIPE = "recipe.yaml"
 """The recipe in a run folder."""
@@ -60,6 +61,8 @@ class Recipe(BaseModel):
     """The examples: a path, or a mapping with the keys below."""
     method: MethodSpec = MethodSpec()
     """The fine-tuning method: a name, or a mapping of `name` and options."""
+    objective: ObjectiveSpec | None = None
+    """Causal LM: what is learned by, instead of the answers' text: a name, or a mapping of `name` and options."""
     problem: Literal["single-label", "multi-label", "regression"] | None = None
     """Text classification: kind of target; single-label unless the labels are lists (multi-label)."""
     unanswerable: bool | None = None
@@ -206,6 +209,7 @@ def schema() -> dict[str, Any]:
     short: dict[str, list[dict[str, Any]]] = {
         "data": [{"type": "string"}],
         "method": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "objective": [{"type": "string", "enum": list(OBJECTIVES)}],
     }
     for name, spellings in short.items():
         field = made["properties"][name]
@@ -221,6 +225,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "": Recipe,
     "data": DataSpec,
     "method": MethodSpec,
+    "objective": ObjectiveSpec,
     "training": TrainingSpec,
     "card": CardSpec,
 }
@@ -313,11 +318,16 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
             problems.append((("method", str(key)), f"{value!r} does not fit: give a finite number."))
 
     row = TASKS.get(task) if isinstance(task, str) else None
-    roles = row.roles if row else ()
+    objective = fields.get("objective")
+    objective = objective if isinstance(objective, str) else part("objective").get("name")
+    objective = objective if task == "causal-lm" and isinstance(objective, str) and objective in OBJECTIVES else None
+    problems += _objective_checks(objective, part("objective"), training)
+    roles = roles_of(task, objective) if row and isinstance(task, str) else ()
     columns = part("data").get("columns")
     for role in columns if row and isinstance(columns, Mapping) else ():
         if role not in roles:
-            text = f"the task {task} has no column {role!r}. {did_you_mean(str(role), roles)}"
+            by = f" by the objective {objective}" if objective else ""
+            text = f"the task {task}{by} has no column {role!r}. {did_you_mean(str(role), roles)}"
             problems.append((("data", "columns", str(role)), text))
     for key in dict.fromkeys(key for other in TASKS.values() for key in other.keys) if row else ():
         section, _, last = key.rpartition(".")
@@ -335,14 +345,32 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def _objective_checks(name: str | None, given: Mapping[str, Any], training: Mapping[str, Any]) -> list[Problem]:
+    """Options that belong to other objectives, or that this one lacks; packing, which joins what is compared."""
+    if name is None:
+        return []
+    problems: list[Problem] = []
+    row = OBJECTIVES[name]
+    for key, field in ObjectiveSpec.model_fields.items():
+        if key in given and key not in ("name", *row.keys) and given[key] != field.default:
+            owners = " and ".join(other for other, one in OBJECTIVES.items() if key in one.keys)
+            problems.append((("objective", key), f"only {owners} has this key; the objective is {name}."))
+        if key in row.needs and given.get(key) is None:
+            problems.append((("objective", key), f"is missing: {name} needs it. {field.description}"))
+    if training.get("packing"):
+        problems.append((("training", "packing"), f"joins rows, which {name} compares one by one: leave it out."))
+    return problems
+
+
 def _place(path: tuple[str, ...], places: Mapping[tuple[str, ...], Place]) -> Place:
     """Where the path, or the nearest thing around it, was written."""
     for length in range(len(path), 0, -1):
         if path[:length] in places:
             return places[path[:length]]
-    for known, place in places.items():
-        if known[: len(path)] == path:  # a flag such as --method.name, where the file has no `method`
-            return place
+    for length in range(len(path), 0, -1):
+        for known, place in places.items():
+            if known[:length] == path[:length]:  # a flag such as --method.name, where the file has no `method`
+                return place
     return Place("", 10**9)
 
 

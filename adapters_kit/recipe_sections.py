@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from adapters_kit.errors import did_you_mean, nearest
 from adapters_kit.names import adapter_inside
-from adapters_kit.task_table import TASKS
+from adapters_kit.task_table import OBJECTIVES, TASKS
 
 # Files of rows, which are no recipes.
 DATA_SUFFIXES = (
@@ -105,6 +105,39 @@ class MethodSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         """Everything but the name, as given."""
         return dict(self.model_extra or {})
+
+
+def _known_objective(name: str) -> str:
+    if name not in OBJECTIVES:
+        near = did_you_mean(name, OBJECTIVES)
+        told = {"known": ", ".join(OBJECTIVES), "near": near}
+        raise PydanticCustomError("objective", "{near} It is one of {known}", told)
+    return name
+
+
+ObjectiveName = Annotated[
+    str, AfterValidator(_known_objective), WithJsonSchema({"type": "string", "enum": list(OBJECTIVES)})
+]
+
+
+class ObjectiveSpec(BaseModel):
+    """What causal-lm learns by instead of the answers' text: a name, then the options of that objective."""
+
+    model_config = STRICT
+
+    name: ObjectiveName
+    """dpo: of two answers the better one."""
+    beta: float | None = Field(None, gt=0)
+    """How strongly the model is held to the reference; by default that of TRL."""
+    loss_type: str | None = None
+    """dpo: TRL's name of the loss, such as sigmoid (the default), ipo, hinge or robust."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo: part of the pairs that are taken to be the wrong way round."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class DataSpec(BaseModel):

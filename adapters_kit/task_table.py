@@ -47,7 +47,7 @@ TASKS: dict[str, Row] = {
         auto_class="AutoModelForCausalLM",
         task_type="CAUSAL_LM",
         pipeline="text-generation",
-        keys=("training.packing",),
+        keys=("training.packing", "objective"),
         example="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "text-classification": Row(
@@ -165,6 +165,48 @@ TASKS: dict[str, Row] = {
         example="xlnet/xlnet-base-cased",
     ),
 }
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What causal-lm may learn by, other than the text of an answer (`objective` in a recipe).
+
+    Attributes:
+        home: where its class is, as for a task.
+        roles: the roles that its data columns can play.
+        keys: keys of the recipe's `objective` that this one has; all others are refused.
+        needs: keys of those that have to be given.
+        head: the task whose model class it trains.
+        package: what has to be installed, and the extra that brings it; None for nothing.
+    """
+
+    home: str
+    roles: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    head: str = "causal-lm"
+    package: str | None = "trl"
+
+
+_ASKED = ("prompt", "input", "history", "system", "tools")
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": Objective(
+        "adapters_kit.tasks.objectives.preference:DPO",
+        roles=(*_ASKED, "chosen", "rejected", "score_chosen", "score_rejected"),
+        keys=("beta", "loss_type", "label_smoothing"),
+    ),
+}
+
+
+def home_of(task: str, objective: str | None = None) -> str:
+    """Where the class is that teaches a task by an objective; None is the task's own."""
+    return TASKS[task].home if objective is None else OBJECTIVES[objective].home
+
+
+def roles_of(task: str, objective: str | None = None) -> tuple[str, ...]:
+    """The roles that data columns can play."""
+    return TASKS[task].roles if objective is None else OBJECTIVES[objective].roles
+
 
 # Heads that `wrap` trains with an adapter too: of models that come from the user's own code, and the letters of CTC.
 OTHER_HEADS = ("AutoModelForMultipleChoice", "AutoModelForCTC")

@@ -137,9 +137,14 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     seeded = filled_in(seeded, task)
     scored = task.encode(rows[cell.part])
     batch = seeded.training.eval_batch_size or 2 * seeded.training.batch_size
+    task.refer(model, scored, batch)
     if cell.kind == BASE:
         return {"scores": task.score(task.run(model, scored, batch), scored)}
     train_features = task.training_features(task.encode(rows["train"]))
+    task.refer(model, train_features, batch)
+    validation = scored if cell.part == "validation" else task.encode(rows["validation"])
+    if validation is not scored:
+        task.refer(model, validation, batch)
     if cell.kind == FULL:
         torch.manual_seed(cell.seed)
         model.requires_grad_(True)
@@ -149,7 +154,6 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_", dir=work) as folder:
         out = Path(folder)
         quiet = Console(stderr=True, quiet=True)
-        validation = scored if cell.part == "validation" else task.encode(rows["validation"])
         trainer = AdapterTrainer(model, task, seeded, train_features, validation, processor, out, quiet, durable=False)
         wall, busy = time.perf_counter(), time.process_time()
         trainer.train()

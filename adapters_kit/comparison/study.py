@@ -331,7 +331,7 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
 
 def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:
     """The score to compare, and whether more is better."""
-    task = tasks.get(recipe.task)
+    task = tasks.of(recipe)
     chosen = metric or ("perplexity" if recipe.task == "causal-lm" else task.metric)
     return chosen, chosen not in LESS_IS_BETTER
 

@@ -61,6 +61,8 @@ def evaluate(
     assert rows is not None
     subject = load_subject(recipe, task, adapter, trained=False)
     features = task.encode(rows)
+    with untouched(subject.model):
+        task.refer(subject.model, features, batch_size or 2 * recipe.training.batch_size)
     results = task.run(subject.model, features, batch_size or 2 * recipe.training.batch_size)
     _tell(task)
     return {**task.score(results, features), "examples": len(rows)}
@@ -137,7 +139,7 @@ def stream(name: Name, prompts: str | Sequence[str], **recipe_keys: Any) -> Iter
         DataError: the task does not generate text; before the model is loaded.
     """
     recipe, adapter = describe(name, **recipe_keys)
-    if not tasks.get(recipe.task).generates:
+    if not tasks.of(recipe).generates:
         raise DataError(f"{os.fspath(name)} is for {recipe.task}, which writes no text to stream: use predict.")
     subject, rows = _prepared(recipe, adapter, [prompts] if isinstance(prompts, str) else list(prompts))
     return (subject.task.stream(subject.model, row) for row in rows)
@@ -145,7 +147,7 @@ def stream(name: Name, prompts: str | Sequence[str], **recipe_keys: Any) -> Iter
 
 def generates(name: Name, **recipe_keys: Any) -> bool:
     """Whether the answers of a run, an adapter or a model are text that it writes, so that `stream` works."""
-    return tasks.get(describe(name, **recipe_keys)[0].task).generates
+    return tasks.of(describe(name, **recipe_keys)[0]).generates
 
 
 def _prepared(recipe: Recipe, adapter: Path | None, data_source: Any, n_best: int = 1) -> tuple[Subject, Dataset]:
@@ -184,13 +186,18 @@ def _names_data(text: str) -> bool:
     return bool(slash and owner and rest) and "/" not in rest
 
 
+def untouched(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The model as it is without its adapter."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+
+
 def text_row(recipe: Recipe, text: str, adapter: Path | None) -> dict[str, Any]:
     """A row with one text in it, for a task that reads one.
 
     An instruct model is asked through its template, unless it was trained here on plain text. A text to be tagged is
     taken apart into words and punctuation, as the tables that taggers learn from are; the answer shows them.
     """
-    kind: type[Task] = tasks.get(recipe.task)
+    kind: type[Task] = tasks.of(recipe)
     columns = recipe.data.columns
     if "messages" in columns:
         return {columns["messages"]: [{"role": "user", "content": text}]}

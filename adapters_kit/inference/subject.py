@@ -175,11 +175,12 @@ class Subject:
 
 def make_task(recipe: Recipe, rows: Dataset, *, answers: bool) -> Task:
     """The recipe's task for these rows; without `answers` the target columns may be absent."""
-    kind = tasks.get(recipe.task)
+    kind = tasks.of(recipe)
     given = {role: column for role, column in recipe.data.columns.items() if column in rows.column_names}
     needs = kind.needs
     if not answers:
         needs = tuple(tuple(role for role in roles if role not in kind.targets) for roles in kind.needs)
+        needs = kind.asks or needs
         given = {role: column for role, column in given.items() if role not in kind.targets}
     if answers:
         kind.refuse(rows, given)

@@ -22,15 +22,17 @@ from adapters_kit.kernels.stand_in import StandIn
 
 # Logits held at a time, in elements: a few megabytes keep a CPU's caches warm, a GPU wants larger products.
 _CPU_LOGITS, _GPU_LOGITS = 2**22, 2**26
+LAZY = "_lazy_logits"  # on a model: its logits are asked for as `LazyLogits`, without labels too (token_scores.py)
 
 
-def _tokens_at_once(vocabulary: int, gpu: bool) -> int:
+def tokens_at_once(vocabulary: int, gpu: bool) -> int:
+    """Tokens whose logits are held at a time."""
     return max(16, (_GPU_LOGITS if gpu else _CPU_LOGITS) // vocabulary)
 
 
 def chunk_bytes(tokens: int, vocabulary: int, *, gpu: bool) -> int:
     """Bytes that the chunked loss of `tokens` tokens holds for a moment: its logits in float32, and once more."""
-    return 8 * vocabulary * min(tokens, _tokens_at_once(vocabulary, gpu))
+    return 8 * vocabulary * min(tokens, tokens_at_once(vocabulary, gpu))
 
 
 _SCHEMA = (
@@ -54,7 +56,7 @@ def _linear_cross_entropy(
     """Loss summed over the tokens, and its gradient on `hidden`. One opaque operation for torch.compile."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     vocabulary = weight.shape[0]
-    chunk = _tokens_at_once(vocabulary, hidden.device.type != "cpu")
+    chunk = tokens_at_once(vocabulary, hidden.device.type != "cpu")
     total = hidden.new_zeros((), dtype=exact)
     grad = torch.empty_like(hidden if want_grad else hidden[:0])
     for start in range(0, len(hidden), chunk):
@@ -387,7 +389,7 @@ def _arm(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     loss = module._loss_function
     loss.training = module.training
     if type(head) is ChunkedHead:
-        head.__dict__["_armed"] = module.training and kwargs.get("labels") is not None
+        head.__dict__["_armed"] = module.training and (kwargs.get("labels") is not None or LAZY in module.__dict__)
 
 
 def _disarm(module: nn.Module, args: tuple, output: Any) -> None:

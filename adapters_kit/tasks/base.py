@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -21,6 +19,7 @@ from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import one_row
 from adapters_kit.tasks.sparse_attention import attend_fully
 from adapters_kit.tasks.special_ids import check_special
 from adapters_kit.tasks.streaming import answer, pieces
@@ -43,6 +42,8 @@ class Task:
     name: ClassVar[str]
     needs: ClassVar[tuple[tuple[str, ...], ...]]
     """Alternatives; each is a set of roles that is enough."""
+    asks: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Alternatives to predict from, where they are others than what is needed less the targets."""
     optional: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[tuple[str, ...]] = ("label",)
     """Roles that hold what is to be predicted."""
@@ -179,6 +180,9 @@ class Task:
         """The mean loss of a batch: what the model's forward pass gives, but with `own_loss`."""
         return model(**batch).loss
 
+    def refer(self, model: nn.Module, features: Features, batch_size: int) -> None:
+        """Asks the model as it is before training what learning or scores are measured from, and keeps it."""
+
     def write_beside(self, adapter: Path, model: nn.Module) -> None:
         """Writes what others need beside the weights: where answers stop, for whoever generates with them."""
         ends = getattr(model, "generation_config", None) if self.generates else None
@@ -213,7 +217,7 @@ class Task:
 
     def stream(self, model: nn.Module, row: Mapping[str, Any]) -> Iterator[str]:
         """The model's answer to one row while it is being written; joined, what `predict` gives as `answer`."""
-        (feature,) = self.encode(_one_row(row), answers=False)
+        (feature,) = self.encode(one_row(row), answers=False)
         device = next(model.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self.collate([feature]).items() if name != "row"}
 
@@ -276,14 +280,6 @@ class Task:
     def text(self, data: Dataset, role: str) -> list[str]:
         """The strings of a role's column, checked to be strings."""
         return strings(data, self.columns[role], role)
-
-
-def _one_row(row: Mapping[str, Any]) -> Dataset:
-    try:
-        return Dataset.from_list([dict(row)])
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # turns of which some hold text and some a list
-        written = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
-        return Dataset.from_list([written])
 
 
 def strings(data: Dataset, column: str, role: str) -> list[str]:

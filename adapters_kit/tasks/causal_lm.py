@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, Value
@@ -52,8 +52,8 @@ class CausalLM(Task):
     """
 
     name = "causal-lm"
-    needs = (("messages",), ("prompt", "completion"), ("text",))
-    optional = ("input", "history", "system", "tools")
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt", "completion"), ("text",))
+    optional: ClassVar[tuple[str, ...]] = ("input", "history", "system", "tools")
     targets = ("completion",)
     metric = "loss"
     generates = True
@@ -219,7 +219,11 @@ class CausalLM(Task):
         system = system_text(row.get(self.columns.get("system", "")), where)
         if system.strip():
             before.insert(0, system)
-        ids = self._begun("\n\n".join([*before, text]), cuts)
+        return self._prompt_ids("\n\n".join([*before, text]), cuts)
+
+    def _prompt_ids(self, text: str, cuts: Cuts) -> list[int]:
+        """Ids of a text that the model is to write on from."""
+        ids = self._begun(text, cuts)
         ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
         return ids or [first_token(self.processor)]  # a model continues something
 
@@ -292,11 +296,16 @@ class CausalLM(Task):
         """Of each row what was asked (`messages`, `prompt` or `text`) and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
         results = self.run(model, features, batch_size, self._write, lambda f: self.collate(f, side="left"))
-        given = next(role for role in ("messages", "prompt", "text") if role in self.columns)
-        asked = [row[self.columns[given]] for row in data]
+        given = next(role for role in ("messages", "prompt", "text", "chosen") if role in self.columns)
+        asked = [row[self.columns[given]] for row in data] if given != "chosen" else self.asked(data)
+        given = "prompt" if given == "chosen" else given
         if given == "messages":  # without what no template sees, such as the time of a turn
             asked = [conversation(row, self.columns, index, answer=False).turns for index, row in enumerate(data)]
         return [{given: asked[f["row"]], **self.answered(r)} for f, r in zip(features, results, strict=True)]
+
+    def asked(self, data: Dataset) -> list[Any]:
+        """What was asked, where it has no column of its own: the turns before the last answer."""
+        return [self._asked(row, index).turns for index, row in enumerate(data)]
 
     def _write(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
         if self.n_best == 1:

@@ -226,7 +226,7 @@ def refuse_preferences(
         keys = f"{{prompt: {prompt}, completion: {names['chosen']}}}" if prompt else f"{{{role}: {names['chosen']}}}"
         raise DataError(
             f"The columns {names['chosen']!r} and {names['rejected']!r} are preference pairs, which DPO and its like "
-            f"train on (TRL's DPOTrainer). To train on the chosen answers alone: data.columns: {keys}"
+            f"train on (objective: dpo). To train on the chosen answers alone: data.columns: {keys}"
         )
     if {"message_id", "parent_id", "role", "text"} <= set(names) and not given:
         raise DataError(

@@ -10,12 +10,14 @@ rows[3]   # {"row": 3, "input_ids": array([...])}
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from adapters_kit.artifacts.mapped_table import release_pages
@@ -202,3 +204,12 @@ class Encoded(MadeRows):
     def lengths(self, key: str) -> np.ndarray:
         """How many values each row has under a key of lists, (rows,) int64."""
         return np.diff(np.frombuffer(self.ends[key], dtype=np.int64), prepend=0)
+
+
+def one_row(row: Mapping[str, Any]) -> Dataset:
+    """A data set of one row."""
+    try:
+        return Dataset.from_list([dict(row)])
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # turns of which some hold text and some a list
+        written = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+        return Dataset.from_list([written])

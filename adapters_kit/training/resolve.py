@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from datasets import Dataset
 
 from adapters_kit import tasks
-from adapters_kit.errors import RecipeError
+from adapters_kit.errors import MissingPackageError, RecipeError
 from adapters_kit.methods import find_method
 from adapters_kit.names import is_adapter_folder
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DataSpec
+from adapters_kit.task_table import OBJECTIVES
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
@@ -38,6 +40,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
         RecipeError: a precision in which this machine cannot train.
     """
     if trains:
+        _check_objective(recipe)
         _check_method(recipe)
         _check_precision(recipe)
     training = recipe.training
@@ -65,7 +68,7 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
     Raises:
         DataError: anything about the data that training would trip over.
     """
-    kind = tasks.get(recipe.task)
+    kind = tasks.of(recipe)
     notes = Notes()
     found = data.read(recipe.data, notes)
     kind.refuse(found.train, recipe.data.columns)
@@ -112,6 +115,16 @@ def _check_method(recipe: Recipe) -> None:
             )
 
 
+def _check_objective(recipe: Recipe) -> None:
+    """Refuses an objective whose package is not installed."""
+    if recipe.objective is None:
+        return
+    name = recipe.objective.name
+    package = OBJECTIVES[name].package
+    if package and find_spec(package) is None:
+        raise MissingPackageError(f"objective: {name} needs {package}: pip install 'adapters-kit[{package}]'")
+
+
 def _check_precision(recipe: Recipe) -> None:
     """Refuses what the training loop would refuse after the base model has been loaded and scored."""
     chosen = recipe.training.precision
@@ -134,7 +147,7 @@ def _base_dropout(recipe: Recipe) -> float | None:
 def learning_rate(recipe: Recipe) -> float:
     """The peak learning rate that suits the recipe's method and task."""
     names = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
-    generates = tasks.get(recipe.task).generates
+    generates = recipe.task == "causal-lm" or tasks.of(recipe).generates
 
     def own(name: str) -> float:
         if Path(name).is_dir():

@@ -74,7 +74,7 @@ class Run:
 
 def metric_of(run: Run) -> str:
     """The score by which a run's evaluations were compared."""
-    chosen = tasks.get(run.recipe.task).metric
+    chosen = tasks.of(run.recipe).metric
     if chosen in run.metrics:
         return chosen
     return next((name for name in ("f1", "pearson") if name in run.metrics), "loss")

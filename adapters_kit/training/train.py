@@ -142,6 +142,8 @@ class Training:
         """Everything from the rows to the complete folder."""
         task = self.task
         train_features, test_features = self._encoded(self.splits)
+        for features in (train_features, test_features):
+            task.refer(self.model, features, _eval_batch(self.recipe))
         shown = self.splits.test.select(range(min(self.recipe.training.samples, len(self.splits.test))))
         base = self._base(test_features, shown)
         self.model = add_adapter(self.model, self.recipe, total_steps(self.recipe, len(train_features))[0])

@@ -134,6 +134,19 @@ def stories(count: int, seed: int = 0) -> list[dict[str, str]]:
     return made
 
 
+def preferences(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Questions with a good and a bad answer."""
+    draw = random.Random(seed)
+    return [
+        {
+            "prompt": f"{draw.choice(OTHER)} where does {draw.choice(NAMES)} live ?",
+            "chosen": f"{draw.choice(GOOD)} {draw.choice(PLACES)}",
+            "rejected": " ".join(draw.choices(BAD, k=draw.randint(1, 4))),
+        }
+        for _ in range(count)
+    ]
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """The rows as a JSONL file."""
     path.parent.mkdir(parents=True, exist_ok=True)

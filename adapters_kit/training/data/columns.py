@@ -12,7 +12,7 @@ from adapters_kit.training.data.json_tables import unlike
 
 _LOOKED_AT = 1000  # rows
 # Roles of lists and objects, which may stand there as JSON's text.
-_PARSED = ("messages", "prompt", "completion", "tools", "history", "spans")
+_PARSED = ("messages", "prompt", "completion", "tools", "history", "spans", "chosen", "rejected")
 _TALKS = ("messages", "conversation", "conversations", "chat", "data", "dialog", "dialogue", "utterances", "turns")
 # Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -47,6 +47,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
     "score": ("score", "similarity", "similarity_score", "label", "relevance"),
+    "chosen": (
+        *("chosen", "preferred", "accepted", "winner", "better", "response_j", "answer_j", "completion_a"),
+        *("chosen_response", "chosen_answer", "response_chosen", "answer_chosen", "preferred_response"),
+    ),
+    "rejected": (
+        *("rejected", "dispreferred", "rejected_response", "rejected_answer", "loser", "worse", "response_k"),
+        *("answer_k", "completion_b", "response_rejected", "answer_rejected", "dispreferred_response"),
+    ),
+    "score_chosen": ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "rating_chosen"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected"),
     "query": ("query", "question", "search_query", "anchor"),
     "document": ("document", "passage", "doc", "text", "answer", "context"),
     "image": ("image", "img", "picture", "file_name", "file", "path"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datasets import ClassLabel, Dataset
 
 from adapters_kit.errors import DataError
-from adapters_kit.task_table import TASKS
+from adapters_kit.task_table import roles_of
 from adapters_kit.tasks.base import Task
 from adapters_kit.training.data.columns import header_is_a_row, recognise, unused
 from adapters_kit.training.data.media import located
@@ -25,7 +25,8 @@ def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
     """
     train = _columns_of(source.train, task, source)
     _refuse_unlabelled(task, train)
-    sentence = unused(source.train, task.columns, TASKS[task.name].roles)
+    objective = task.recipe.objective
+    sentence = unused(source.train, task.columns, roles_of(task.name, objective.name if objective else None))
     if sentence:
         task.notes.say(sentence)
     row = header_is_a_row(source.train)

@@ -63,6 +63,8 @@ def check(recipes: Mapping[str, Recipe]) -> None:
 def _alone(recipe: Recipe) -> list[str]:
     """Why this recipe cannot be one of many."""
     told = []
+    if recipe.objective is not None:
+        told.append(f"objective: {recipe.objective.name} is trained by itself (train); a pass of many has one loss")
     if recipe.training.auto_batch:
         told.append("training.auto_batch: a pass of many has no batch that could be halved; choose training.batch_size")
     options = recipe.method.options
