@@ -261,6 +261,10 @@ def _using(verb: Adder) -> None:
     made.add_argument(
         "--n-best", type=int, default=1, metavar="N", help="so many answers a row, best first, each with its score"
     )
+    made.add_argument(
+        "--explain", action="store_true", help="add what each answer comes from: tokens, or regions of a picture"
+    )
+    made.add_argument("--page", type=Path, metavar="FILE", help="write what --explain finds as a page too: .html")
     made.add_argument("--overwrite", action="store_true", help="replace the file")
 
     made = verb(inference.chat, takes_keys=True, json=False)

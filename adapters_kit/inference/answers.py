@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from adapters_kit import tasks
 from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.inference.explain import check_explain, explained
 from adapters_kit.inference.subject import NO_DATA, Subject, ask_for, describe, load_subject, make_task
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
@@ -69,7 +70,13 @@ def evaluate(
 
 
 def predict(
-    name: Name, data_source: Any, *, batch_size: int | None = None, n_best: int = 1, **recipe_keys: Any
+    name: Name,
+    data_source: Any,
+    *,
+    batch_size: int | None = None,
+    n_best: int = 1,
+    explain: bool | str | os.PathLike[str] = False,
+    **recipe_keys: Any,
 ) -> list[dict[str, Any]]:
     """One answer for each row; the target columns may be absent.
 
@@ -86,16 +93,20 @@ def predict(
         batch_size: rows in a forward pass.
         n_best: with more than 1, `best` holds so many answers a row, best first: classes with their probability, or
             texts of a beam search of that width with the mean log-probability of their tokens (nats).
+        explain: adds `explained` to each answer: the tokens that it comes from, or the regions of a picture, with a
+            score each, by integrated gradients. The name of an .html file writes a page of it too.
         **recipe_keys: as for `evaluate`.
 
     Raises:
         ModelError: as for `evaluate`; and a plain model that has no trained head for the task.
     """
     recipe, adapter = describe(name, **recipe_keys)
+    if explain:
+        check_explain(recipe.task, n_best, explain)
     subject, rows = _prepared(recipe, adapter, data_source, n_best)
     found = subject.task.predict(subject.model, rows, batch_size or 2 * recipe.training.batch_size)
     _tell(subject.task)
-    return found
+    return explained(subject, rows, found, explain) if explain else found
 
 
 def beside(name: Name, text: str, **recipe_keys: Any) -> tuple[dict[str, Any], dict[str, Any]]:

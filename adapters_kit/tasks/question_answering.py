@@ -276,6 +276,8 @@ class Answer(NamedTuple):
     """The span; empty where there is none."""
     null_margin: float
     """By how much "no answer" is likelier, in nats."""
+    place: tuple[int, int, int]
+    """Number of the window, first and last token in it."""
 
     def under(self, threshold: float) -> str:
         """The text, or nothing if the margin is above `threshold`."""
@@ -363,22 +365,23 @@ def _token_span(feature: Mapping[str, Any], found: Sequence[Span]) -> tuple[int,
 
 def best_answers(results: Sequence[Any], features: Features) -> dict[int, Answer]:
     """The best span of each row over all its windows, and by how much no answer is likelier, at its lowest."""
-    best: dict[int, tuple[float, str]] = {}
+    best: dict[int, tuple[float, str, tuple[int, int, int]]] = {}
     null: dict[int, float] = {}
-    for (start, end), feature in zip(results, features, strict=True):
+    for number, ((start, end), feature) in enumerate(zip(results, features, strict=True)):
         row, offsets, cls = feature["row"], feature["offsets"], feature["cls"]
         null[row] = min(null.get(row, np.inf), float(start[cls] + end[cls]))
         allowed = np.where(feature["inside"], 0, -np.inf)
         top_starts = np.argsort(start + allowed)[::-1][:_CANDIDATES]
         top_ends = np.argsort(end + allowed)[::-1][:_CANDIDATES]
-        best.setdefault(row, (-np.inf, ""))
+        best.setdefault(row, (-np.inf, "", (number, cls, cls)))
         for i in top_starts:
             for j in top_ends:
                 if i <= j < i + _LONGEST_ANSWER and feature["inside"][i] and feature["inside"][j]:
                     value = float(start[i] + end[j])
                     if value > best[row][0]:
-                        best[row] = value, feature["context"][offsets[i][0] : offsets[j][1]]
-    return {row: Answer(text, null[row] - value) for row, (value, text) in best.items()}
+                        text = feature["context"][offsets[i][0] : offsets[j][1]]
+                        best[row] = value, text, (number, int(i), int(j))
+    return {row: Answer(text, null[row] - value, place) for row, (value, text, place) in best.items()}
 
 
 def _best_threshold(best: Mapping[int, Answer], truth: Mapping[int, Sequence[str]]) -> tuple[float, float]:

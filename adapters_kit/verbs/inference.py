@@ -46,7 +46,12 @@ def predict(options: argparse.Namespace) -> Shown | None:
             )
     if options.out and options.out.exists() and not options.overwrite:
         raise DataError(f"{options.out} exists already. Choose another --out, or give --overwrite to replace it.")
-    if options.data and options.out:
+    explain = options.page or options.explain
+    if options.page and options.page.exists() and not options.overwrite:
+        raise DataError(f"{options.page} exists already. Choose another --page, or give --overwrite to replace it.")
+    if explain and options.out and options.out.suffix != ".jsonl":
+        raise DataError(f"{options.out}: explained answers are written as .jsonl, a JSON object a line.")
+    if options.data and options.out and not explain:
         return _predict_file(options, keys)
     from adapters_kit.inference import generates, stream
     from adapters_kit.inference import predict as answer
@@ -55,12 +60,13 @@ def predict(options: argparse.Namespace) -> Shown | None:
         options.text
         and not options.out
         and not options.json
+        and not explain
         and options.n_best == 1
         and generates(options.name, **keys)
     ):
         _print_streams(options.text, stream(options.name, options.text, **keys))
         return None
-    answers = answer(options.name, options.data or options.text, n_best=options.n_best, **keys)
+    answers = answer(options.name, options.data or options.text, n_best=options.n_best, explain=explain, **keys)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
     if options.out:
         from adapters_kit.artifacts.files import write_text

@@ -5,12 +5,14 @@ import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import adapters_kit as ak
 from adapters_kit import tasks
 from adapters_kit.pages.comparison_page import table_page, write_table_page
+from adapters_kit.pages.explanation_page import explanation_page
 from adapters_kit.pages.run_page import run_page, write_run_page
 from adapters_kit.pages.verdict import LESS_IS_BETTER, verdict
 from adapters_kit.task_table import TASKS
@@ -221,3 +223,15 @@ def test_a_run_writes_its_page_and_shows_itself_in_a_notebook(tmp_path):
     table = ak.sweep(recipe, tmp_path / "sweep", learning_rates=[1e-4, 1e-3], quiet=True)
     assert "<button>accuracy</button>" in table._repr_html_() and (tmp_path / "sweep" / "report.html").is_file()
     assert "accuracy" in table_page("t", table, "accuracy", "run")
+
+
+def test_a_page_of_explanations_shows_hostile_text_as_text():
+    hostile = '<script>throw 1</script>"&'
+    common = {"of": hostile, "unit": "log-probability", "value": -0.1, "nothing": -2.0, "error": 1e-3}
+    text = SimpleNamespace(**common, tokens=((hostile, 1.5), ("##x", -0.5), ("[SEP]", 0.0)), regions=None, picture="")
+    image = SimpleNamespace(**common, tokens=(), regions=((0.5, -0.5),), picture="data:image/png;base64,AAAA")
+    still = SimpleNamespace(**common, tokens=(("a", 0.0),), regions=None, picture="")
+    page = explanation_page(hostile, [{hostile: hostile}, {"answer": ""}], [[text, image, still], []])
+    assert "<script>throw" not in page and page.count("&lt;script&gt;throw 1&lt;/script&gt;&quot;&amp;") >= 7
+    assert not re.search(r"(src|href)=.(?!data:)", page) and "nan" not in page
+    assert "prefers-color-scheme: dark" in page and "Nothing to explain." in page

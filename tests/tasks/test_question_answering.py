@@ -65,7 +65,7 @@ def test_the_best_threshold_is_the_best():
     """Against trying every one."""
     draw = random.Random(0)
     for _ in range(50):
-        best = {row: qa.Answer("a b", draw.uniform(-5, 5)) for row in range(draw.randint(1, 12))}
+        best = {row: qa.Answer("a b", draw.uniform(-5, 5), (0, 0, 0)) for row in range(draw.randint(1, 12))}
         truth = {row: draw.choice([[], ["a b"], ["b c"], ["x"]]) for row in best}
 
         def score(threshold, best=best, truth=truth):
