@@ -23,6 +23,7 @@ from adapters_kit.artifacts.record_reader import read_record
 from adapters_kit.artifacts.unread import PICKLE, WEIGHTS, check_all_read
 from adapters_kit.errors import ShippingError, did_you_mean
 from adapters_kit.names import ADAPTER_CONFIG
+from adapters_kit.recipe_text import parse_yaml
 
 CONFIG = ADAPTER_CONFIG
 
@@ -49,8 +50,8 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """The base model that the adapter's config names."""
-        return self.raw.get("base_model_name_or_path") or None
+        """The base model that the adapter's config names, as `named_base` finds it."""
+        return named_base(self.folder, self.raw.get("base_model_name_or_path") or None)
 
     @property
     def method(self) -> str:
@@ -65,8 +66,25 @@ def adapter_folder(folder: str | os.PathLike[str]) -> Path:
     return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
 
 
+def named_base(folder: Path, name: str | None) -> str | None:
+    """The base that an adapter in `folder` names: a hub id or a path.
+
+    What is shipped names a base on a disk without telling whose disk it is: by the path from the adapter's folder on,
+    or by its last name alone. In a run folder the recipe beside the adapter knows where it lies.
+    """
+    if not name or Path(name).is_absolute():
+        return name
+    recipe = folder.parent / "recipe.yaml"
+    if folder.name == "adapter" and recipe.is_file():
+        told = parse_yaml(recipe.read_text(encoding="utf-8", errors="replace"))[0].get("model")
+        if isinstance(told, str) and Path(told).name == Path(name).name and Path(told).expanduser().exists():
+            return told
+    is_from_here = name.startswith("..") or not Path(name).expanduser().exists()
+    return os.path.normpath(folder / name) if is_from_here and (folder / name).exists() else name
+
+
 def read_config(folder: Path) -> Any:
-    """The peft config of an adapter folder.
+    """The peft config of an adapter folder; its base is where `named_base` finds it.
 
     Raises:
         ShippingError: no adapter there, or a method that this installation does not know.
@@ -91,6 +109,7 @@ def read_config(folder: Path) -> Any:
         config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**raw))
     except Exception as error:  # peft raises whatever the fields provoke
         raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
+    config.base_model_name_or_path = named_base(folder, config.base_model_name_or_path)  # peft looks into its config
     for name in ("target_modules", "modules_to_save", "target_parameters", "exclude_modules"):
         value = getattr(config, name, None)
         pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")

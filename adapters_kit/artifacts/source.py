@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.artifacts.adapter import Adapter
+from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE
+from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.hub_ping import copy_without_hub
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import MissingPackageError, ModelError, ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.names import is_adapter_folder, looks_like_path
 
@@ -67,18 +69,10 @@ def locate_here(name: str | os.PathLike, revision: str | None = None) -> Path | 
 
 def base_of(adapter: Adapter, base: str | os.PathLike | None) -> Path:
     """The base of an adapter: `base` if given, else what the adapter's config says."""
-    name = base if base is not None else named_base(adapter.folder, adapter.base)
+    name = base if base is not None else adapter.base
     if name is None:
         raise ShippingError(f"{adapter.folder} does not say which model it was trained on. Say it with base=.")
     return locate(name, adapter.raw.get("revision") or adapter.record.get("revision"))
-
-
-def named_base(folder: Path, name: str | None) -> str | None:
-    """The base that an adapter in `folder` names: a hub id, a path, or a path that starts at the adapter's folder, as
-    exported adapters have it."""
-    if name and not Path(name).expanduser().exists() and (folder / name).exists():
-        return os.path.normpath(folder / name)
-    return name
 
 
 def portable_base(name: str | None, out: Path) -> str | None:
@@ -91,6 +85,12 @@ def portable_base(name: str | None, out: Path) -> str | None:
     if together is None or together in (Path(there.anchor), Path.home().parent):
         return there.name
     return Path(os.path.relpath(there, here)).as_posix()
+
+
+def name_base(folder: Path, name: str | None) -> None:
+    """Writes `name` as the base into the adapter's config, and into those of its parts where it has several methods."""
+    for file in folder.rglob(CONFIG):
+        write_json(file, read_json(file) | {"base_model_name_or_path": name}, sort_keys=True)
 
 
 # What transformers reads weights from, in its order of preference.

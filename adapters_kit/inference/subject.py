@@ -15,11 +15,10 @@ from torch import nn
 
 from adapters_kit import tasks
 from adapters_kit.artifacts import foreign
-from adapters_kit.artifacts.adapter import CONFIG, adapter_folder, read_raw
+from adapters_kit.artifacts.adapter import CONFIG, adapter_folder, named_base, read_raw
 from adapters_kit.artifacts.base_config import read_base_config
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.json_file import read_json
-from adapters_kit.artifacts.source import named_base
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.methods.adapterhub.folder import is_adapterhub
 from adapters_kit.names import looks_like_path

@@ -78,7 +78,7 @@ def combine(
     # Full paths: what one adapter means by "proj" may be more modules than another was trained on.
     config |= {"r": target, "lora_alpha": target, "target_modules": paths}
     config |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-    config["base_model_name_or_path"] = portable_base(config.get("base_model_name_or_path"), Path(out))
+    config["base_model_name_or_path"] = portable_base(read[0].base, Path(out))
     with staged(Path(out), overwrite=overwrite, keep=[one.folder for one in read]) as stage:
         if read[0].record:
             write_json(stage / RECORD, read[0].record, indent=1)

@@ -109,7 +109,7 @@ def export(
     weights = {name: tensor.to(target) for name, tensor in weights.items()}
     with staged(Path(out), overwrite=overwrite, keep=[adapter.folder]) as stage:
         _write_side_files(adapter, stage)
-        base = portable_base(config.get("base_model_name_or_path"), Path(out))
+        base = portable_base(adapter.base, Path(out))
         write_json(stage / CONFIG, scrubbed(config) | {"base_model_name_or_path": base}, sort_keys=True)
         write_tensors(stage / WEIGHTS, weights)
         write_manifest(stage, {"adapter": describe(adapter.folder), "base": describe(adapter.base or "")})

@@ -154,10 +154,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _keep_to_ourselves(stage: Path) -> None:
-    """Paths of this machine become names in what is sent; the files that were linked stay as they are.
-
-    A run's own adapter_config.json names a base on this disk by its path, since peft loads it by that.
-    """
+    """Paths of this machine become names in what is sent; the files that were linked stay as they are."""
     for name in {leak.file for leak in find_leaks(stage) if leak.kind == "a path"}:
         path = stage / name
         text = path.read_text(encoding="utf-8", errors="replace")

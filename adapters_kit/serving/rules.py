@@ -15,7 +15,7 @@ from adapters_kit.artifacts.adapter import CONFIG, Adapter
 from adapters_kit.artifacts.checkpoint import open_checkpoint
 from adapters_kit.artifacts.factors import KEY, RESIDUAL, ship_instead
 from adapters_kit.artifacts.json_file import read_json
-from adapters_kit.artifacts.source import locate_here, named_base
+from adapters_kit.artifacts.source import locate_here
 from adapters_kit.errors import ShippingError
 from adapters_kit.names import looks_like_path
 from adapters_kit.peft_plugin import tuner_class
@@ -263,7 +263,7 @@ def _sglang(adapter: Adapter, _: int) -> Iterator[Problem]:
 
 def _base(adapter: Adapter) -> Path | None:
     """The base's folder, if it is on this machine."""
-    name = named_base(adapter.folder, adapter.base)
+    name = adapter.base
     return locate_here(name) if name else None
 
 
@@ -326,7 +326,7 @@ def _ollama(adapter: Adapter, _: int) -> Iterator[Problem]:
 
 def missing_base(adapter: Adapter) -> Iterator[Problem]:
     """A base that is not named, or named by a path that is not there; a hub id is not looked up."""
-    name = named_base(adapter.folder, adapter.base)
+    name = adapter.base
     if name is None:
         yield Problem("the adapter does not name its base", f'write "base_model_name_or_path" into {CONFIG}')
     elif not Path(name).exists() and looks_like_path(name):

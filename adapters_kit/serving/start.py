@@ -11,7 +11,6 @@ from typing import Any
 
 from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.chat import render as rendered
-from adapters_kit.artifacts.source import named_base
 
 TEMPLATE = "chat_template.jinja"
 Messages = list[tuple[str, str]]
@@ -40,7 +39,7 @@ def vllm_command(path: Path, adapter: Adapter | None, ranks: tuple[int, ...]) ->
 
 def _base(adapter: Adapter) -> str:
     """How a command that is pasted anywhere names the base."""
-    name = named_base(adapter.folder, adapter.base) or "BASE"
+    name = adapter.base or "BASE"
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 

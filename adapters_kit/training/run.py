@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from adapters_kit import tasks
-from adapters_kit.artifacts.adapter import CONFIG
+from adapters_kit.artifacts.adapter import CONFIG, named_base
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import TrainingError
 from adapters_kit.pages.run_page import PAGE, scores_table
@@ -90,7 +90,7 @@ def recipe_of(adapter: Path) -> Recipe | None:
     for place in (beside, inside) if in_its_run else (inside, beside):
         if place.is_file():
             recipe = Recipe.read(place)
-            base = read_json(adapter / CONFIG).get("base_model_name_or_path")
+            base = named_base(adapter, read_json(adapter / CONFIG).get("base_model_name_or_path"))
             is_name = "/" not in recipe.model and not Path(recipe.model).exists()
             return recipe.changed(model=base) if is_name and base and Path(base).exists() else recipe
     return None

@@ -48,7 +48,10 @@ def test_merged_equals_the_adapter_in_plain_transformers_and_peft(run, real, tmp
     assert merged.config.id2label == {0: "negative", 1: "positive"}
     base = AutoModelForSequenceClassification.from_pretrained(real("minilm"), num_labels=2)
     by_peft = PeftModel.from_pretrained(base, run / "adapter")
-    by_auto = AutoModelForSequenceClassification.from_pretrained(run / "adapter", num_labels=2)
+    by_auto = AutoModelForSequenceClassification.from_pretrained(real("minilm"), num_labels=2)
+    by_auto.load_adapter(str(run / "adapter"))
+    with pytest.raises(OSError):  # the folder tells nobody where the base lies on this disk
+        AutoModelForSequenceClassification.from_pretrained(run / "adapter", num_labels=2)
     expected = logits(by_peft, run / "adapter")
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(logits(by_auto, run / "adapter"), expected, rtol=0, atol=1e-6)

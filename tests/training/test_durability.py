@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import adapters_kit as ak
 from adapters_kit import cli, system
@@ -346,3 +348,33 @@ def test_metrics_lines_are_never_rewritten_in_place(rows, whole, tmp_path, monke
     assert [json.loads(line)["step"] for line in lines if json.loads(line)["step"] <= 6] == [
         line["step"] for line in resumed.history() if line["step"] <= 6
     ]
+
+
+# What leaves the folder
+
+
+@pytest.mark.slow
+def test_the_adapter_tells_no_path_and_its_base_is_found_all_the_same(rows, whole, tmp_path, monkeypatch):
+    """peft and transformers do not find it by the folder alone, and say so; nobody takes another base in silence."""
+    base = str(small.model("bert"))
+    for file in (path for path in whole.adapter.rglob("*") if path.is_file()):
+        assert base.encode() not in file.read_bytes() and str(rows).encode() not in file.read_bytes(), file.name
+    named = json.loads((whole.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert not os.path.isabs(named) and Path(named).name == Path(base).name
+    monkeypatch.chdir(tmp_path)
+    text = "a fine film"
+    answer = ak.predict(whole, [text])
+    for place in ("near", "far/away"):  # the path from the adapter on leads nowhere; the recipe beside it knows
+        run_folder = tmp_path / place / "run"
+        shutil.copytree(whole.path, run_folder)
+        assert ak.predict(run_folder, [text]) == answer
+        merged = ak.merge(run_folder / "adapter", tmp_path / place / "merged", verify="off").path
+        assert base.encode() not in (merged / "manifest.json").read_bytes()
+        assert ak.check(run_folder / "adapter", "peft").ok
+    alone = tmp_path / "alone"
+    shutil.copytree(whole.adapter, alone)
+    with pytest.raises(OSError):
+        transformers.AutoModelForSequenceClassification.from_pretrained(alone)
+    with pytest.raises(ak.AdapterError, match="base=FOLDER"):
+        ak.merge(alone, tmp_path / "merged")
+    assert ak.merge(alone, tmp_path / "merged", base=base, verify="off")
