@@ -16,9 +16,10 @@ from adapters_kit.artifacts.adapter import CONFIG, read_config, read_raw
 from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.identity import base_hashes
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.manifest import describe
 from adapters_kit.artifacts.record_reader import CONFIG_KEYS, FORMAT, OURS, RECORD
-from adapters_kit.artifacts.source import locate, locate_here
+from adapters_kit.artifacts.source import locate, locate_here, portable_base
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.errors import AdapterError, ShippingError
 
@@ -54,7 +55,12 @@ def record(folder: str | os.PathLike, model: Any, *, base: str | os.PathLike | N
 
 
 def record_base(
-    adapter: str | os.PathLike, base: str | os.PathLike | None = None, model: Any = None, *, hashes: bool = True
+    adapter: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    model: Any = None,
+    *,
+    hashes: bool = True,
+    place: Path | None = None,
 ) -> Path:
     """Write the record into a saved adapter's folder.
 
@@ -64,6 +70,8 @@ def record_base(
         model: the trained model, wrapped or not: tells its class, its labels and how the base was quantized. Without
             it the base counts as not quantized.
         hashes: read the base's weights for their sha256.
+        place: where the folder is going to stand: its config then names the base from there (see `portable_base`),
+            and tells nobody whose disk it lies on.
 
     Returns:
         The written file.
@@ -90,6 +98,10 @@ def record_base(
     if digest:
         content["tokenizer"] = digest
     content["versions"] = {name: found for name in _PACKAGES if (found := _version(name))}
+    if place is not None:
+        for file in folder.rglob(CONFIG):  # several where each of several methods has a part
+            named = {"base_model_name_or_path": portable_base(os.fspath(name), place)}
+            write_json(file, read_json(file) | named, sort_keys=True)
     return write_json(folder / RECORD, content, indent=1)
 
 

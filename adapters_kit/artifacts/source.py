@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters_kit.artifacts.adapter import CONFIG, Adapter
+from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE
-from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.hub_ping import copy_without_hub
-from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import MissingPackageError, ModelError, ShippingError, UnknownNameError, did_you_mean
 from adapters_kit.names import is_adapter_folder, looks_like_path
 
@@ -85,12 +83,6 @@ def portable_base(name: str | None, out: Path) -> str | None:
     if together is None or together in (Path(there.anchor), Path.home().parent):
         return there.name
     return Path(os.path.relpath(there, here)).as_posix()
-
-
-def name_base(folder: Path, name: str | None) -> None:
-    """Writes `name` as the base into the adapter's config, and into those of its parts where it has several methods."""
-    for file in folder.rglob(CONFIG):
-        write_json(file, read_json(file) | {"base_model_name_or_path": name}, sort_keys=True)
 
 
 # What transformers reads weights from, in its order of preference.

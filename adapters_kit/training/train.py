@@ -28,7 +28,6 @@ from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
 from adapters_kit.artifacts.record import record_base
-from adapters_kit.artifacts.source import name_base, portable_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
 from adapters_kit.pages.run_page import DETAILS, write_run_page
@@ -292,8 +291,7 @@ class Training:
             (unfinished / "training_args.bin").unlink(missing_ok=True)
             self.task.write_beside(unfinished, trainer.model)
             # Which bytes the adapter was trained on: merging it into anything else is refused.
-            record_base(unfinished, self.recipe.model, trainer.model)
-            name_base(unfinished, portable_base(self.recipe.model, adapter))
+            record_base(unfinished, self.recipe.model, trainer.model, place=adapter)
             recipe_file = write_text(unfinished / "recipe.yaml", without_paths(self.recipe).to_yaml())
             for file in unfinished.iterdir():
                 file.chmod(recipe_file.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
