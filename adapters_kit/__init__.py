@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.artifacts.record import record as record
     from adapters_kit.comparison import Comparison as Comparison
     from adapters_kit.comparison import compare as compare
+    from adapters_kit.compression.drop_layers import drop_layers as drop_layers
     from adapters_kit.errors import AdapterError as AdapterError
     from adapters_kit.inference import evaluate as evaluate
     from adapters_kit.inference import predict as predict
@@ -84,6 +85,7 @@ _HOME = {
     "train_many": "adapters_kit.training.many.train_many",
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
+    "drop_layers": "adapters_kit.compression.drop_layers",
     "compress": "adapters_kit.merging.extract",
     "convert": "adapters_kit.merging.extract",
     "extract": "adapters_kit.merging.extract",

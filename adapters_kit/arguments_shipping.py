@@ -128,6 +128,14 @@ def _moving(verb: Adder) -> None:
     made.add_argument("--base", help="of what is no LoRA yet (default: the one that it names)")
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
 
+    made = verb(shipping.drop_layers, "drop-layers", takes_keys=True)
+    made.add_argument("source", help="base model: folder, .gguf file or hub id")
+    made.add_argument("count", nargs="?", type=int, help="how many layers to leave out")
+    made.add_argument("--out", help="folder to write (default: the base's name with -short behind it)")
+    made.add_argument("--data", help="rows by which they are chosen (default: those before the last layer)")
+    made.add_argument("--layers", nargs="+", type=int, metavar="N", help="leave out these, counted from 0")
+    made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")
+
     made = verb(shipping.push)
     made.add_argument("folder", help="run folder (its adapter), adapter folder or merged model")
     made.add_argument("repo", help="hub id, OWNER/NAME; made if it is not there")

@@ -42,6 +42,7 @@ FLOORS = {
     "serving": 6,
     "training": 7,
     "inference": 8,
+    "compression": 9,
     "comparison": 8,
     "ui": 9,
     "verbs": 10,

@@ -44,7 +44,7 @@ def shortened(model: nn.Module) -> Iterator[dict[str, int]]:
                 continue  # something else stands between the blocks
             given = [values for values in lists if len(values) == len(members)]
             kinds = [
-                (_kind(holder[place]), tuple(str(values[place]) for values in given)) for place in range(len(members))
+                (kind_of(holder[place]), tuple(str(values[place]) for values in given)) for place in range(len(members))
             ]
             kept = _prefix(kinds)
             if kept == len(members):
@@ -75,7 +75,7 @@ def _prefix(kinds: list[Any]) -> int:
     return len(kinds)
 
 
-def _kind(block: nn.Module) -> tuple[Any, ...]:
+def kind_of(block: nn.Module) -> tuple[Any, ...]:
     """What tells a block from another, but for its place."""
     return tuple(
         (

@@ -106,6 +106,25 @@ def compress(options: argparse.Namespace) -> Shown:
     return Shown(report, str(report))
 
 
+def drop_layers(options: argparse.Namespace) -> Shown:
+    """Write a base without the layers that do least; an adapter trained on it heals it."""
+    from adapters_kit.recipe import keys_of
+
+    keys = keys_of(options.flags)
+    from adapters_kit.compression.drop_layers import drop_layers as drop
+
+    report = drop(
+        options.source,
+        options.count,
+        options.out,
+        data=options.data,
+        layers=options.layers,
+        overwrite=options.overwrite,
+        **keys,
+    )
+    return Shown(report, str(report))
+
+
 def push(options: argparse.Namespace) -> Shown:
     """Send a run's adapter or a merged model to the model hub, with a card that tells base, data and scores."""
     from adapters_kit.serving.hub import push as send

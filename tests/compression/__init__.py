@@ -1,0 +1,1 @@
+"""Tests of smaller bases and adapters."""
