@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str | None:
     text = str(error)
     if hidden := re.search(r"\(os error (\d+)\)", text):
         return _REASONS.get(int(hidden[1]))
-    if "PytorchStreamWriter" in text or "[enforce fail at inline_container" in text:
+    if any(known in text for known in ("PytorchStreamWriter", "[enforce fail at inline_container", "iostream error")):
         return "a file could not be written whole; most likely the disk is full"
     return None
 

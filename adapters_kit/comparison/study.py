@@ -208,7 +208,7 @@ class _Study:
             self.recipe, ranked, self.metric, self.higher, base, chosen, searched, finals, self.failures, counts
         )
         notes = report.write(self.out, document)
-        notes += [f"{label} gave no result: {why}" for label, why in self.failures.items() if not finals[label]]
+        notes += [f"{label} gave no result: {why}" for label, why in self.failures.items() if not finals.get(label)]
         if self.left_out:
             notes.append(
                 f"{len(self.left_out)} cells are missing (max_minutes={self.limits.max_minutes:g}); the same call goes "

@@ -209,12 +209,19 @@ def test_no_time_left_says_what_is_missing_and_goes_on(recipe, in_process, tmp_p
 
 
 @pytest.mark.slow
-def test_a_method_that_fails_costs_its_own_row_only(recipe, in_process, tmp_path):
+def test_what_fails_costs_its_own_row_only(recipe, in_process, tmp_path, monkeypatch):
+    def run(cell, work):
+        if cell.kind == study.BASE:
+            raise TrainingError("it was not its day")
+        return run_cell(cell, work)
+
+    monkeypatch.setattr(worker, "run_cell", run)
     kinds = {"lora": {}, "too long": {"training.max_length": 500}}
     found = ak.compare(recipe, kinds, 1, out=tmp_path, rates=dict.fromkeys(kinds, 1e-3), validation_size=32, quiet=True)
     assert [row.label for row in found.rows] == ["lora"]
     assert "takes at most" in found.document["failures"]["too long"]
     assert "too long gave no result" in str(found)
+    assert "base gave no result: it was not its day" in str(found) and found.document["base"] is None
 
 
 MISTAKES = {
