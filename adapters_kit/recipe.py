@@ -28,6 +28,7 @@ from adapters_kit.recipe_sections import (
     STRICT,
     CardSpec,
     DataSpec,
+    EvalSpec,
     MethodSpec,
     ObjectiveSpec,
     PathText,
@@ -82,6 +83,8 @@ class Recipe(BaseModel):
     """Generation: longest answer in tokens."""
     training: TrainingSpec = TrainingSpec()
     """How to train."""
+    eval: EvalSpec = EvalSpec()
+    """What is scored beside the held-out rows."""
     card: CardSpec = CardSpec()
     """What the model card says."""
 
@@ -227,6 +230,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "method": MethodSpec,
     "objective": ObjectiveSpec,
     "training": TrainingSpec,
+    "eval": EvalSpec,
     "card": CardSpec,
 }
 
@@ -323,12 +327,13 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     objective = objective if task == "causal-lm" and isinstance(objective, str) and objective in OBJECTIVES else None
     problems += _objective_checks(objective, part("objective"), training)
     roles = roles_of(task, objective) if row and isinstance(task, str) else ()
-    columns = part("data").get("columns")
-    for role in columns if row and isinstance(columns, Mapping) else ():
-        if role not in roles:
-            by = f" by the objective {objective}" if objective else ""
-            text = f"the task {task}{by} has no column {role!r}. {did_you_mean(str(role), roles)}"
-            problems.append((("data", "columns", str(role)), text))
+    for section, key, known in (("data", "columns", roles), ("eval", "keep_columns", row.roles if row else ())):
+        columns = part(section).get(key)
+        for role in columns if row and isinstance(columns, Mapping) else ():
+            if role not in known:
+                by = f" by the objective {objective}" if objective and section == "data" else ""
+                text = f"the task {task}{by} has no column {role!r}. {did_you_mean(str(role), known)}"
+                problems.append(((section, key, str(role)), text))
     for key in dict.fromkeys(key for other in TASKS.values() for key in other.keys) if row else ():
         section, _, last = key.rpartition(".")
         default = _SECTIONS[section].model_fields[last].default
@@ -338,6 +343,10 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
             problems.append((tuple(key.split(".")), f"only {owners} has this key; the task is {task}."))
     if training.get("early_stopping") and training.get("evals_per_epoch", 1) == 0:
         problems.append((("training", "early_stopping"), "needs evaluations: set evals_per_epoch to 1 or more."))
+    if not part("eval").get("keep"):
+        lone = [("training", "keep_within")] if training.get("keep_within") is not None else []
+        lone += [("eval", key) for key in ("keep_columns", "keep_limit") if part("eval").get(key)]
+        problems += [(path, "needs rows that are to be kept: set eval.keep.") for path in lone]
     quantize = fields.get("quantize")
     if training.get("precision") == "fp32" and quantize in KINDS and not KINDS[quantize].computes_in_fp32:
         text = f"{quantize} weights compute in 16 bits: use auto, bf16 or fp16."

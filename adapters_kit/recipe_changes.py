@@ -66,6 +66,8 @@ def without_paths(recipe: Recipe) -> Recipe:
     for part in ("train", "test"):
         if fields["data"][part] is not None:
             fields["data"][part] = name(fields["data"][part])
+    if recipe.eval.keep is not None:
+        fields["eval"]["keep"] = name(recipe.eval.keep)
     begun_from = recipe.method.name
     if isinstance(begun_from, str) and names.is_adapter_folder(begun_from):
         fields["method"]["name"] = _kind(Path(begun_from))

@@ -1,4 +1,4 @@
-"""The sections of a recipe: method, data, training and card. A field's docstring is its help on the command line."""
+"""The sections of a recipe: method, data, training, eval, card. A field's docstring is its help on the command line."""
 
 from __future__ import annotations
 
@@ -251,6 +251,9 @@ class TrainingSpec(BaseModel):
     """Keep the adapter of the best evaluation, not of the last step."""
     save_every: int | None = Field(None, ge=1)
     """Write a checkpoint to resume from every so many steps; by default at every evaluation."""
+    keep_within: float | None = Field(None, ge=0)
+    """How much the loss on the rows of `eval.keep` may rise over the base model's, as a part of it: 0.02 is 2 %. The
+    checkpoint and the adapter's scale that score best within it are shipped."""
     auto_batch: bool = False
     """Out of memory: halve `batch_size`, double `gradient_accumulation`, and start again."""
     log_every: int = Field(10, ge=1)
@@ -259,6 +262,20 @@ class TrainingSpec(BaseModel):
     """Trackers that receive the metrics too."""
     samples: int = Field(8, ge=0)
     """Held-out examples whose predictions, base beside tuned, are written to `samples.jsonl`."""
+
+
+class EvalSpec(BaseModel):
+    """What is scored beside the held-out rows."""
+
+    model_config = STRICT
+
+    keep: PathText | None = None
+    """Rows of the same task that the training is not about and should not spoil (general text, an earlier job,
+    refusals): scored before and after it. A file, a folder or a hub id; of several parts, the held-out one."""
+    keep_columns: dict[str, str] = Field(default_factory=dict)
+    """Role to column name in the rows of `keep`, where they are called otherwise than in the training data."""
+    keep_limit: int | None = Field(None, ge=1)
+    """Use at most so many rows of `keep` (drawn with the seed)."""
 
 
 class CardSpec(BaseModel):

@@ -132,6 +132,8 @@ def compare(
         raise RecipeError([f"grid={list(grid)}: give factors above 0, such as 0.33, 1, 3; or None for no search."])
     limits = _Limits(seeds, grid, rates or {}, validation_size, max_minutes, threads or torch.get_num_threads())
     recipe = recipe_from(recipe, out / "data")
+    if recipe.eval.keep is not None:
+        raise RecipeError(["eval.keep: a comparison scores held-out rows alone; leave it and keep_within out."])
     with (
         system.lock(out),
         system.stoppable(),

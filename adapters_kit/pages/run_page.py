@@ -44,7 +44,7 @@ def run_page(folder: Path, called: Path | None = None) -> str:
         ),
         f'<p class="soft">{escape(_about(details, metrics))}</p>',
         html.figures(_costs(metrics)),
-        html.section("Scores", scores_table(metrics)),
+        html.section("Scores", scores_table(metrics) + _kept(metrics)),
         html.section("Notes", "".join(f"<p>{escape(note)}</p>" for note in metrics.get("notes", []))),
         html.section("Curves", _curves(history, metrics, metric)),
         html.section("Which class is taken for which", _confusion(_json(folder / "confusion.json", {}))),
@@ -63,6 +63,14 @@ def scores_table(metrics: Mapping[str, Any]) -> str:
     names = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
     rows = [[name, metrics[f"base_{name}"], metrics[name]] for name in names]
     return html.table(["score", "base model", "with the adapter"], rows) if rows else ""
+
+
+def _kept(metrics: Mapping[str, Any]) -> str:
+    """What the rows of `eval.keep` are, and what was chosen for their sake."""
+    told = [metrics["kept"]["told"]] if "kept" in metrics else []
+    if "keep_examples" in metrics:
+        told.append(f"The scores that begin with keep_ are those on {metrics['keep_examples']:,} rows of eval.keep.")
+    return "".join(f'<p class="soft">{escape(line)}</p>' for line in told)
 
 
 def _about(details: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training import checkpoints
 from adapters_kit.training.callbacks import Interruption, Meter, RankAllocation, Record, Screen, Steering, TensorBoard
+from adapters_kit.training.kept import Kept
 from adapters_kit.training.optimizers import build_optimizer
 from adapters_kit.training.resolve import processes
 from adapters_kit.training.sampling import OrderedByEpoch
@@ -62,6 +63,7 @@ class AdapterTrainer(Trainer):
         """
         self.task, self.recipe, self.test_features, self.out = task, recipe, test_features, out
         self.kept_results: dict[int, list[Any]] = {}
+        self.budget: Kept | None = None  # scored at every evaluation, where it is to choose among them
         training = recipe.training
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         args = arguments(recipe, task, out, len(train_features))
@@ -181,6 +183,8 @@ class AdapterTrainer(Trainer):
         scores = self.task.score(results, self.test_features)
         self.kept_results = {self.state.best_global_step: self.kept_results.get(self.state.best_global_step, [])}
         self.kept_results[self.state.global_step] = results
+        if self.budget is not None:
+            scores |= self.budget.scores(self.model_wrapped)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -305,7 +309,8 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         eval_steps=evaluate_every,
         save_strategy="steps" if evaluate_every else "no",
         save_steps=evaluate_every or 500,
-        save_total_limit=2,
+        # Under a budget any of them may be the one that is kept.
+        save_total_limit=2 if training.keep_within is None else None,
         load_best_model_at_end=bool(evaluate_every and training.keep_best),
         metric_for_best_model=task.metric,
         greater_is_better=task.higher_is_better,

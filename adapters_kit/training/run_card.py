@@ -70,7 +70,11 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
     lines += [f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in names]
     best = recipe.training.keep_best and recipe.training.evals_per_epoch
     kept = f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
-    lines += ["", f"The adapter kept is {kept}."]
+    budget = metrics.get("kept")
+    lines += ["", budget["told"] if budget else f"The adapter kept is {kept}."]
+    if "keep_examples" in metrics:
+        name = without_paths(recipe).eval.keep
+        lines += ["", f"The scores that begin with keep_ are those on {metrics['keep_examples']:,} rows of `{name}`."]
     if layers:
         lines += ["", "How its layers computed while it was trained:", "", "```", layers, "```"]
     return "\n".join(lines)
@@ -135,4 +139,6 @@ def advice(metrics: Mapping[str, Any], metric: str, higher: bool, majority: floa
             f"What to try: {few}another training.learning_rate than {rate:.1e} (adapters-kit sweep tries several), "
             "more training rows; and look at samples.jsonl whether columns and labels are what you mean."
         )
+    if "kept" in metrics and not metrics["kept"]["holds"]:
+        told.append(metrics["kept"]["told"])
     return told

@@ -40,7 +40,9 @@ from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.data import Splits
 from adapters_kit.training.details import details, majority, write_confusion
 from adapters_kit.training.inputs import Given, default_folder, recipe_from
+from adapters_kit.training.kept import Kept, check, choose
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
+from adapters_kit.training.out_of_memory import lower_what, restart
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
 from adapters_kit.training.run import Run, environment
 from adapters_kit.training.run_card import advice, card
@@ -123,6 +125,7 @@ class Training:
         self.tell: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         self.main = PartialState().is_main_process
         self.task, self.splits = prepare(recipe)
+        self.kept = Kept.read(recipe, self.task)
         self.model, self.processor = self.load(recipe)
         tell_head(self.model, self.task.labels or [], recipe.model, self.task.notes)
         recipe = filled_in(recipe, self.task)
@@ -147,6 +150,10 @@ class Training:
         shown = self.splits.test.select(range(min(self.recipe.training.samples, len(self.splits.test))))
         base = self._base(test_features, shown)
         self.model = add_adapter(self.model, self.recipe, total_steps(self.recipe, len(train_features))[0])
+        if told := check(self.recipe, self.model):
+            task.notes.say(told)
+        for note in task.notes.fresh():
+            self.tell(note)
         trainable, total = self.model.get_nb_trainable_parameters()
         self.tell(f"{self.recipe.method.label}: {trainable:,} of {total:,} parameters are trained")
         fused = fuse_report(self.model)
@@ -157,12 +164,15 @@ class Training:
 
         trainer = _fit(self, train_features, test_features)
         self.recipe = recipe = trainer.recipe
-        results = trainer.results_of_kept()
+        results, chosen = choose(trainer, self.tell)
         trainer.meter.share()
         metrics = {**self._scores(trainer, base, results, test_features), **self._costs(trainer, trainable, total)}
+        metrics |= chosen  # under a budget
         metrics["advice"] = advice(
             metrics, task.metric, task.higher_is_better, majority(task, results, test_features), recipe
         )
+        if self.kept is not None:
+            self.tell(self.kept.told(metrics))
         self._save(trainer, metrics)
         tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
         proof = self._proof(trainer.model)
@@ -184,6 +194,10 @@ class Training:
         """Before and after, on the held-out rows; the loss is the mean over training."""
         before = {f"base_{name}": value for name, value in base.scores.items()}
         after = self.task.score(results, test_features)
+        if self.kept is not None:
+            before |= {f"base_keep_{name}": value for name, value in self.kept.before.items()}
+            after |= self.kept.scores(trainer.model_wrapped)
+            after["keep_examples"] = self.kept.rows
         return {**before, **after, "train_loss": trainer.meter.mean_loss()}
 
     def _costs(self, trainer: AdapterTrainer, trainable: int, total: int) -> dict[str, Any]:
@@ -273,6 +287,10 @@ class Training:
         results = task.run(self.model, test_features, batch)
         scores = task.score(results, test_features)
         self.tell(f"base model: held-out {task.metric} {scores[task.metric]:.4f}")
+        if self.kept is not None:
+            self.kept.score_base(self.model, self.processor)
+            for note in task.notes.fresh():
+                self.tell(note)
         return _Base(results, scores, task.predict(self.model, shown, batch) if len(shown) else [])
 
     def _begin(self, fused: FuseReport) -> None:
@@ -334,6 +352,7 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
         checkpoints.drop(path)
     while True:
         trainer = job.trainer(recipe, train_features, test_features)
+        trainer.budget = job.kept if recipe.training.keep_within is not None else None
         try:
             with trainer.interruption:
                 trainer.go(checkpoint)
@@ -346,7 +365,7 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
                 raise
             size = recipe.training.batch_size
             if not recipe.training.auto_batch or size == 1:
-                raise TrainingError(_lower_what(recipe)) from error
+                raise TrainingError(lower_what(recipe)) from error
         finally:
             trainer.screen.close()
         accumulation = recipe.training.gradient_accumulation * 2
@@ -358,7 +377,7 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
             checkpoints.drop(path)  # those of another batch size count other steps
             write_text(path / "recipe.yaml", recipe.to_yaml())
         del trainer
-        _restart(model, start)
+        restart(model, start)
 
 
 def _checkpoint(path: Path, tell: Callable[[str], None]) -> Path | None:
@@ -375,26 +394,3 @@ def _say_stopped(job: Training, trainer: AdapterTrainer) -> None:
     where = checkpoints.folder_of(job.path, step)
     old = "" if job.path == job.place.out else f" The old run in {job.place.out} is as it was."
     job.tell(f"Stopped at step {step} of {steps}, saved in {where}. resume=True (--resume) goes on from there.{old}")
-
-
-def _restart(model: nn.Module, start: dict[str, torch.Tensor]) -> None:
-    """The trained parameters as they were before the first step."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.grad = None
-            if name in start:
-                parameter.copy_(start[name])
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _lower_what(recipe: Recipe) -> str:
-    training = recipe.training
-    steps = [f"training.batch_size (now {training.batch_size}), raising gradient_accumulation to match"]
-    steps.append(f"training.max_length (now {training.max_length})")
-    advice = "Lower " + " or ".join(steps) + "; or set training.auto_batch: true"
-    if not training.gradient_checkpointing:
-        advice += ", training.gradient_checkpointing: true"
-    if not recipe.quantize:
-        advice += ", quantize: nf4"
-    return f"Out of memory. {advice}."
