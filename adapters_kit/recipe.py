@@ -327,12 +327,12 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     objective = objective if task == "causal-lm" and isinstance(objective, str) and objective in OBJECTIVES else None
     problems += _objective_checks(objective, part("objective"), training)
     roles = roles_of(task, objective) if row and isinstance(task, str) else ()
-    for section, key, known in (("data", "columns", roles), ("eval", "keep_columns", row.roles if row else ())):
+    for section, key, allowed in (("data", "columns", roles), ("eval", "keep_columns", row.roles if row else ())):
         columns = part(section).get(key)
         for role in columns if row and isinstance(columns, Mapping) else ():
-            if role not in known:
+            if role not in allowed:
                 by = f" by the objective {objective}" if objective and section == "data" else ""
-                text = f"the task {task}{by} has no column {role!r}. {did_you_mean(str(role), known)}"
+                text = f"the task {task}{by} has no column {role!r}. {did_you_mean(str(role), allowed)}"
                 problems.append(((section, key, str(role)), text))
     for key in dict.fromkeys(key for other in TASKS.values() for key in other.keys) if row else ():
         section, _, last = key.rpartition(".")
