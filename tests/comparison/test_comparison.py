@@ -2,12 +2,14 @@
 
 import json
 import math
+import signal
 import statistics
 import subprocess
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -250,10 +252,13 @@ def test_mistakes_are_refused_before_anything_is_trained(name, recipe, tmp_path)
 
 @pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(recipe, tmp_path):
-    """kill -9 of the comparison after its first cell; the second call keeps that cell."""
+    """SIGTERM before its first cell, which leaves nothing; kill -9 after that cell: the last call keeps it."""
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     out = tmp_path / "out"
     words = ["compare", str(tmp_path / "recipe.yaml"), "--methods", "lora", "--seeds", "2", "--grid", "1"]
+    stopping.kill_at_file(out, "cells/.work", cli.main, [*words, "--out", str(out)], number=signal.SIGTERM)
+    assert not [path.name for path in out.rglob("*") if path.name.startswith(".")]
+    assert not [one for one in psutil.Process().children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
     stopping.kill_at_file(out, "cells/*.json", cli.main, [*words, "--out", str(out)])
     kept = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.json")}
     assert kept and not (out / "comparison.json").exists()

@@ -11,9 +11,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def killed_at_step(step: int) -> Iterator[None]:
         yield
 
 
-def kill_at_file(folder: Path, pattern: str, run: Callable[..., Any], *arguments: Any) -> None:
+def kill_at_file(
+    folder: Path, pattern: str, run: Callable[..., Any], *arguments: Any, number: int = signal.SIGKILL
+) -> None:
     """Calls `run(*arguments)` in a process of its own, and kills it once `folder` holds a file like `pattern`.
 
-    The process is a fork, which has imported everything already; it is killed with SIGKILL.
+    The process is a fork, which has imported everything already.
+
+    Args:
+        number: of the signal that ends it.
     """
     process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
     process.start()
@@ -57,7 +63,9 @@ def kill_at_file(folder: Path, pattern: str, run: Callable[..., Any], *arguments
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        process.kill()
+        if process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
         process.join()
 
 
