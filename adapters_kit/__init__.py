@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.artifacts.record import record as record
     from adapters_kit.comparison import Comparison as Comparison
     from adapters_kit.comparison import compare as compare
+    from adapters_kit.compression.compress import compress as compress
     from adapters_kit.compression.drop_layers import drop_layers as drop_layers
     from adapters_kit.errors import AdapterError as AdapterError
     from adapters_kit.inference import evaluate as evaluate
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.kernels.fuse import unfuse as unfuse
     from adapters_kit.loading import load as load
     from adapters_kit.loading import load_processor as load_processor
-    from adapters_kit.merging.extract import compress as compress
     from adapters_kit.merging.extract import convert as convert
     from adapters_kit.merging.extract import extract as extract
     from adapters_kit.merging.merge import MergeReport as MergeReport
@@ -86,7 +86,7 @@ _HOME = {
     "load": "adapters_kit.loading",
     "load_processor": "adapters_kit.loading",
     "drop_layers": "adapters_kit.compression.drop_layers",
-    "compress": "adapters_kit.merging.extract",
+    "compress": "adapters_kit.compression.compress",
     "convert": "adapters_kit.merging.extract",
     "extract": "adapters_kit.merging.extract",
     "MergeReport": "adapters_kit.merging.merge",

@@ -121,9 +121,13 @@ def _moving(verb: Adder) -> None:
     _energy(made, "by rank alone")
 
     made = verb(shipping.compress)
-    made.add_argument("source", help="adapter folder")
+    made.add_argument("source", help="adapter folder, or a run, which is scored before and after")
     made.add_argument("out", help="adapter folder to write")
     made.add_argument("--rank", type=int, help="the highest that a module may get (default: its own)")
+    made.add_argument(
+        "--drop-layers", type=int, default=0, metavar="N", help="leave the N lowest layers without; keeps the ranks"
+    )
+    made.add_argument("--data", help="rows to score before and after (default: a run's held-out ones)")
     _energy(made, "0.99", 0.99)
     made.add_argument("--base", help="of what is no LoRA yet (default: the one that it names)")
     made.add_argument("--overwrite", action="store_true", help="replace what the output folder holds")

@@ -32,6 +32,7 @@ from adapters_kit.errors import ModelError, ShippingError
 from adapters_kit.inference.subject import describe as recipe_of
 from adapters_kit.inference.subject import load_subject, make_task
 from adapters_kit.merging.base_folder import as_checkpoint
+from adapters_kit.merging.extract import name_beside
 from adapters_kit.merging.output import lay_out
 from adapters_kit.merging.weightless import base_config, empty_model, model_class
 from adapters_kit.merging.writer import write
@@ -118,7 +119,7 @@ def drop_layers(
     if layers is not None and data is not None:
         raise ShippingError("data= chooses layers, and layers= says them: leave one of them out.")
     source = locate(model)
-    target = Path(out) if out is not None else _beside(source)
+    target = Path(out) if out is not None else name_beside(source, "-short")
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="adapters_kit-")))
         place = stack.enter_context(as_checkpoint(source, work / "base"))
@@ -163,13 +164,6 @@ def one_stack(model: nn.Module, name: str) -> tuple[str, int]:
     if not isinstance(holder, nn.ModuleList) or [path.rpartition(".")[2] for path in paths] != list(holder._modules):
         raise ModelError(f"The layers of {name} are no plain list ({stacks[0]}): none can be left out.")
     return stacks[0], len(paths)
-
-
-def _beside(source: Path) -> Path:
-    place = Path(os.path.abspath(source))
-    if "snapshots" in place.parts:  # the hub cache is not a place to write to
-        return Path(place.parent.parent.name.rpartition("--")[2] + "-short")
-    return place.with_name(place.name.removesuffix(".gguf") + "-short")
 
 
 def _check(n: int | None, layers: Sequence[int] | None, whole: int) -> None:

@@ -47,9 +47,16 @@ def evaluate(
         DataError: rows that the task cannot read.
     """
     recipe, adapter = describe(name, **recipe_keys)
+    if data_source is None and recipe.data.train == NO_DATA:
+        raise DataError(f"{os.fspath(name)} does not say which data it is for: give data=FILE.")
+    return scores_of(recipe, adapter, data_source, batch_size)
+
+
+def scores_of(
+    recipe: Recipe, adapter: Path | None, data_source: Any = None, batch_size: int | None = None
+) -> dict[str, float]:
+    """The metrics of a recipe's model with an adapter; by default on the recipe's own held-out rows."""
     if data_source is None:
-        if recipe.data.train == NO_DATA:
-            raise DataError(f"{os.fspath(name)} does not say which data it is for: give data=FILE.")
         task, splits = prepare(recipe)
         rows = splits.test
     else:

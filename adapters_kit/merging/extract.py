@@ -113,7 +113,7 @@ def extract(
     """
     _check(r, energy)
     first, second = locate(base), locate(tuned)
-    target = Path(out) if out is not None else _beside(second)
+    target = Path(out) if out is not None else name_beside(second)
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="adapters_kit-")))
         places = [stack.enter_context(as_checkpoint(one, work / str(i))) for i, one in enumerate((first, second))]
@@ -198,7 +198,7 @@ def convert(
     moved = str(adapter.raw.get("init_lora_weights")).startswith(("pissa", "olora"))
     rank = r if r is not None else own * (2 if moved or adapter.raw.get("use_dora") else 1)
     _check(rank, energy)
-    target = Path(out) if out is not None else _beside(adapter.folder)
+    target = Path(out) if out is not None else name_beside(adapter.folder)
     rounding = Rounding.of(adapter.record)
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="adapters_kit-")))
@@ -265,7 +265,7 @@ def compress(
         A report with ranks and errors.
     """
     adapter = read_adapter(folder)
-    target = Path(out) if out is not None else _beside(adapter.folder, "-small")
+    target = Path(out) if out is not None else name_beside(adapter.folder, "-small")
     config = adapter.config
     plain = adapter.method == "lora" and not config.use_dora and not getattr(config, "target_parameters", None)
     if not plain or str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -312,7 +312,7 @@ def _task(bare: Any) -> str | None:
     return None if task is None else str(getattr(task, "value", task))
 
 
-def _beside(place: Path, end: str = "-lora") -> Path:
+def name_beside(place: Path, end: str = "-lora") -> Path:
     """The default name of what is written."""
     place = Path(os.path.abspath(place))
     if "snapshots" in place.parts:  # the hub cache is not a place to write to

@@ -98,10 +98,12 @@ def convert(options: argparse.Namespace) -> Shown:
 
 
 def compress(options: argparse.Namespace) -> Shown:
-    """Write a LoRA at the lowest ranks that keep what it learned, with the error measured."""
-    from adapters_kit.merging.extract import compress as shrink
+    """Write a LoRA at the lowest ranks that keep what it learned, or an adapter without its lowest layers; a run is
+    scored before and after."""
+    from adapters_kit.compression.compress import compress as shrink
 
     kinds = {"r": options.rank, "energy": options.energy, "base": options.base, "overwrite": options.overwrite}
+    kinds |= {"drop_layers": options.drop_layers, "data": options.data}
     report = shrink(options.source, options.out, **kinds)
     return Shown(report, str(report))
 
