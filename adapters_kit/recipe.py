@@ -150,6 +150,11 @@ class Recipe(BaseModel):
         where = f"the recipe {path}" if path is not None else "the flags"
         raise RecipeError([f"{place.text}{': ' if place.text else ''}{text}" for place, text in problems], where)
 
+    @property
+    def head(self) -> str:
+        """The task whose model class is trained: the recipe's, but for a reward model."""
+        return OBJECTIVES[self.objective.name].head if self.objective else self.task
+
     def changed(self, **values: Any) -> Recipe:
         """A copy with some fields changed; a dotted name reaches inside.
 
@@ -325,7 +330,7 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     objective = fields.get("objective")
     objective = objective if isinstance(objective, str) else part("objective").get("name")
     objective = objective if task == "causal-lm" and isinstance(objective, str) and objective in OBJECTIVES else None
-    problems += _objective_checks(objective, part("objective"), training)
+    problems += _objective_checks(objective, part("objective"), training, bool(fields.get("quantize")))
     roles = roles_of(task, objective) if row and isinstance(task, str) else ()
     for section, key, allowed in (("data", "columns", roles), ("eval", "keep_columns", row.roles if row else ())):
         columns = part(section).get(key)
@@ -354,7 +359,9 @@ def _cross_checks(fields: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _objective_checks(name: str | None, given: Mapping[str, Any], training: Mapping[str, Any]) -> list[Problem]:
+def _objective_checks(
+    name: str | None, given: Mapping[str, Any], training: Mapping[str, Any], quantized: bool
+) -> list[Problem]:
     """Options that belong to other objectives, or that this one lacks; packing, which joins what is compared."""
     if name is None:
         return []
@@ -366,8 +373,11 @@ def _objective_checks(name: str | None, given: Mapping[str, Any], training: Mapp
             problems.append((("objective", key), f"only {owners} has this key; the objective is {name}."))
         if key in row.needs and given.get(key) is None:
             problems.append((("objective", key), f"is missing: {name} needs it. {field.description}"))
+    if name == "distill" and given.get("teacher") is None and not quantized:
+        told = "is missing: a base that is not quantized has nothing to learn from itself. Name a teacher, or quantize"
+        problems.append((("objective", "teacher"), f"{told}: nf4."))
     if training.get("packing"):
-        problems.append((("training", "packing"), f"joins rows, which {name} compares one by one: leave it out."))
+        problems.append((("training", "packing"), f"joins rows, which {name} takes one by one: leave it out."))
     return problems
 
 

@@ -126,13 +126,23 @@ class ObjectiveSpec(BaseModel):
     model_config = STRICT
 
     name: ObjectiveName
-    """dpo: of two answers the better one."""
+    """distill: what a teacher says of every token; dpo, orpo: of two answers the better one; kto: good and bad answers; reward: a model that scores answers."""
     beta: float | None = Field(None, gt=0)
     """How strongly the model is held to the reference; by default that of TRL."""
     loss_type: str | None = None
     """dpo: TRL's name of the loss, such as sigmoid (the default), ipo, hinge or robust."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """dpo: part of the pairs that are taken to be the wrong way round."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """kto: how much a good answer counts."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """kto: how much a bad answer counts."""
+    center: float | None = Field(None, gt=0)
+    """reward: how strongly scores are kept near 0 (TRL's center_rewards_coefficient)."""
+    teacher: PathText | None = None
+    """distill: a folder, hub id or .gguf file of the same vocabulary; by default the base itself, not quantized."""
+    temperature: float = Field(1.0, gt=0)
+    """distill: above 1, what the teacher finds unlikely counts for more."""
 
     @model_validator(mode="before")
     @classmethod

@@ -189,11 +189,30 @@ class Objective:
 
 
 _ASKED = ("prompt", "input", "history", "system", "tools")
+_PAIRS = (*_ASKED, "chosen", "rejected", "score_chosen", "score_rejected")
 OBJECTIVES: dict[str, Objective] = {
     "dpo": Objective(
         "adapters_kit.tasks.objectives.preference:DPO",
-        roles=(*_ASKED, "chosen", "rejected", "score_chosen", "score_rejected"),
+        roles=_PAIRS,
         keys=("beta", "loss_type", "label_smoothing"),
+    ),
+    "orpo": Objective("adapters_kit.tasks.objectives.orpo:ORPO", roles=_PAIRS, keys=("beta",)),
+    "kto": Objective(
+        "adapters_kit.tasks.objectives.kto:KTO",
+        roles=(*_PAIRS, "completion", "label"),
+        keys=("beta", "desirable_weight", "undesirable_weight"),
+    ),
+    "reward": Objective(
+        "adapters_kit.tasks.objectives.reward:Reward",
+        roles=(*_PAIRS, "completion", "messages"),
+        keys=("center",),
+        head="text-classification",
+    ),
+    "distill": Objective(
+        "adapters_kit.tasks.objectives.distill:Distill",
+        roles=("text", "prompt", "completion", "messages", "input", "history", "system", "tools"),
+        keys=("teacher", "temperature"),
+        package=None,
     ),
 }
 

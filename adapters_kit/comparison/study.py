@@ -327,14 +327,14 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
     assert resolved.learning_rate is not None  # that is what resolving is for
     changed = changed.changed(**{"training.base_dropout": resolved.base_dropout})
     options = method_options(changed, _SOME_STEPS)
-    config = build_config(shapes(changed.model, changed.task), changed.method.name, **options)
+    config = build_config(shapes(changed.model, changed.head), changed.method.name, **options)
     return Variant(label, changed, "adapter", resolved.learning_rate, config)
 
 
 def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:
     """The score to compare, and whether more is better."""
     task = tasks.of(recipe)
-    chosen = metric or ("perplexity" if recipe.task == "causal-lm" else task.metric)
+    chosen = metric or ("perplexity" if recipe.task == "causal-lm" and recipe.objective is None else task.metric)
     return chosen, chosen not in LESS_IS_BETTER
 
 

@@ -216,7 +216,7 @@ def load_subject(recipe: Recipe, task: Task, adapter: Path | None, *, trained: b
         _check_head(recipe, adapter, model)
     if adapter is not None:
         model = wrap(model, str(adapter))
-    elif TASKS[recipe.task].task_type == "CAUSAL_LM":
+    elif TASKS[recipe.head].task_type == "CAUSAL_LM":
         told = replay(Path(recipe.model), model.eval(), task.processor)
         if told is not None:
             warnings.warn(told, UserWarning, stacklevel=2)

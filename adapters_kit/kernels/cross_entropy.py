@@ -381,7 +381,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _fits(head: nn.Linear, x: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.is_grad_enabled() and x.device == head.weight.device and (autocast or x.dtype == head.weight.dtype)
+    wanted = torch.is_grad_enabled() or head.__dict__.get("_armed") == LAZY
+    return wanted and x.device == head.weight.device and (autocast or x.dtype == head.weight.dtype)
 
 
 def _arm(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -389,7 +390,8 @@ def _arm(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     loss = module._loss_function
     loss.training = module.training
     if type(head) is ChunkedHead:
-        head.__dict__["_armed"] = module.training and (kwargs.get("labels") is not None or LAZY in module.__dict__)
+        labelled = module.training and kwargs.get("labels") is not None
+        head.__dict__["_armed"] = LAZY if LAZY in module.__dict__ else labelled
 
 
 def _disarm(module: nn.Module, args: tuple, output: Any) -> None:

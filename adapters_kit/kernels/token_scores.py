@@ -21,7 +21,7 @@ IGNORED = -100
 
 @contextmanager
 def lazy_logits(model: nn.Module) -> Iterator[None]:
-    """Inside, a model that `chunked_loss` has changed returns `LazyLogits` while it is trained, labels or not."""
+    """Inside, a model that `chunked_loss` has changed returns `LazyLogits`, labels or not."""
     base = base_model(model)
     base.__dict__[LAZY] = True
     try:
@@ -41,35 +41,54 @@ def log_probabilities(logits: Tensor | LazyLogits, labels: Tensor) -> Tensor:
     kept = target != IGNORED
     wanted = target[kept]
 
-    def score(z: Tensor, start: int) -> Tensor:
+    def score(start: int, z: Tensor) -> Tensor:
         right = wanted[start : start + len(z), None]
         return z.gather(1, right).squeeze(1) - torch.logsumexp(z, dim=1)
 
-    found = by_token(logits, kept, score)
+    found = by_token(score, kept, logits)
     return torch.zeros(target.shape, dtype=found.dtype, device=found.device).masked_scatter(kept, found)
 
 
-def by_token(logits: Tensor | LazyLogits, kept: Tensor, score: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`score(z, start)` of the tokens that are `kept`, in pieces.
+def divergences(logits: Tensor | LazyLogits, taught: Tensor | LazyLogits, kept: Tensor, heat: float = 1.0) -> Tensor:
+    """KL(taught, logits) in nats of every token that is `kept`, at a temperature, times its square; float32 (tokens,).
 
     Args:
-        logits: as for `log_probabilities`.
+        logits: as for `log_probabilities`; they get the gradient.
+        taught: of the teacher, of the same vocabulary.
+        kept: as for `by_token`.
+    """
+
+    def divergence(start: int, z: Tensor, theirs: Tensor) -> Tensor:
+        theirs = (theirs / heat).log_softmax(-1)
+        return heat**2 * (theirs.exp() * (theirs - (z / heat).log_softmax(-1))).sum(-1)
+
+    return by_token(divergence, kept, logits, taught)
+
+
+def by_token(score: Callable[..., Tensor], kept: Tensor, *many: Tensor | LazyLogits) -> Tensor:
+    """`score(start, z, …)` of the tokens that are `kept`, in pieces, one after the other.
+
+    Args:
+        score: from the float logits `(tokens, vocabulary)` of each of `many`, of the tokens from number `start` on, to
+            `(tokens,)`.
         kept: bool `(rows, length - 1)`: of every position but the last of a text, whether it counts.
-        score: from the float logits `(tokens, vocabulary)` of the tokens from number `start` on to `(tokens,)`.
+        many: logits as for `log_probabilities`.
     """
     length = kept.shape[1] + 1
-    source = logits.hidden if isinstance(logits, LazyLogits) else logits
-    chosen = source[:, source.shape[1] - length : -1][kept]
-    size = tokens_at_once(logits.shape[-1], chosen.device.type != "cpu")
+    sources = [one.hidden if isinstance(one, LazyLogits) else one for one in many]
+    chosen = [source[:, source.shape[1] - length : -1][kept] for source in sources]
+    size = tokens_at_once(many[0].shape[-1], kept.device.type != "cpu")
 
-    def piece(part: Tensor, start: int) -> Tensor:
-        z = LazyLogits(part, logits.head, logits.steps).make() if isinstance(logits, LazyLogits) else part
-        return score(z.to(torch.promote_types(z.dtype, torch.float32)), start)
+    def piece(start: int, *parts: Tensor) -> Tensor:
+        made = [
+            LazyLogits(part, one.head, one.steps).make() if isinstance(one, LazyLogits) else part
+            for part, one in zip(parts, many, strict=True)
+        ]
+        return score(start, *(z.to(torch.promote_types(z.dtype, torch.float32)) for z in made))
 
-    parts = [
-        checkpoint(piece, chosen[start : start + size], start, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else piece(chosen[start : start + size], start)
-        for start in range(0, len(chosen), size)
-    ]
-    return torch.cat(parts) if parts else source.new_zeros(0, dtype=torch.float32)
+    found = []
+    for start in range(0, len(chosen[0]), size):
+        parts = [one[start : start + size] for one in chosen]
+        again = torch.is_grad_enabled()
+        found.append(checkpoint(piece, start, *parts, use_reentrant=False) if again else piece(start, *parts))
+    return torch.cat(found) if found else sources[0].new_zeros(0, dtype=torch.float32)

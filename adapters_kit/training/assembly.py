@@ -32,7 +32,7 @@ def load_model(recipe: Recipe, task: Task) -> nn.Module:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(
         recipe.model,
-        recipe.task,
+        recipe.head,
         labels=task.labels,
         quantize=recipe.quantize,
         dtype=DTYPES[recipe.training.precision],

@@ -51,7 +51,7 @@ class FromData:
 
     def __init__(self, recipe: Recipe) -> None:
         task, splits = prepare(recipe)
-        self.bare = skeleton(recipe.model, recipe.task, labels=task.labels if TASKS[recipe.task].labelled else None)
+        self.bare = skeleton(recipe.model, recipe.head, labels=task.labels if TASKS[recipe.head].labelled else None)
         task.bind(load_processor(recipe.model), self.bare)
         if hasattr(self.bare.config, "apply_spec_augment"):  # looks at the mask's values, and keeps nothing
             self.bare.config.apply_spec_augment = False
@@ -91,7 +91,7 @@ class FromLength:
     def __init__(self, recipe: Recipe, length: int) -> None:
         self.recipe = recipe
         labels = recipe.labels or ["0", "1"]
-        self.bare = skeleton(recipe.model, recipe.task, labels=labels if TASKS[recipe.task].labelled else None)
+        self.bare = skeleton(recipe.model, recipe.head, labels=labels if TASKS[recipe.head].labelled else None)
         self.longest = longest_input(None, self.bare)
         if not 1 <= length <= self.longest:
             raise RecipeError([f"a length of {length}: {recipe.model} takes 1 to {self.longest} tokens"], "--length")
@@ -105,7 +105,7 @@ class FromLength:
         inputs = probe_inputs(self.bare, length)
         inputs.pop("attention_mask", None)
         made = {key: torch.zeros(rows, *value.shape[1:], dtype=value.dtype) for key, value in inputs.items()}
-        head, problem = TASKS[self.recipe.task].auto_class, self.recipe.problem
+        head, problem = TASKS[self.recipe.head].auto_class, self.recipe.problem
         if head == "AutoModel":  # no head, no labels: two texts for each example
             made.pop("decoder_input_ids", None)
             return {key: torch.cat([value, value]) for key, value in made.items()}

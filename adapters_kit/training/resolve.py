@@ -147,7 +147,7 @@ def _base_dropout(recipe: Recipe) -> float | None:
 def learning_rate(recipe: Recipe) -> float:
     """The peak learning rate that suits the recipe's method and task."""
     names = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
-    generates = recipe.task == "causal-lm" or tasks.of(recipe).generates
+    generates = tasks.get(recipe.head).generates
 
     def own(name: str) -> float:
         if Path(name).is_dir():

@@ -30,7 +30,7 @@ def card(
         layers: which layers computed how, as `FuseReport` says it.
     """
     shown = without_paths(recipe)
-    task = TASKS[recipe.task]
+    task = TASKS[recipe.head]
     front = {
         "base_model": shown.model,
         "library_name": "peft",
@@ -60,7 +60,8 @@ def card(
         ("Samples", "\n".join(examples)),
         ("Recipe", f"```yaml\n{shown.to_yaml().rstrip()}\n```"),
     ]
-    title = f"{shown.method.label} adapter of {shown.model} for {recipe.task}"
+    by = f", by {recipe.objective.name}" if recipe.objective else ""
+    title = f"{shown.method.label} adapter of {shown.model} for {recipe.task}{by}"
     return render(front, title, sections, lead)
 
 
@@ -82,7 +83,7 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
 
 def _load(recipe: Recipe) -> str:
     if recipe.quantize or recipe.model.endswith(".gguf"):  # transformers alone would load another base
-        options = f', "{recipe.task}"' if recipe.task != "causal-lm" else ""
+        options = f', "{recipe.head}"' if recipe.head != "causal-lm" else ""
         options += f", labels={recipe.labels}" if recipe.labels else ""
         options += f', quantize="{recipe.quantize}"' if recipe.quantize else ""
         options += ", trust_remote_code=True" if recipe.trust_remote_code else ""
@@ -91,7 +92,7 @@ import adapters_kit as ak
 
 model = ak.wrap(ak.load("{recipe.model}"{options}), "adapter")
 ```"""
-    row = TASKS[recipe.task]
+    row = TASKS[recipe.head]
     auto = row.auto_class
     other = f"  # {row.second_class} for a model that spells" if row.second_class else ""
     options = ", trust_remote_code=True" if recipe.trust_remote_code else ""

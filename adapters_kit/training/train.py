@@ -246,7 +246,7 @@ class Training:
 
     def _proof(self, model: Any) -> Proof | None:
         """What base and tuned model say to a few prompts of ours. Every process asks: the model may be sharded."""
-        if self.task.name != "causal-lm" or not hasattr(model, "disable_adapter"):
+        if self.recipe.head != "causal-lm" or not hasattr(model, "disable_adapter"):
             return None
         tuned, training = runner(model), model.training
 

@@ -94,7 +94,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "chat": lambda: causal("messages", 160),
         "language_model": lambda: [{"text": r["context"]} for r in questions],
         "gguf": lambda: causal("prompt", 160),
-        "dpo": lambda: small.preferences(40),
+        **dict.fromkeys(("dpo", "orpo", "kto", "reward"), lambda: small.preferences(40)),
     }[example]()
 
 
@@ -123,7 +123,7 @@ MODELS = {
     "prefix": ["llama"],
     "qlora": ["llama"],
     "gguf": ["llama"],
-    "dpo": ["llama"],
+    **{key: ["llama"] for key in ("dpo", "orpo", "kto", "reward")},
 }
 IN_EXTRAS = ("sentence_embedding",)  # tests/extras runs them
 # A handful of trained units beside a tiny random model move it slowly.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples
 class Preference(CausalLM):
     """Pairs of a chosen and a rejected answer. Predicting writes an answer, as for any causal model."""
 
-    needs = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-    asks = (("prompt",), ("messages",), ("chosen",), ("text",))
+    needs: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+    asks: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",), ("chosen",), ("text",))
     optional = ("input", "history", "system", "tools", "score_chosen", "score_rejected")
-    targets = ("rejected",)
+    targets: ClassVar[tuple[str, ...]] = ("rejected",)
     own_loss = True
-    unplanned = ("reference",)
+    unplanned: tuple[str, ...] = ("reference",)
 
     def __init__(
         self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
@@ -49,7 +49,7 @@ class Preference(CausalLM):
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Reads every row, so that one that is no pair is refused before the model loads. Raises DataError."""
         _ = self.trl_loss  # which refuses options
-        tell_reference(self.recipe, self.notes)
+        self.tell_reference()
         for data in (train, test) if test is not None else (train,):
             plain = [row for row, (chosen, _) in enumerate(self.pairs(data)) if chosen.running]
             if plain:
@@ -59,6 +59,15 @@ class Preference(CausalLM):
                     f"No column is a prompt: what {self.columns['chosen']!r} and {self.columns['rejected']!r} "
                     f"begin with alike is taken for it (row {plain[0] + 1}: {shown[0][-80:]!r})."
                 )
+
+    def tell_reference(self) -> None:
+        """Says what rewards are measured from where that may not be what is meant."""
+        name = self.recipe.method.name
+        if any(is_adapter_folder(one) for one in ([name] if isinstance(name, str) else name)):
+            self.notes.say(
+                "The reference is the base model without any adapter, not with the adapter that goes on: what that has "
+                "learned already counts as a reward. To measure from it, merge it first and name the merged model."
+            )
 
     def _pair(self, row: Mapping[str, Any], number: int) -> tuple[Said, Said]:
         chosen = read(row, self.columns, number, "chosen", ["rejected"])
@@ -207,7 +216,6 @@ class Preference(CausalLM):
         tokens = torch.tensor([[one[1] for one in pair] for pair in results])
         reference = torch.from_numpy(np.stack([feature["reference"] for feature in features]))
         rewards = self.trl_loss.beta * (nll - reference)
-        margin = rewards[:, 0] - rewards[:, 1]
         mask = torch.arange(int(tokens.max())) < tokens.T.reshape(-1, 1)
         # TRL sums an answer's tokens itself: all of it stands on the first.
         log_probs = torch.zeros(mask.shape, dtype=torch.float64)
@@ -215,8 +223,7 @@ class Preference(CausalLM):
         per_token = nll / tokens.clamp(min=1)
         return {
             "loss": float(self.trl_loss.of(log_probs, mask, reference.T.reshape(-1))),
-            "rewards_accuracy": float(((margin > 0).double() + (margin == 0).double() / 2).mean()),
-            "rewards_margin": float(margin.mean()),
+            **of_pairs(rewards),
             "chosen_nll": -float(per_token[:, 0].mean()),
             "rejected_nll": -float(per_token[:, 1].mean()),
         }
@@ -226,14 +233,11 @@ class DPO(Preference):
     """Direct preference optimisation (arXiv 2305.18290), with TRL's other losses of the kind."""
 
 
-def tell_reference(recipe: Recipe, notes: Notes) -> None:
-    """Says what rewards are measured from where that may not be what is meant."""
-    named = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
-    if any(is_adapter_folder(name) for name in named):
-        notes.say(
-            "The reference is the base model without any adapter, not with the adapter that goes on: what that has "
-            "learned already counts as a reward. To measure from it, merge it first and name the merged model."
-        )
+def of_pairs(rewards: torch.Tensor) -> dict[str, float]:
+    """How often and by how much the first of two rewards `(pairs, 2)` is above the second; a tie is half right."""
+    margin = rewards[:, 0] - rewards[:, 1]
+    right = (margin > 0).double() + (margin == 0).double() / 2
+    return {"rewards_accuracy": float(right.mean()), "rewards_margin": float(margin.mean())}
 
 
 class Left:

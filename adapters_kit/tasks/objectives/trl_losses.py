@@ -108,6 +108,57 @@ def dpo(spec: ObjectiveSpec) -> Loss:
     return Loss(beta, loss)
 
 
+def orpo(spec: ObjectiveSpec) -> Loss:
+    """The odds ratio of pairs, of mean log-probabilities; what TRL adds to the chosen text's cross-entropy."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    beta = spec.beta if spec.beta is not None else defaults(ORPOConfig)["beta"]
+    engine = _without_model(ORPOTrainer, {"beta": beta})
+
+    def loss(means: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+        chosen, rejected = means[:, 0].chunk(2)
+        return -engine.odds_ratio_loss(chosen, rejected)[0].mean()
+
+    return Loss(beta, loss)
+
+
+def kto(spec: ObjectiveSpec) -> Loss:
+    """The loss of judged answers: from the sums of all answers and then of others to their prompts `(2 answers,)`,
+    which of them are good `(answers,)`, and the reference's sums `(2 answers,)`.
+    """
+    from trl import KTOConfig, KTOTrainer
+
+    default = defaults(KTOConfig)
+    beta = spec.beta if spec.beta is not None else default["beta"]
+    fields = {"calculate_KL": True, "loss_type": "kto", "beta": beta}
+    weights = {name: getattr(spec, name) for name in ("desirable_weight", "undesirable_weight")}
+    engine = _without_model(KTOTrainer, {**fields, **weights})
+
+    def loss(sums: Tensor, good: Tensor, reference: Tensor) -> Tensor:
+        engine._metrics, engine.accelerator.device = _counters(), sums.device
+        (answers, others), (before, others_before) = sums.chunk(2), reference.to(sums.dtype).chunk(2)
+        engine._compute_kl_logps = lambda model, batch: others.detach()
+        inputs = {**_padded(torch.ones_like(answers)[:, None]), "label": good}
+        inputs |= {"ref_logps": before, "ref_KL_logps": others_before}
+        return engine._compute_loss(_outputs(answers[:, None]), inputs, False)
+
+    return Loss(beta, loss)
+
+
+def reward(spec: ObjectiveSpec) -> Loss:
+    """The loss of scores `(2 pairs,)`, those of all chosen answers first."""
+    from trl import RewardTrainer
+
+    engine = _without_model(RewardTrainer, {"args": SimpleNamespace(center_rewards_coefficient=spec.center)})
+
+    def loss(scores: Tensor, mask: Tensor, reference: Tensor) -> Tensor:
+        engine._metrics, engine.accelerator.device = _counters(), scores.device
+        inputs = {"attention_mask": torch.ones_like(scores)[:, None]}
+        return engine.compute_loss(lambda **given: SimpleNamespace(logits=scores[:, None]), inputs)
+
+    return Loss(1.0, loss)
+
+
 def _try(loss: Callable[[Tensor, Tensor, Tensor], Tensor], spec: ObjectiveSpec) -> None:
     """Refuses what TRL would refuse, before anything is loaded."""
     try:
