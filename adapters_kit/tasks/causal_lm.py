@@ -54,7 +54,7 @@ class CausalLM(Task):
     name = "causal-lm"
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt", "completion"), ("text",))
     optional: ClassVar[tuple[str, ...]] = ("input", "history", "system", "tools")
-    targets = ("completion",)
+    targets: ClassVar[tuple[str, ...]] = ("completion",)
     metric = "loss"
     generates = True
 

@@ -26,7 +26,9 @@ _ANSWERS = ("completion", "chosen", "rejected", "messages")
 class Reward(Preference):
     """A head of one output on the model's last token."""
 
-    asks = (("prompt", "completion"), ("chosen",), ("messages",))
+    asks = (("prompt", "completion"), ("prompt", "chosen"), ("chosen",), ("messages",))
+    optional = (*Preference.optional, "rejected")
+    targets = ()
     generates = False
     problem = "score"
     unplanned = ("labels",)  # which only tell pairs from single answers

@@ -92,7 +92,7 @@ def recognise(
     ranked = sorted(alternatives, key=lambda roles: -len(set(roles) & set(given)))
     for roles in ranked:
         found: dict[str, str] = {}
-        for role in [*roles, *optional]:
+        for role in dict.fromkeys([*roles, *optional]):
             column = find(role, [*found.values(), *(given[other] for other in given if other != role)])
             if column is not None:
                 found[role] = column
