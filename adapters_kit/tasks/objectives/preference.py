@@ -30,7 +30,7 @@ class Preference(CausalLM):
 
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",), ("chosen",), ("text",))
-    optional = ("input", "history", "system", "tools", "score_chosen", "score_rejected")
+    optional: ClassVar[tuple[str, ...]] = ("input", "history", "system", "tools", "score_chosen", "score_rejected")
     targets: ClassVar[tuple[str, ...]] = ("rejected",)
     own_loss = True
     unplanned: tuple[str, ...] = ("reference",)
