@@ -126,7 +126,8 @@ class ObjectiveSpec(BaseModel):
     model_config = STRICT
 
     name: ObjectiveName
-    """distill: what a teacher says of every token; dpo, orpo: of two answers the better one; kto: good and bad answers; reward: a model that scores answers."""
+    """distill: what a teacher says of every token; dpo, orpo: of two answers the better one; kto: good and bad answers;
+    reward: a model that scores answers."""
     beta: float | None = Field(None, gt=0)
     """How strongly the model is held to the reference; by default that of TRL."""
     loss_type: str | None = None

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 import adapters_kit as ak
 from adapters_kit import wrap
-from adapters_kit.errors import AdapterError, DataError, MissingPackageError, RecipeError
+from adapters_kit.errors import DataError, MissingPackageError, ModelError, RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
@@ -390,18 +390,21 @@ def test_a_quantized_student_comes_nearer_to_its_base(tmp_path):
         "objective": "distill",
         "quantize": "nf4",
         "data": {"train": [{"text": row["text"]} for row in small.sentiment(32)], "test_size": 6},
-        "training": {"epochs": 4, "learning_rate": 5e-3, "batch_size": 8, "samples": 0},
+        "training": {"epochs": 8, "learning_rate": 3e-3, "batch_size": 8, "samples": 0},
     }
     run = ak.train(recipe, tmp_path / "run", quiet=True)
-    assert 0 < run.metrics["loss"] < 0.7 * run.metrics["base_loss"]
+    assert 0 < run.metrics["loss"] < 0.8 * run.metrics["base_loss"]
     assert ak.evaluate(run)["loss"] == pytest.approx(run.metrics["loss"], rel=1e-2)
     assert any("teacher is the base itself" in note for note in run.metrics["notes"])
 
 
 def test_teachers_that_do_not_fit_are_refused():
-    with pytest.raises(RecipeError, match="has nothing to learn from itself. Name a teacher, or quantize"):
+    with pytest.raises(RecipeError, match=r"has nothing to learn from itself\. Name a teacher, or quantize"):
         Recipe(model="m", task="causal-lm", data="-", objective="distill")
     rows = [{"text": "a fine film"}]
-    task, data, base = bound(rows, {"name": "distill", "teacher": str(small.model("bert"))})
-    with pytest.raises(AdapterError):
+    task, data, base = bound(rows, {"name": "distill", "teacher": str(small.model("llama", vocab_size=160))})
+    with pytest.raises(ModelError, match=r"gives 160 probabilities for a token and .* 128"):
+        task.refer(base, task.encode(data), 1)
+    task.processor.add_tokens(["zebra"])
+    with pytest.raises(ModelError, match=r"another vocabulary than .*: 1 tokens differ .'zebra' is number None to it"):
         task.refer(base, task.encode(data), 1)

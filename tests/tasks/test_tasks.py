@@ -94,6 +94,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "chat": lambda: causal("messages", 160),
         "language_model": lambda: [{"text": r["context"]} for r in questions],
         "gguf": lambda: causal("prompt", 160),
+        "distill": lambda: causal("messages", 40),
         **dict.fromkeys(("dpo", "orpo", "kto", "reward"), lambda: small.preferences(40)),
     }[example]()
 
@@ -123,6 +124,7 @@ MODELS = {
     "prefix": ["llama"],
     "qlora": ["llama"],
     "gguf": ["llama"],
+    "distill": ["llama"],
     **{key: ["llama"] for key in ("dpo", "orpo", "kto", "reward")},
 }
 IN_EXTRAS = ("sentence_embedding",)  # tests/extras runs them
@@ -162,7 +164,7 @@ def test_example_recipes_run_and_lower_the_loss(example, family, tmp_path):
         folder = tmp_path / "base.gguf"
         gguf_files.write(name, folder, "Q4_1")
     else:
-        folder = small.model(name, model_class=model_class or None, chat=example == "chat")
+        folder = small.model(name, model_class=model_class or None, chat=example in ("chat", "distill"))
     path = small.write_jsonl(tmp_path / "rows.jsonl", rows_for(example, tmp_path))
     changes = FAST | {"training.learning_rate": 3e-3, "max_new_tokens": 4} | PATIENCE.get(example, {})
     recipe = Recipe.read(EXAMPLES / f"{example}.yaml").changed(model=str(folder), data={"train": str(path)}, **changes)

@@ -56,14 +56,14 @@ class Distill(CausalLM):
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
             trusted = self.recipe.trust_remote_code
             teacher = load(self.teacher_name, "causal-lm", dtype=dtype, trust_remote_code=trusted)
-            self.teacher = teacher.to(device).eval().requires_grad_(False)
-            chunked_loss(self.teacher)
             ours, theirs = (one.config.get_text_config().vocab_size for one in (model, teacher))
             if theirs != ours:
                 raise ModelError(
                     f"objective.teacher: {self.teacher_name} gives {theirs:,} probabilities for a token and "
                     f"{self.recipe.model} {ours:,}: token by token they cannot be compared."
                 )
+            self.teacher = teacher.to(device).eval().requires_grad_(False)
+            chunked_loss(self.teacher)
         return self.teacher
 
     def _check_vocabulary(self) -> None:
