@@ -273,6 +273,7 @@ def _short(value: Any) -> str:
 _ELSEWHERE = {
     "model": "give the folder or hub id that it comes from; a model in memory is for ak.wrap and a Trainer.",
     "method": "give its name and options, {'name': 'lora', 'r': 8}; ak.wrap takes a peft config.",
+    "eval.keep": "give a file, a folder or a hub id; ak.train takes rows in memory, in a dict of the recipe's keys.",
     "data": "give a file, a folder or a hub id; ak.train takes rows in memory, in a dict of the recipe's keys.",
     "data.train": "give a file, a folder or a hub id; ak.train takes rows in memory, in a dict of the recipe's keys.",
 }

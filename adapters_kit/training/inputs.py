@@ -76,7 +76,8 @@ def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
 
     Args:
         given: a `Recipe`, the path of a YAML file, or a mapping of a recipe's keys, whose `data` (or `data.train`,
-            `data.test`) may be rows in memory (see `rows_from`) or a `DatasetDict` with `train` and others.
+            `data.test`, and `eval.keep`) may be rows in memory (see `rows_from`) or a `DatasetDict` with `train` and
+            others.
         folder: where rows in memory are written, as HASH.parquet; by default the user's cache.
 
     Raises:
@@ -91,10 +92,20 @@ def recipe_from(given: Given, folder: Path | None = None) -> Recipe:
         raise DataError(f"A recipe is an ak.Recipe, a YAML file or a dict of its keys; this is {_short(given)}.")
     plain = {key: value for key, value in given.items() if "." not in str(key)}
     dotted = {key: value for key, value in given.items() if "." in str(key)}
+    if (kept := _kept_in_memory(plain)) is not None:
+        _made({**plain, "data": "rows in memory", "eval": {**plain["eval"], "keep": "rows in memory"}}, dotted)
+        plain["eval"] = {**plain["eval"], "keep": _file(kept, folder or cache())}
     if "data" not in plain or isinstance(plain["data"], DataSpec | str | os.PathLike):
         return _made(plain, dotted)
     _made({**plain, "data": "rows in memory"}, dotted)  # nothing is written for a recipe that is refused
     return _made({**plain, "data": _named(plain["data"], folder or cache())}, dotted)
+
+
+def _kept_in_memory(plain: Mapping[str, Any]) -> Any:
+    """The rows of `eval.keep`, where they are no name; else None."""
+    section = plain.get("eval")
+    value = section.get("keep") if isinstance(section, Mapping) else None
+    return None if isinstance(value, str | os.PathLike) else value
 
 
 def default_folder(given: Given) -> Path:

@@ -1,7 +1,7 @@
 """What training should not spoil: a second set of rows, scored before and after it, and a budget on what it may lose.
 
 `Kept` reads and scores the rows of `eval.keep`. `choose` is for `training.keep_within`: among the evaluated
-checkpoints, and for methods whose update grows with a factor of theirs among sixteenths of that factor too, it takes
+checkpoints, and for methods whose update grows with a factor of theirs among parts of that factor too, it takes
 what scores best on the held-out rows while the loss on the kept ones stays within the budget. The scale is multiplied
 into the parameters themselves: what is scored is what is saved, for whoever loads it.
 """
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _TOLD = ("loss", "perplexity", "accuracy", "f1", "exact_match", "span_f1", "wer", "pearson", "ndcg")
 STEPS = 16
 """Into how many parts the scale of an adapter is divided."""
+LEAST = 2**-10
+"""The smallest scale that is tried."""
 
 # Factors of which the update of a weight is a multiple, and what is trained beside them in the same product.
 _FACTORS = ("lora_B", "lora_embedding_B", "hada_w1_a", "lokr_w1", "lokr_w1_a", "vera_lambda_b")
@@ -198,7 +200,7 @@ def check(recipe: Recipe, model: nn.Module) -> str | None:
 @dataclass(frozen=True)
 class _Candidate:
     step: int
-    sixteenths: int
+    scale: float
     score: float
     loss: float  # on the kept rows
 
@@ -224,16 +226,16 @@ def choose(trainer: AdapterTrainer, tell: Callable[[str], None]) -> tuple[list[A
     def score() -> float:
         return float(task.score(answers(), held_out)[task.metric])
 
-    whole = [_Candidate(step, STEPS, *numbers) for step, numbers in _evaluated(trainer).items()]
-    whole = whole or [_Candidate(trainer.state.global_step, STEPS, score(), kept_loss())]
+    whole = [_Candidate(step, 1.0, *numbers) for step, numbers in _evaluated(trainer).items()]
+    whole = whole or [_Candidate(trainer.state.global_step, 1.0, score(), kept_loss())]
     found: list[_Candidate] = []
     for one in whole:
         if one.loss <= kept.most:
             found.append(one)
         elif factors(model) is not None and _load(trainer, one.step, tell):
             with _scaling(model) as scale:
-                sixteenths, loss = _largest(scale, kept_loss, kept.most)
-                found.append(_Candidate(one.step, sixteenths, score(), loss))
+                size, loss = _largest(scale, kept_loss, kept.most)
+                found.append(_Candidate(one.step, size, score(), loss))
         else:
             found.append(one)
     holding = [one for one in found if one.loss <= kept.most]
@@ -242,10 +244,10 @@ def choose(trainer: AdapterTrainer, tell: Callable[[str], None]) -> tuple[list[A
     if not _load(trainer, best.step, tell):
         raise TrainingError(f"The checkpoint of step {best.step}, which is to be shipped, is damaged.")
     with _scaling(model) as scale:
-        scale(best.sixteenths)
+        scale(best.scale)
     told: dict[str, Any] = {
         "step": best.step,
-        "scale": best.sixteenths / STEPS,
+        "scale": best.scale,
         "rise": kept.rise(best.loss),
         "budget": kept.budget,
         "holds": bool(holding),
@@ -264,7 +266,7 @@ def _sentence(told: Mapping[str, Any]) -> str:
     """What was chosen and what it costs, from metrics.json's `kept`."""
     scale = f" at {told['scale']:g} of its size" if told["scale"] != 1 else ""
     what = f"The adapter of step {told['step']}{scale}"
-    numbers = f"the loss on the kept rows {_by(told['rise'])} ({told['budget']:.2%} is allowed)"
+    numbers = f"the loss on the kept rows {_by(told['rise'])} (a rise of {told['budget']:.2%} is allowed)"
     held = f"{told['metric']} {told['score']:.4f}, against {told['score_without_budget']:.4f} without a budget"
     held += f" (where the kept rows' loss {_by(told['rise_without_budget'])})"
     if told["holds"]:
@@ -302,31 +304,37 @@ def _load(trainer: AdapterTrainer, step: int, tell: Callable[[str], None]) -> bo
 
 
 @contextmanager
-def _scaling(model: nn.Module) -> Iterator[Callable[[int], None]]:
-    """A function that sets the adapter to so many sixteenths of what it is now."""
+def _scaling(model: nn.Module) -> Iterator[Callable[[float], None]]:
+    """A function that sets the adapter to a part of what it is now."""
     parts = [(parameter, parameter.detach().clone()) for parameter in factors(model) or ()]
 
     @torch.no_grad()
-    def scale(sixteenths: int) -> None:
+    def scale(part: float) -> None:
         for parameter, whole in parts:
-            parameter.copy_(whole * (sixteenths / STEPS))
+            parameter.copy_(whole * part)
 
     yield scale
 
 
-def _largest(scale: Callable[[int], None], loss: Callable[[], float], most: float) -> tuple[int, float]:
-    """The largest scale in sixteenths that was found within the budget, and its loss; the adapter is left at it.
+def _largest(scale: Callable[[float], None], loss: Callable[[], float], most: float) -> tuple[float, float]:
+    """The largest scale that was found within the budget, and its loss; the adapter is left at it.
 
-    By halving, which finds the largest where the loss rises with the scale. One sixteenth where none is within.
+    In sixteenths, by halving, which finds the largest where the loss rises with the scale; below one sixteenth halved
+    on, down to `LEAST`, which is what is left where nothing is within.
     """
     held, over, found = 0, STEPS, math.inf
     while over - held > 1:
         middle = (held + over) // 2
-        scale(middle)
+        scale(middle / STEPS)
         value = loss()
-        if value <= most or middle == 1:
+        if value <= most:
             held, found = middle, value
         else:
             over = middle
-    scale(held)
-    return held, found
+    part = held / STEPS
+    while not part or (found > most and part > LEAST):
+        part = part / 2 or 1 / (2 * STEPS)
+        scale(part)
+        found = loss()
+    scale(part)
+    return part, found

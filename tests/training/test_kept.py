@@ -9,7 +9,7 @@ import transformers
 
 import adapters_kit as ak
 from adapters_kit.errors import DataError, ModelError, RecipeError, TrainingError
-from adapters_kit.training import kept
+from adapters_kit.training import inputs, kept
 from tests.support import small, stopping, tiny
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran"]
@@ -123,7 +123,7 @@ def test_factors_multiply_the_update(method, options):
     layers = [m for m in model.modules() if hasattr(m, "get_delta_weight") and "default" in m.active_adapters]
     before = [layer.get_delta_weight("default") for layer in layers]
     with kept._scaling(model) as scale:
-        scale(4)
+        scale(0.25)
     after = [layer.get_delta_weight("default") for layer in layers]
     assert layers and any(delta.abs().max() > 1e-5 for delta in before)
     for one, other in zip(before, after, strict=True):
@@ -146,11 +146,12 @@ def test_a_full_copy_beside_the_adapter_stays_whole():
 
 
 def test_the_largest_scale_is_found_by_halving():
-    at = {"now": 0}
+    at = {"now": 0.0}
     for most in range(1, 16):
-        found = kept._largest(lambda n: at.update(now=n), lambda: float(at["now"]), most + 0.5)
-        assert found == (most, most) and at["now"] == most
-    assert kept._largest(lambda n: at.update(now=n), lambda: float(at["now"]), 0.5) == (1, 1.0)
+        found = kept._largest(lambda part: at.update(now=part), lambda: 16 * at["now"], most + 0.5)
+        assert found == (most / 16, most) and at["now"] == most / 16
+    assert kept._largest(lambda part: at.update(now=part), lambda: at["now"], 0.01) == (2**-7, 2**-7)
+    assert kept._largest(lambda part: at.update(now=part), lambda: 1.0, 0.01) == (kept.LEAST, 1.0) == (at["now"], 1.0)
 
 
 def test_bad_input_is_refused_before_anything_is_written(given, tmp_path):
@@ -173,3 +174,14 @@ def test_bad_input_is_refused_before_anything_is_written(given, tmp_path):
         ak.train(fresh, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "recipe.yaml").exists()
     assert json.dumps(given)
+
+
+def test_rows_in_memory_are_written_as_training_rows_are(given, tmp_path):
+    rows = [{"body": row["story"]} for row in _others(3)]
+    made = inputs.recipe_from({**given, "eval": {**given["eval"], "keep": rows}}, tmp_path / "rows")
+    assert made.eval.keep == str(next((tmp_path / "rows").glob("*.parquet")))
+    with pytest.raises(RecipeError, match="keep_colums"):
+        inputs.recipe_from({**given, "eval": {"keep": rows, "keep_colums": {}}}, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(RecipeError, match="train takes rows in memory"):
+        ak.Recipe(**{**given, "eval": {"keep": rows}})
