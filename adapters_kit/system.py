@@ -52,6 +52,7 @@ _REASONS = {
     errno.EEXIST: "a file of that name is in the way",
     errno.EISDIR: "that is a folder, not a file",
     errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "a link is in the way, or leads to itself",
     errno.EMFILE: "too many files are open (ulimit -n)",
     errno.EIO: "the disk reported an error",
 }

@@ -120,6 +120,7 @@ def test_bytes_at_an_offset(tmp_path, portable, monkeypatch):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EROFS, "Read-only"), "read-only"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), "a link is in the way"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 0 vs 4"), "most likely the disk"),
         (RuntimeError("basic_ios::clear: iostream error"), "most likely the disk"),  # torch.save, too
         (ValueError("I/O error: No space left on device (os error 28)"), "the disk is full"),

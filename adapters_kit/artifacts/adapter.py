@@ -263,6 +263,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
 
 
 _TEXTS = ("base_model_name_or_path", "revision", "task_type")
+_FLAGS = ("fan_in_fan_out", "lora_bias", "inference_mode")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 
 
@@ -292,6 +293,8 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
         if value is not None and not isinstance(value, dict | list) and not number:
             refuse(key, "a finite number")
     for key, value in raw.items():
+        if (key in _FLAGS or key.startswith("use_")) and isinstance(value, str | list):  # "false" counts as true
+            refuse(key, "true or false")
         if not _fits(value):
             refuse(key, "a finite number, one that float32 holds")
     for key in ("rank_pattern", "alpha_pattern"):

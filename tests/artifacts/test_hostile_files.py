@@ -194,6 +194,15 @@ def test_a_rank_that_the_tensors_do_not_have_scales_nothing(rank, base, adapter,
             use()
 
 
+@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "fan_in_fan_out"])
+def test_a_flag_that_is_a_word_counts_as_nothing(key, base, adapter, tmp_path):
+    """Python takes "false" for true: the update would be scaled, or turned, as nobody trained it."""
+    change(adapter / "adapter_config.json", **{key: "false"})
+    for use in (lambda: ak.wrap(ak.load(base), adapter), lambda: ak.merge(adapter, tmp_path / "merged", base=base)):
+        with pytest.raises(AdapterError, match=rf"{key} is 'false'; it has to be true or false"):
+            use()
+
+
 @pytest.mark.parametrize("value", [1e308, 10**300, float("inf"), -1e39])
 @pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout", "alpha_pattern"])
 def test_numbers_that_nothing_computes_with(key, value, base, adapter, tmp_path):
