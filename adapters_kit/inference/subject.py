@@ -125,6 +125,8 @@ def task_of_model(path: Path) -> dict[str, Any]:
     config = read_base_config(path)
     saved_as = (config.get("architectures") or [""])[0]
     for task, row in TASKS.items():
+        if row.auto_class == "AutoModel" and not (path / "modules.json").is_file():
+            continue  # any body: it makes sentence vectors where sentence-transformers has said how
         mappings = [getattr(transformers, auto_class)._model_mapping._model_mapping for auto_class in row.auto_classes]
         names = [name for mapping in mappings for name in mapping.values()]
         if any(saved_as in ((name,) if isinstance(name, str) else name) for name in names):

@@ -41,6 +41,7 @@ class SentenceEmbedding(Task):
     needs = (("anchor", "positive", "score"), ("anchor", "positive"), ("anchor",))
     optional = ("negative",)
     targets = ("score",)
+    metric = "ndcg@10"
     higher_is_better = True
     own_loss = True
     unplanned = ("example", "text", "scores")
@@ -49,7 +50,7 @@ class SentenceEmbedding(Task):
         self, recipe: Recipe, columns: Mapping[str, str], labels: list[str] | None = None, notes: Notes | None = None
     ) -> None:
         super().__init__(recipe, columns, labels, notes)
-        self.metric = "spearman" if "score" in columns else "ndcg@10"
+        self.metric = "spearman" if "score" in columns else self.metric
         self.layers: SentenceLayers | None = None
 
     def unlabelled(self, data: Dataset) -> list[int]:
