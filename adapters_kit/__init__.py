@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.inference import evaluate as evaluate
     from adapters_kit.inference import predict as predict
     from adapters_kit.inference import stream as stream
+    from adapters_kit.inference.harness import harness as harness
     from adapters_kit.kernels.cross_entropy import chunked_loss as chunked_loss
     from adapters_kit.kernels.fuse import fuse as fuse
     from adapters_kit.kernels.fuse import unfuse as unfuse
@@ -75,6 +76,7 @@ _HOME = {
     "evaluate": "adapters_kit.inference",
     "predict": "adapters_kit.inference",
     "stream": "adapters_kit.inference",
+    "harness": "adapters_kit.inference.harness",
     "Plan": "adapters_kit.training.plan",
     "plan": "adapters_kit.training.plan",
     "Comparison": "adapters_kit.comparison",

@@ -247,6 +247,10 @@ def _using(verb: Adder) -> None:
     made = verb(inference.evaluate, "eval", takes_keys=True)
     made.add_argument("name", metavar="NAME", help="run folder, adapter folder or model")
     made.add_argument("--data", help="file, folder or hub id (default: the run's own held-out data)")
+    made.add_argument(
+        "--harness", nargs="+", metavar="TASK", help="tasks of lm-evaluation-harness, by name or .yaml file, instead"
+    )
+    made.add_argument("--limit", type=int, metavar="N", help="so many examples of each of these tasks")
 
     made = verb(inference.predict, takes_keys=True)
     made.add_argument("name", metavar="NAME", help="run folder, adapter folder or model")

@@ -21,6 +21,15 @@ def evaluate(options: argparse.Namespace) -> Shown:
     from adapters_kit.recipe import keys_of
 
     keys = keys_of(options.flags)
+    if options.limit is not None and not options.harness:
+        raise DataError("--limit is of --harness: give a task, such as --harness arc_easy.")
+    if options.harness:
+        if options.data:
+            raise DataError("--harness brings its own data: leave out --data.")
+        from adapters_kit.inference.harness import harness
+
+        tables = harness(options.name, options.harness, limit=options.limit, **keys)
+        return Shown(tables, "\n".join(f"{task}\n{metrics_text(values)}" for task, values in tables.items()))
     from adapters_kit.inference import evaluate as score
 
     found = score(options.name, options.data, **keys)
