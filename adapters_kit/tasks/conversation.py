@@ -237,7 +237,7 @@ def refuse_preferences(
     if {"prompt", "completion"} <= set(names) and names.get("label") in booleans and not given:
         raise DataError(
             f"The columns {names['prompt']!r}, {names['completion']!r} and a {names['label']!r} of true and false are "
-            "judged answers, which KTO trains on (TRL's KTOTrainer). To train on the good answers, keep the rows whose "
+            "judged answers, which KTO trains on (objective: kto). To train on the good answers, keep the rows whose "
             f"{names['label']!r} is true and set data.columns: {{prompt: {names['prompt']}, completion: "
             f"{names['completion']}}}"
         )
