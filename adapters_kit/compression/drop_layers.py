@@ -127,7 +127,7 @@ def drop_layers(
         bare = empty_model(model_class(None, config), config)
         holder, whole = one_stack(bare, str(source))
         _check(n, layers, whole)
-        distances = _distances(model, holder, int(n or 0), data, max_rows, recipe_keys) if data is not None else {}
+        distances = _distances(model, int(n or 0), data, max_rows, recipe_keys) if data is not None else {}
         gone = _chosen(n, layers, whole, distances)
         kept = [number for number in range(whole) if number not in gone]
         made = shorter_config(raw, bare, holder, kept)
@@ -185,7 +185,7 @@ def _chosen(n: int | None, layers: Sequence[int] | None, whole: int, distances: 
     return set(range(first, first + count))
 
 
-def _distances(model: Paths, holder: str, n: int, data: Any, most: int, keys: dict[str, Any]) -> dict[int, float]:
+def _distances(model: Paths, n: int, data: Any, most: int, keys: dict[str, Any]) -> dict[int, float]:
     """The mean angular distance over rows and tokens, for every place where n layers in a row may begin."""
     recipe, _ = recipe_of(model, **keys)
     if isinstance(data, list) and data and all(isinstance(row, str) for row in data):
@@ -194,7 +194,8 @@ def _distances(model: Paths, holder: str, n: int, data: Any, most: int, keys: di
     rows = rows.select(range(min(len(rows), most)))
     task = make_task(recipe, rows, answers=False)
     subject = load_subject(recipe, task, None, trained=False)
-    layers = base_model(subject.model).get_submodule(holder)
+    # A task's head stands around a bare backbone, whose layers have a longer path there.
+    layers = base_model(subject.model).get_submodule(one_stack(subject.model, os.fspath(model))[0])
     found: list[list[float]] = [[] for _ in range(len(layers) - n + 1)]
 
     def step(run: nn.Module, batch: dict[str, torch.Tensor]) -> list[None]:

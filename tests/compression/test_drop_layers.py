@@ -87,3 +87,9 @@ def test_what_cannot_be_left_out(tmp_path):
     with pytest.raises(ShippingError, match="merge it"):
         ak.drop_layers(tmp_path / "adapter", 1)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_backbone_without_a_head_is_measured_under_the_head_of_a_task(tmp_path):
+    folder = small.model("bert", model_class="BertModel", num_hidden_layers=4)
+    report = ak.drop_layers(folder, 2, tmp_path / "short", data=TEXTS, task="text-classification")
+    assert len(report.distances) == 3 and report.layers == 2
