@@ -28,9 +28,14 @@ def on_disk(batches: Iterable[pa.Table]) -> list[pa.Table]:
         if not places:
             return []
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    _maps.add(mapped)
+    keep_mapped(mapped)
     buffer = pa.py_buffer(mapped)
     return [pa.ipc.open_stream(buffer.slice(start, end - start)).read_all() for start, end in places]
+
+
+def keep_mapped(mapped: mmap.mmap) -> None:
+    """Has the pages of a mapped file given back too."""
+    _maps.add(mapped)
 
 
 def release_pages() -> None:

@@ -19,7 +19,7 @@ from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import one_row
+from adapters_kit.tasks.rows import Encoded, in_parts, one_row
 from adapters_kit.tasks.sparse_attention import attend_fully
 from adapters_kit.tasks.special_ids import check_special
 from adapters_kit.tasks.streaming import answer, pieces
@@ -277,13 +277,23 @@ class Task:
         """Tokens of one example, for grouping."""
         return len(feature["input_ids"]) if "input_ids" in feature else 1
 
+    def lengths(self, features: Features) -> np.ndarray:
+        """`length` of every example, (examples,) int32."""
+        if isinstance(features, Encoded) and type(self).length is Task.length and "input_ids" in features.ends:
+            return features.lengths("input_ids").astype(np.int32)
+        return np.fromiter((self.length(feature) for feature in features), np.int32, len(features))
+
     def text(self, data: Dataset, role: str) -> list[str]:
         """The strings of a role's column, checked to be strings."""
+        return list(self.texts(data, role))
+
+    def texts(self, data: Dataset, role: str) -> Iterator[str]:
+        """As `text`, one after the other: they need not be in memory together."""
         return strings(data, self.columns[role], role)
 
 
-def strings(data: Dataset, column: str, role: str) -> list[str]:
-    """A column of text.
+def strings(data: Dataset, column: str, role: str) -> Iterator[str]:
+    """A column of text, one after the other.
 
     Raises:
         DataError: numbers, lists or missing values, with the first row concerned.
@@ -294,14 +304,14 @@ def strings(data: Dataset, column: str, role: str) -> list[str]:
             f"Column {column!r} should be the {role}, but holds {kind.dtype} (first row: {data[0][column]!r}). "
             f"Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(data.column_names)}."
         )
-    values = data[column][:]
-    for index, value in enumerate(values):
-        if not isinstance(value, str):
-            raise DataError(
-                f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r} "
-                f"({type(value).__name__}), not a string."
-            )
-    return values
+    for start, part in in_parts(data, [column]):
+        for index, value in enumerate(part[column], start):
+            if not isinstance(value, str):
+                raise DataError(
+                    f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r} "
+                    f"({type(value).__name__}), not a string."
+                )
+            yield value
 
 
 def outputs_of(model: nn.Module) -> list[str]:

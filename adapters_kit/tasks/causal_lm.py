@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, Value
 from torch import nn
@@ -36,6 +38,7 @@ from adapters_kit.tasks.generation import (
     written,
 )
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import Encoded
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.turns import shortened, spelled_turns, written_out
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
@@ -82,12 +85,12 @@ class CausalLM(Task):
         """Reads every row, so that one that is no conversation is refused before the model loads. Raises DataError."""
         for data in (train, test) if test is not None else (train,):
             if "text" in self.columns:
-                self.text(data, "text")
+                deque(self.texts(data, "text"), maxlen=0)
                 continue
             # One column of numbers is told from the whole of it, before any row is looked at.
             for role in ("prompt", "completion"):
                 if role in self.columns and isinstance(data.features[self.columns[role]], Value):
-                    self.text(data, role)
+                    deque(self.texts(data, role), maxlen=0)
             for index, row in enumerate(data):
                 conversation(row, self.columns, index, answer="completion" in self.columns)
             for sentence in how_read(data[0], self.columns):
@@ -130,19 +133,22 @@ class CausalLM(Task):
         """
         if not answers:
             return self._prompts(data)
-        cuts, features, learned_from = Cuts(), [], set()
+        cuts, features, useless = Cuts(), self._encoded(), np.ones(len(data), dtype=bool)
         for row, (ids, learned) in self._samples(data, cuts):
             if any(learned[1:]):
-                labels = [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
-                features.append({"row": row, "input_ids": compact(ids), "labels": compact(labels)})
-                learned_from.add(row)
-        if not features:
+                numbers = compact(ids)
+                features.append({"row": row, "input_ids": numbers, "labels": np.where(learned, numbers, IGNORED)})
+                useless[row] = False
+        if not len(features):
             raise DataError(
                 "None of the rows has anything to learn: no text, assistant turn or completion, or nothing left of it "
                 f"within max_length {self.max_length} (training.max_length raises that)."
             )
-        self._tell(cuts, [row for row in range(len(data)) if row not in learned_from], len(data))
+        self._tell(cuts, np.flatnonzero(useless).tolist(), len(data))
         return features
+
+    def _encoded(self) -> Encoded:
+        return Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
 
     def _tell(self, cuts: Cuts, left_out: list[int], rows: int) -> None:
         if left_out:
@@ -157,7 +163,7 @@ class CausalLM(Task):
     def _samples(self, data: Dataset, cuts: Cuts) -> Iterator[tuple[int, Sample]]:
         """(row, sample); a long text gives several pieces, a conversation as many samples as its template asks for."""
         if "text" in self.columns:
-            for row, text in enumerate(self.text(data, "text")):
+            for row, text in enumerate(self.texts(data, "text")):
                 ids = self._ended(self._begun(text, cuts))
                 for start in range(0, len(ids), self.max_length):
                     piece = ids[start : start + self.max_length]
@@ -232,7 +238,7 @@ class CausalLM(Task):
         return list(ids) if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _prompts(self, data: Dataset) -> Features:
-        cuts, features = Cuts(), []
+        cuts, features = Cuts(), self._encoded()
         for index, row in enumerate(data):
             if self.template is not None and "text" not in self.columns:
                 talk = self._asked(row, index)

@@ -16,6 +16,8 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
 from adapters_kit.errors import DataError
@@ -74,7 +76,7 @@ def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Cal
 def _all_numbers(data: Dataset, column: str) -> bool:
     """Whether every text in a column is a number or a word for none, as in tables that pandas wrote."""
     found = False
-    for value in data[column][:]:
+    for value in distinct(data, column)[0]:
         if not isinstance(value, str) or not value.strip() or value.strip().lower() in _NOT_A_NUMBER:
             continue
         if not _NUMBER.fullmatch(value.strip()):
@@ -89,19 +91,42 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
     Raises:
         DataError: lists, where a row has one label; values that are no labels.
     """
+    names, rows = named_labels(data, column, given)
+    return [names[number] for number in rows.tolist()]
+
+
+def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None) -> tuple[list[str | None], np.ndarray]:
+    """As `labels_of`: the names, of which some may be equal and the last is None, and the place of every row's among
+    them, (rows,) int64; of many rows a tenth of the memory."""
     read = label_reader(data, column, given)
-    values, found = data[column][:], []
+    values, rows = distinct(data, column)
     dash = given is None or "-" not in given
     dash = dash and "-" in values and "+" not in values
-    for row, value in enumerate(values):
+    first = dict(zip(*(part.tolist() for part in np.unique(rows, return_index=True)), strict=True))
+    names: list[str | None] = []
+    for number, value in enumerate(values):
+        row = first.get(number, 0)
         if isinstance(value, list):
             raise DataError(
                 f"Column {column!r}, row {row + 1} holds a list of labels, {value!r:.80}, where the task takes one. "
                 "For texts "
                 "with several labels set problem: multi-label; else give each row one label."
             )
-        found.append(None if dash and value == "-" else read(value, row))
-    return found
+        names.append(None if dash and value == "-" else read(value, row))
+    return [*names, None], np.where(rows < 0, len(names), rows)
+
+
+def distinct(data: Dataset, column: str) -> tuple[list[Any], np.ndarray]:
+    """The values of a column, each once, in the order in which they come, and the place of every row's among them,
+    (rows,) int64, -1 where there is none. Lists are not compared: each is a value of its own."""
+    cells = data.select_columns([column]).with_format("arrow")[:].column(0)
+    try:
+        coded = cells.combine_chunks().dictionary_encode()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+        values = data[column][:]
+        return values, np.arange(len(values))
+    coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
+    return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy().astype(np.int64)
 
 
 def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from adapters_kit.artifacts.growing import Growing
 from adapters_kit.artifacts.mapped_table import release_pages
 from adapters_kit.errors import DataError
 
@@ -150,11 +150,11 @@ class Encoded(MadeRows):
 
     def __init__(self, small: Sequence[str] = ()) -> None:
         """`small`: keys of arrays whose numbers are below 65,536."""
-        self.columns: dict[str, array[Any] | list[Any]] = {}
-        self.ends: dict[str, array[int]] = {}
+        self.columns: dict[str, Growing | list[Any]] = {}
+        self.ends: dict[str, Growing] = {}
         self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._small = set(small)
-        self._rows = 0
+        self._rows = self._read = 0
 
     def append(self, feature: Mapping[str, Any]) -> None:
         """One row; every row has the same keys."""
@@ -167,19 +167,19 @@ class Encoded(MadeRows):
 
     def _extend(self, key: str, value: np.ndarray) -> None:
         if key not in self.ends:
-            self.ends[key] = array("q")
+            self.ends[key] = Growing("q")
             code = "H" if key in self._small else {"f": "f", "b": "b"}.get(value.dtype.kind, "i")
-            self.columns[key] = array(code)
+            self.columns[key] = Growing(code)
             self._shapes[key] = np.dtype(bool if code == "b" else code), value.shape[1:]
         column = self.columns[key]
-        assert isinstance(column, array)
-        column.frombytes(value.astype(column.typecode).tobytes())
+        assert isinstance(column, Growing)
+        column.extend(value)
         self.ends[key].append(len(column))
 
     def _put(self, key: str, value: Any) -> None:
         if key not in self.columns:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            self.columns[key] = array("q") if whole else array("d") if isinstance(value, float) else []
+            self.columns[key] = Growing("q") if whole else Growing("d") if isinstance(value, float) else []
         self.columns[key].append(value)
 
     def __len__(self) -> int:
@@ -189,21 +189,25 @@ class Encoded(MadeRows):
         return super()._place(row + len(self) if row < 0 else row)
 
     def _made(self, row: int) -> dict[str, Any]:
+        self._read += 1
+        if self._read % _AT_ONCE == 0:
+            release_pages()
         found: dict[str, Any] = {}
         for key, column in self.columns.items():
-            if key not in self.ends:
+            if not isinstance(column, Growing):
                 found[key] = column[row]
-                continue
-            assert isinstance(column, array)
-            ends = self.ends[key]
-            start = ends[row - 1] if row else 0
-            dtype, shape = self._shapes[key]
-            found[key] = np.frombuffer(column[start : ends[row]], dtype=dtype).reshape(-1, *shape)
+            elif key not in self.ends:
+                found[key] = column[row : row + 1].item()
+            else:
+                ends = self.ends[key][max(row - 1, 0) : row + 1]
+                start, stop = (int(ends[0]) if row else 0), int(ends[-1])
+                dtype, shape = self._shapes[key]
+                found[key] = column[start:stop].view(dtype).reshape(-1, *shape)
         return found
 
     def lengths(self, key: str) -> np.ndarray:
         """How many values each row has under a key of lists, (rows,) int64."""
-        return np.diff(np.frombuffer(self.ends[key], dtype=np.int64), prepend=0)
+        return np.diff(self.ends[key][:], prepend=0)
 
 
 def one_row(row: Mapping[str, Any]) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
-from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, places, separated
+from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, named_labels, places, separated
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
 from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut, truncated_ids
@@ -91,7 +92,8 @@ class TextClassification(Task):
             lists = lists_of(data, column, self.recipe.labels)
             text = not _is_list(data, column)
             return [row for row, names in enumerate(lists) if names is None or None in names or (text and not names)]
-        return [row for row, name in enumerate(labels_of(data, column, self.recipe.labels)) if name is None]
+        names, rows = named_labels(data, column, self.recipe.labels)
+        return np.flatnonzero(np.isin(rows, [place for place, name in enumerate(names) if name is None])).tolist()
 
     def _guess(self, data: Dataset) -> str:
         guess = "multi-label" if _is_list(data, self.columns["label"]) else "single-label"
@@ -140,9 +142,10 @@ class TextClassification(Task):
                 return [[name for name, mark in zip(names, row, strict=True) if mark] for row in data[column][:]]
             return [[name for name in names or () if name] for names in lists_of(data, column, self.recipe.labels)]
         names = [name or "" for name in labels_of(data, column, self.recipe.labels)]
-        if self.problem == "multi-label" and self._apart is not None:
-            return [self._apart(name) for name in names]
-        return [[name] if name else [] for name in names]
+        apart = self._apart if self.problem == "multi-label" and self._apart is not None else None
+        # One list for all rows with the same label.
+        lists = {name: apart(name) if apart else [name] if name else [] for name in set(names)}
+        return [lists[name] for name in names]
 
     def strata(self, data: Dataset) -> list[Any] | None:
         """The class of each row; None where a row has not exactly one."""
@@ -221,21 +224,35 @@ class TextClassification(Task):
             return numbers_of(data, self.columns["label"], "Regression").tolist()
         column, labels = self.columns["label"], self.labels or []
         number = {name: index for index, name in enumerate(labels)}
+        if self.problem == "single-label":
+            return self._numbered(data, number)
         rows = self._names(data)
         unknown = sorted(_flat(rows) - set(number))
         if unknown:
-            raise DataError(
-                f"Column {column!r} has labels that the model does not know: {unknown[:10]}; it knows {labels}."
-            )
-        if self.problem == "single-label":
-            missing = [row for row, names in enumerate(rows) if not names]
-            if missing:
-                raise DataError(f"Column {column!r}: row {missing[0] + 1} has no label, which a score needs.")
-            return [number[names[0]] for names in rows]
+            raise self._unknown(unknown)
         targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
         for row, names in enumerate(rows):
             targets[row, [number[name] for name in names]] = 1
         return list(targets)
+
+    def _numbered(self, data: Dataset, number: Mapping[str, int]) -> Sequence[int]:
+        """The class of every row by its number."""
+        names, rows = named_labels(data, self.columns["label"], self.recipe.labels)
+        found = np.asarray([-1 if name is None else number.get(name, -2) for name in names])[rows]
+        if (found == -2).any():
+            raise self._unknown(sorted({str(names[place]) for place in np.unique(rows[found == -2])}))
+        missing = np.flatnonzero(found == -1)
+        if len(missing):
+            raise DataError(
+                f"Column {self.columns['label']!r}: row {missing[0] + 1} has no label, which a score needs."
+            )
+        return array("l", found.astype(np.int_).tobytes())
+
+    def _unknown(self, names: Sequence[str]) -> DataError:
+        column = self.columns["label"]
+        return DataError(
+            f"Column {column!r} has labels that the model does not know: {names[:10]}; it knows {self.labels}."
+        )
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:
         """Ids, mask and labels: (rows,) int64, or float32 of (rows, classes) or (rows,)."""

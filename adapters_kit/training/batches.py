@@ -57,7 +57,7 @@ class FromData:
             self.bare.config.apply_spec_augment = False
         self.task = task
         features = task.training_features(task.encode(splits.train))
-        self.lengths = [task.length(feature) for feature in features]
+        self.lengths = task.lengths(features).tolist()
         self.rows = min(recipe.training.batch_size, len(features))
         self.largest = sorted(features, key=task.length)[-self.rows :]
         # Recordings are not made longer or shorter: there are no columns of tokens to repeat.

@@ -84,8 +84,8 @@ def _input(task: Task, row: Mapping[str, Any]) -> str:
 def _lengths(task: Task, features: Features) -> dict[str, Any] | None:
     if not len(features) or "input_ids" not in features[0]:
         return None
-    lengths = [task.length(feature) for feature in features]
-    counts, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
+    lengths = task.lengths(features)
+    counts, edges = np.histogram(lengths, bins=min(30, int(lengths.max() - lengths.min()) + 1))
     return {"examples": len(lengths), "counts": counts.tolist(), "edges": [round(float(edge), 2) for edge in edges]}
 
 

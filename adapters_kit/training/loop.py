@@ -68,7 +68,7 @@ class AdapterTrainer(Trainer):
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         args = arguments(recipe, task, out, len(train_features))
         self.order = OrderedByEpoch(
-            [task.length(feature) for feature in train_features],
+            task.lengths(train_features),
             training.batch_size * args.world_size,
             training.seed,
             group=training.group_by_length,

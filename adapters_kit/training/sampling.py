@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -17,7 +18,7 @@ class OrderedByEpoch(Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, *, group: bool = True, window: int = 50
+        self, lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, *, group: bool = True, window: int = 50
     ) -> None:
         self.lengths = torch.as_tensor(lengths)
         self.batch_size, self.seed, self.group, self.window = batch_size, seed, group, window
@@ -30,15 +31,19 @@ class OrderedByEpoch(Sampler[int]):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(len(self.lengths), generator=generator)
         if not self.group:
-            return iter(order.tolist())
-        batches: list[torch.Tensor] = []
+            return one_by_one(order)
         for part in order.split(self.batch_size * self.window):
-            part = part[self.lengths[part].argsort(descending=True, stable=True)]
-            batches += part.split(self.batch_size)
+            part.copy_(part[self.lengths[part].argsort(descending=True, stable=True)])
         # A short last batch must stay last: everything else has to fill up exactly.
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        if shuffled:
-            longest = max(range(len(shuffled)), key=lambda i: int(self.lengths[shuffled[i]].max()))
-            shuffled.insert(0, shuffled.pop(longest))
-        return iter(torch.cat(shuffled + last).tolist())
+        full = len(order) // self.batch_size
+        batches, last = order[: full * self.batch_size].view(full, -1), order[full * self.batch_size :]
+        if full:
+            batches = batches[torch.randperm(full, generator=generator)]
+            longest = int(self.lengths[batches].amax(1).numpy().argmax())  # the first of them
+            batches = torch.cat([batches[longest : longest + 1], batches[:longest], batches[longest + 1 :]])
+        return one_by_one(torch.cat([batches.flatten(), last]))
+
+
+def one_by_one(order: torch.Tensor) -> Iterator[int]:
+    """The numbers of a tensor; as a list of Python's they would take four times the memory."""
+    return (int(number) for number in order.numpy())

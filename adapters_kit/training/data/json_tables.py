@@ -20,7 +20,7 @@ from adapters_kit.tasks.notes import Notes
 Row = Mapping[str, Any]
 MOST_COLUMNS = 5000
 KEEP_FEW = "Keep those that are used: an input, a target, a few beside them."
-_AT_ONCE = 1 << 25  # characters of a table's part
+_AT_ONCE = 1 << 22  # characters of a table's part; as Python's objects they take ten times the memory
 _UNLIKE = b"adapters_kit:unlike"  # why the values do not fit one column
 _NESTED = b"adapters_kit:nested"  # they are lists and objects alone, whose text whoever reads such things can parse
 

@@ -34,8 +34,8 @@ def in_both(parts: Splits) -> int:
     columns = parts.train.column_names
     if any(isinstance(kind, Image | Audio) for kind in parts.train.features.values()):
         return 0  # files: to compare them is to read them all
-    seen = {hash(row) for row in _written(parts.train, columns)}
-    return sum(hash(row) in seen for row in _written(parts.test, columns))
+    seen, asked = (np.fromiter(map(hash, _written(rows, columns)), np.int64, len(rows)) for rows in parts)
+    return int(np.isin(asked, seen).sum())
 
 
 def _written(rows: Dataset, columns: Sequence[str]) -> Iterator[str]:
@@ -85,8 +85,9 @@ def split(
     if not held_out:
         alone = "each is the only one of its class" if groups is None else "all belong together"
         return _all_in_both(data, alone, notes)
-    kept = set(held_out)
-    return Splits(data.select([row for row in range(rows) if row not in kept]), data.select(sorted(held_out)))
+    kept = np.ones(rows, dtype=bool)
+    kept[held_out] = False
+    return Splits(data.select(np.flatnonzero(kept)), data.select(np.flatnonzero(~kept)))
 
 
 def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
@@ -101,7 +102,7 @@ def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
 
 
 def _any_rows(rows: int, count: int, seed: int) -> list[int]:
-    return list(train_test_split(range(rows), test_size=count, random_state=seed)[1])
+    return train_test_split(np.arange(rows), test_size=count, random_state=seed)[1].tolist()
 
 
 def _whole_groups(groups: Sequence[Hashable], count: int, seed: int) -> list[int]:
@@ -120,14 +121,15 @@ def _whole_groups(groups: Sequence[Hashable], count: int, seed: int) -> list[int
 def _stratified(classes: Sequence[Hashable], count: int, seed: int) -> list[int]:
     """Rows to set aside: of every class as many as its share, and never all of a class."""
     counts = Counter(classes)
-    divisible = [row for row, name in enumerate(classes) if counts[name] > 1]
+    divisible = np.fromiter((row for row, name in enumerate(classes) if counts[name] > 1), np.int64)
     kinds = sum(number > 1 for number in counts.values())
     if count >= kinds and len(divisible) - count >= kinds > 1:
-        names = [classes[row] for row in divisible]
+        place = {name: number for number, name in enumerate(sorted(counts, key=str))}
+        names = np.fromiter((place[classes[row]] for row in divisible), np.int64, len(divisible))
         found = train_test_split(divisible, test_size=count, random_state=seed, stratify=names)[1]
         # Rounded shares can take the whole of a small class.
         if all(held < counts[name] for name, held in Counter(classes[row] for row in found).items()):
-            return list(found)
+            return found.tolist()
     left, found = Counter(counts), []
     for row in np.random.default_rng(seed).permutation(len(classes)).tolist():
         if len(found) < count and left[classes[row]] > 1:
