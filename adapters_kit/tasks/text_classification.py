@@ -222,7 +222,7 @@ class TextClassification(Task):
     def _targets(self, data: Dataset) -> Sequence[Any]:
         if self.problem == "regression":
             return numbers_of(data, self.columns["label"], "Regression").tolist()
-        column, labels = self.columns["label"], self.labels or []
+        labels = self.labels or []
         number = {name: index for index, name in enumerate(labels)}
         if self.problem == "single-label":
             return self._numbered(data, number)

@@ -36,7 +36,7 @@ class OrderedByEpoch(Sampler[int]):
             part.copy_(part[self.lengths[part].argsort(descending=True, stable=True)])
         # A short last batch must stay last: everything else has to fill up exactly.
         full = len(order) // self.batch_size
-        batches, last = order[: full * self.batch_size].view(full, -1), order[full * self.batch_size :]
+        batches, last = order[: full * self.batch_size].view(full, self.batch_size), order[full * self.batch_size :]
         if full:
             batches = batches[torch.randperm(full, generator=generator)]
             longest = int(self.lengths[batches].amax(1).numpy().argmax())  # the first of them
