@@ -89,6 +89,8 @@ def wrap(
             wrapped = attach(model, build_config(base, method, **overrides), adapter_name)
         else:
             saved = read_saved(folder, base)
+            # peft warns of a base that the folder calls by another name; which it is, `check_loaded` has looked at.
+            saved.config.base_model_name_or_path = getattr(base, "name_or_path", None)
             wrapped = attach(model, saved.config, adapter_name)
             fill(wrapped, adapter_name, saved)
     keep_places(wrapped)

@@ -100,7 +100,7 @@ def record_base(
     content["versions"] = {name: found for name in _PACKAGES if (found := _version(name))}
     if place is not None:
         for file in folder.rglob(CONFIG):  # several where each of several methods has a part
-            named = {"base_model_name_or_path": portable_base(os.fspath(name), place)}
+            named = {"base_model_name_or_path": portable_base(os.fspath(name), place, here_first=True)}
             write_json(file, read_json(file) | named, sort_keys=True)
     return write_json(folder / RECORD, content, indent=1)
 

@@ -73,11 +73,18 @@ def base_of(adapter: Adapter, base: str | os.PathLike | None) -> Path:
     return locate(name, adapter.raw.get("revision") or adapter.record.get("revision"))
 
 
-def portable_base(name: str | None, out: Path) -> str | None:
+def portable_base(name: str | None, out: Path, *, here_first: bool = False) -> str | None:
     """How an adapter that is written to `out` is to name its base: a hub id as it is; a path of this machine from the
-    adapter's folder on where they lie near each other, else its last name. Neither tells whose machine it is."""
+    adapter's folder on where they lie near each other, else its last name. Neither tells whose machine it is.
+
+    Args:
+        here_first: a base below the current folder by its path from there on: so plain transformers and peft, started
+            in the same place, find it too.
+    """
     if not name or not (looks_like_path(name) or Path(name).exists()):
         return name
+    if here_first and Path(os.path.realpath(Path(name).expanduser())).is_relative_to(os.path.realpath(".")):
+        return Path(os.path.relpath(Path(name).expanduser())).as_posix()
     here, there = Path(os.path.realpath(out)), Path(os.path.realpath(Path(name).expanduser()))
     together = Path(os.path.commonpath([here, there])) if here.anchor == there.anchor else None
     if together is None or together in (Path(there.anchor), Path.home().parent):

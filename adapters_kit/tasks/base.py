@@ -283,12 +283,8 @@ class Task:
             return features.lengths("input_ids").astype(np.int32)
         return np.fromiter((self.length(feature) for feature in features), np.int32, len(features))
 
-    def text(self, data: Dataset, role: str) -> list[str]:
-        """The strings of a role's column, checked to be strings."""
-        return list(self.texts(data, role))
-
     def texts(self, data: Dataset, role: str) -> Iterator[str]:
-        """As `text`, one after the other: they need not be in memory together."""
+        """The strings of a role's column, checked to be strings."""
         return strings(data, self.columns[role], role)
 
 

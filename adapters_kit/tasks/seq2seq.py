@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,15 +67,15 @@ class Seq2Seq(Task):
         """Checks that sources and targets are text. Raises DataError."""
         for data in (train, test) if test is not None else (train,):
             for role in self.columns:
-                self.text(data, role)
+                deque(self.texts(data, role), maxlen=0)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """input_ids of the source behind `source_prefix`; with `answers` also `labels` and the text of the target."""
         prefix = self.recipe.data.source_prefix or ""
-        sources = self._cut([prefix + text for text in self.text(data, "source")], "sources", "text")
+        sources = self._cut([prefix + text for text in self.texts(data, "source")], "sources", "text")
         features: list[dict[str, Any]] = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(sources)]
         if answers:
-            texts = self.text(data, "target")
+            texts = list(self.texts(data, "target"))
             empty = sum(not text.strip() for text in texts)
             if empty:
                 self.notes.say(
@@ -162,7 +163,7 @@ class Seq2Seq(Task):
         """Of each row the `source` and the `answer` that the model writes."""
         features = self.encode(data, answers=False)
         found = self.run(model, features, batch_size, self._write)
-        sources = self.text(data, "source")
+        sources = list(self.texts(data, "source"))
         return [{"source": sources[f["row"]], **self.answered(r)} for f, r in zip(features, found, strict=True)]
 
     def _write(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:

@@ -49,7 +49,7 @@ class SpeechRecognition(HearingTask):
         if self.recipe.training.max_length is not None:
             raise RecipeError(["training.max_length counts tokens of an input, and recordings have none"])
         for data in (train, test) if test is not None else (train,):
-            for row, text in enumerate(self.text(data, "transcript")):
+            for row, text in enumerate(self.texts(data, "transcript")):
                 if not text.strip():
                     raise DataError(f"Row {row + 1}: the transcript {text!r} has no words. Leave the row out.")
         self.look(train, test)
@@ -116,7 +116,7 @@ class SpeechRecognition(HearingTask):
         positions = [self.positions(kind.seconds) for kind in kinds]
         if not answers:
             return self.opened(data, range(len(data)), {"positions": positions})
-        texts = self._spelled(self.text(data, "transcript"))
+        texts = self._spelled(list(self.texts(data, "transcript")))
         labels = [self._ids(text) for text in texts]
         out = set(long)
         if self.ctc:

@@ -32,7 +32,7 @@ class Counting(Task):
         self.labels = outputs_of(model)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        ids = self.processor(self.text(data, "words"), truncation=True, max_length=self.max_length)["input_ids"]
+        ids = self.processor(list(self.texts(data, "words")), truncation=True, max_length=self.max_length)["input_ids"]
         features = [{"row": row, "input_ids": np.asarray(one)} for row, one in enumerate(ids)]
         if answers:
             for feature, label in zip(features, labels_of(data, self.columns["count"]), strict=True):
