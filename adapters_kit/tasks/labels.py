@@ -17,11 +17,11 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import in_parts
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _NOT_A_NUMBER = {"nan", "na", "n/a", "null", "none"}
@@ -96,8 +96,8 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
 
 
 def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None) -> tuple[list[str | None], np.ndarray]:
-    """As `labels_of`: the names, of which some may be equal and the last is None, and the place of every row's among
-    them, (rows,) int64; of many rows a tenth of the memory."""
+    """As `labels_of`: the names, of which some may be equal or None, and the place of every row's among them, (rows,)
+    int64; of many rows a tenth of the memory."""
     read = label_reader(data, column, given)
     values, rows = distinct(data, column)
     dash = given is None or "-" not in given
@@ -113,20 +113,23 @@ def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None)
                 "with several labels set problem: multi-label; else give each row one label."
             )
         names.append(None if dash and value == "-" else read(value, row))
-    return [*names, None], np.where(rows < 0, len(names), rows)
+    return names, rows
 
 
 def distinct(data: Dataset, column: str) -> tuple[list[Any], np.ndarray]:
     """The values of a column, each once, in the order in which they come, and the place of every row's among them,
-    (rows,) int64, -1 where there is none. Lists are not compared: each is a value of its own."""
-    cells = data.select_columns([column]).with_format("arrow")[:].column(0)
-    try:
-        coded = cells.combine_chunks().dictionary_encode()
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        values = data[column][:]
-        return values, np.arange(len(values))
-    coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
-    return coded.dictionary.to_pylist(), coded.indices.fill_null(-1).to_numpy().astype(np.int64)
+    (rows,) int64. Lists are not compared: each is a value of its own."""
+    values: list[Any] = []
+    known: dict[Any, int] = {}
+    rows = np.empty(len(data), dtype=np.int64)
+    for start, part in in_parts(data, [column]):
+        for row, value in enumerate(part[column], start):
+            key = (type(value), repr(value) if value != value else value)
+            place = len(values) if isinstance(value, list | dict) else known.setdefault(key, len(values))
+            if place == len(values):
+                values.append(value)
+            rows[row] = place
+    return values, rows
 
 
 def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:
@@ -144,6 +147,8 @@ def places(data: Dataset, column: str, given: Sequence[str] | None) -> list[str]
     Args:
         given: the recipe's `labels`; without them a class is called by its place, from "0".
     """
+    if isinstance(data.features[column], Value | ClassLabel):
+        return None
     values = [value for value in data[column][:] if value is not None]
     if isinstance(getattr(data.features[column], "feature", None), ClassLabel) or not values:
         return None
