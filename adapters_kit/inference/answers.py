@@ -69,7 +69,8 @@ def scores_of(
     assert rows is not None
     subject = load_subject(recipe, task, adapter, trained=False)
     features = task.encode(rows)
-    with untouched(subject.model):
+    # Only where it is asked for: peft cannot take soft prompts off a classifier.
+    with untouched(subject.model) if task.asks_base else contextlib.nullcontext():
         task.refer(subject.model, features, batch_size or 2 * recipe.training.batch_size)
     results = task.run(subject.model, features, batch_size or 2 * recipe.training.batch_size)
     _tell(task)

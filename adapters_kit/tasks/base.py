@@ -55,6 +55,8 @@ class Task:
 
     own_loss: ClassVar[bool] = False
     """Whether the loss is the task's, since the model's forward pass gives none."""
+    asks_base: ClassVar[bool] = False
+    """Whether `refer` asks the model as it is without an adapter."""
 
     unplanned: tuple[str, ...] = ()
     """Parts of a batch whose values a model looks at, which a plan does not have; they weigh next to nothing."""

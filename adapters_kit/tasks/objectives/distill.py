@@ -26,6 +26,7 @@ from adapters_kit.tasks.notes import Notes
 class Distill(CausalLM):
     """Rows as for causal-lm; learned are the tokens that would be learned there, by the teacher's probabilities."""
 
+    asks_base = True
     own_loss = True
     metric = "loss"
 

@@ -22,6 +22,8 @@ from adapters_kit.tasks.objectives.preference import Preference, of_pairs
 class ORPO(Preference):
     """Of two answers the better one, without a reference."""
 
+    asks_base = False
+
     def refer(self, model: nn.Module, features: Features, batch_size: int) -> None:
         """Nothing: there is no reference."""
 

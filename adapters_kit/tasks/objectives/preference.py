@@ -28,6 +28,7 @@ from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples
 class Preference(CausalLM):
     """Pairs of a chosen and a rejected answer. Predicting writes an answer, as for any causal model."""
 
+    asks_base = True
     needs: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",), ("chosen",), ("text",))
     optional: ClassVar[tuple[str, ...]] = ("input", "history", "system", "tools", "score_chosen", "score_rejected")

@@ -26,6 +26,7 @@ _ANSWERS = ("completion", "chosen", "rejected", "messages")
 class Reward(Preference):
     """A head of one output on the model's last token."""
 
+    asks_base = False
     asks = (("prompt", "completion"), ("prompt", "chosen"), ("chosen",), ("messages",))
     optional = (*Preference.optional, "rejected")
     targets = ()
