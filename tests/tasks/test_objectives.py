@@ -18,6 +18,7 @@ from adapters_kit.training import data
 from adapters_kit.training.resolve import prepare, resolve
 from tests.support import small
 
+pytest.importorskip("trl", reason="its losses need trl: pip install 'adapters-kit[trl]'")
 METHODS = ["lora", "dora", "houlsby", "pfeiffer", "prefix", "ia3", "prompt", "vera", "compacter"]
 
 
