@@ -31,14 +31,25 @@ class Growing:
         self._mapped: np.ndarray | None = None  # what of the file has been looked at
 
     def extend(self, values: np.ndarray) -> None:
-        """Adds numbers to the end."""
-        self._tail.frombytes(values.astype(self.dtype).tobytes())
+        """Adds numbers to the end; at two bytes each only while all of them fit."""
+        cast = values.astype(self.dtype)
+        if self.dtype.itemsize == 2 and (cast != values).any():
+            self._widen()
+            cast = values.astype(self.dtype)
+        self._tail.frombytes(cast.tobytes())
         self._spill()
 
     def append(self, value: float) -> None:
         """Adds one number to the end."""
         self._tail.append(value)
         self._spill()
+
+    def _widen(self) -> None:
+        """Four bytes a number from here on, and for those that are there."""
+        wider = Growing("i")
+        for start in range(0, len(self), _IN_MEMORY):
+            wider.extend(self[start : start + _IN_MEMORY])
+        vars(self).update(vars(wider))
 
     def _spill(self) -> None:
         if len(self._tail) * self.dtype.itemsize < _IN_MEMORY:

@@ -133,7 +133,7 @@ class CausalLM(Task):
         """
         if not answers:
             return self._prompts(data)
-        cuts, features, useless = Cuts(), self._encoded(), np.ones(len(data), dtype=bool)
+        cuts, features, useless = Cuts(), Encoded(small=("input_ids",)), np.ones(len(data), dtype=bool)
         for row, (ids, learned) in self._samples(data, cuts):
             if any(learned[1:]):
                 numbers = compact(ids)
@@ -146,9 +146,6 @@ class CausalLM(Task):
             )
         self._tell(cuts, np.flatnonzero(useless).tolist(), len(data))
         return features
-
-    def _encoded(self) -> Encoded:
-        return Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
 
     def _tell(self, cuts: Cuts, left_out: list[int], rows: int) -> None:
         if left_out:
@@ -238,7 +235,7 @@ class CausalLM(Task):
         return list(ids) if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _prompts(self, data: Dataset) -> Features:
-        cuts, features = Cuts(), self._encoded()
+        cuts, features = Cuts(), Encoded(small=("input_ids",))
         for index, row in enumerate(data):
             if self.template is not None and "text" not in self.columns:
                 talk = self._asked(row, index)

@@ -44,8 +44,7 @@ class MaskedLM(Task):
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Pieces of `max_length` tokens; with `answers` also fixed masks, without pieces that have nothing to mask."""
         column = self.columns["text"]
-        small = len(self.processor) < 2**16
-        features = Encoded(small=("input_ids", "masked") if small else ())
+        features = Encoded(small=("input_ids", "masked"))
         number = empty = 0
         for start, part in in_parts(data, [column]):
             texts = check_text(part[column], start, column, "text", data.column_names)
@@ -54,16 +53,22 @@ class MaskedLM(Task):
                 if answers:  # fixed, so that evaluations can be compared; training draws its own in `collate_training`
                     draw = np.random.default_rng([self.recipe.training.seed, number])
                     number += 1
-                    feature["masked"], feature["labels"] = self._mask(feature["input_ids"], draw)
-                    if (feature["labels"] == IGNORED).all():
+                    hidden = self._hidden(feature["input_ids"], draw)
+                    if hidden is None:
                         empty += 1
                         continue
+                    feature |= hidden
                 features.append(feature)
         if empty:
             self.notes.say(f"{empty:,} texts are empty and are left out.", rows_left_out=empty)
         if not len(features):
             raise DataError(f"No row has text in column {column!r}.")
         return features
+
+    def _hidden(self, ids: np.ndarray, draw: np.random.Generator) -> dict[str, Any] | None:
+        """What evaluations hide of a piece; None where there is nothing to hide."""
+        masked, labels = self._mask(ids, draw)
+        return None if (labels == IGNORED).all() else {"masked": masked, "labels": labels}
 
     def _pieces(self, texts: Sequence[str], start: int) -> Iterator[tuple[int, Sequence[int]]]:
         """(row, ids): a long text gives several pieces."""

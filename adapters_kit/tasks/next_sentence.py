@@ -74,8 +74,7 @@ class NextSentence(Task):
                         other = documents[useful[place + (useful[place] >= row)]]
                         kind, second = 1, other[int(draw.integers(len(other)))]
                 pairs.append((row, first, second, kind))
-        small = len(self.processor) < 2**16
-        features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
+        features = Encoded(small=("input_ids", "token_type_ids"))
         cut = 0
         for start in range(0, len(pairs), 1000):
             part = pairs[start : start + 1000]

@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorForPermutationLanguageModeling
 
-from adapters_kit.errors import DataError, ModelError
-from adapters_kit.tasks.base import IGNORED, Features, compact, pad_inputs
+from adapters_kit.errors import ModelError
+from adapters_kit.tasks.base import IGNORED, Features, pad_inputs
 from adapters_kit.tasks.masked_lm import MaskedLM
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts
 
 _TRIES = 100  # a short text may lie between two spans
 
@@ -36,27 +34,9 @@ class PermutationLM(MaskedLM):
         super().bind(processor, model)
         self._draw = DataCollatorForPermutationLanguageModeling(processor)
 
-    def encode(self, data: Dataset, *, answers: bool = True) -> Features:
-        """Pieces of `max_length` tokens; with `answers` the seed of its spans and order in evaluations."""
-        column = self.columns["text"]
-        features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
-        number = empty = 0
-        for start, part in in_parts(data, [column]):
-            texts = check_text(part[column], start, column, "text", data.column_names)
-            for row, ids in self._pieces(texts, start):
-                feature: dict[str, Any] = {"row": row, "input_ids": compact(ids)}
-                if answers:
-                    if np.isin(feature["input_ids"], self._special).all():
-                        empty += 1
-                        continue
-                    seed = np.random.default_rng([self.recipe.training.seed, number]).integers(2**62)
-                    feature["seed"], number = int(seed), number + 1
-                features.append(feature)
-        if empty:
-            self.notes.say(f"{empty:,} texts are empty and are left out.", rows_left_out=empty)
-        if not len(features):
-            raise DataError(f"No row has text in column {column!r}.")
-        return features
+    def _hidden(self, ids: np.ndarray, draw: np.random.Generator) -> dict[str, Any] | None:
+        """The seed of a piece's spans and its order in evaluations; None where there is nothing to guess."""
+        return None if np.isin(ids, self._special).all() else {"seed": int(draw.integers(2**62))}
 
     def _ordered(self, ids: np.ndarray, seed: int) -> Mapping[str, torch.Tensor]:
         """One row with its spans masked, who sees whom, and what is to be guessed."""

@@ -101,9 +101,7 @@ class QuestionAnswering(Task):
         Raises:
             DataError: a question that leaves no room for its context, by its row.
         """
-        features = Encoded(
-            small=("input_ids", "token_type_ids") if len(self.processor) < 2**16 else ("token_type_ids",)
-        )
+        features = Encoded(small=("input_ids", "token_type_ids"))
         names = [self.columns[role] for role in ("question", "context", *(["answers"] if answers else []))]
         outside, long = 0, set()
         for start, part in in_parts(data, names):

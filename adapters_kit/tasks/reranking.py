@@ -16,7 +16,7 @@ from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, digest, in_parts, number_cut
+from adapters_kit.tasks.rows import Encoded, check_text, digest, in_parts, number_cut
 from adapters_kit.tasks.text_classification import TextClassification
 
 RELEVANCE = "relevance"
@@ -115,22 +115,14 @@ class Reranking(TextClassification):
                     value = part[self.columns[role]][offset]
                     texts = value if listed and isinstance(value, list) else [value]
                     for text in texts if value is not None or not listed else ():
-                        self._check(query, "query", row)
-                        self._check(text, role, row)
+                        check_text([query], row, self.columns["query"], "query", data.column_names)
+                        check_text([text], row, self.columns[role], role, data.column_names)
                         label = float(role == "positive") if listed else 0.0 if labels is None else float(labels[row])
                         yield row, query, text, label
 
-    def _check(self, text: Any, role: str, row: int) -> None:
-        if not isinstance(text, str):
-            raise DataError(
-                f"Column {self.columns[role]!r} should be the {role}, but row {row + 1} holds {text!r:.80} "
-                f"({type(text).__name__}), not a string. Name the right column: data.columns: {{{role}: NAME}}."
-            )
-
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids and token types of each pair; `query` (2,) int32 tells equal queries."""
-        small = len(self.processor) < 2**16
-        features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
+        features = Encoded(small=("input_ids", "token_type_ids"))
         cut = count = 0
         pairs: list[tuple[int, str, str, float]] = []
 

@@ -140,8 +140,8 @@ class Encoded(MadeRows):
     """Features of many rows, each key in one array: as dictionaries of arrays they take ten times the memory.
 
     A numpy array may have another length in every row. Its whole numbers are kept as int32 (a token id at 4 bytes;
-    uint16 at 2 with `small`), truth values at a byte, others as float32. Numbers stay Python's; everything else is kept
-    as it is.
+    with `small` at 2, while all fit), truth values at a byte, others as float32. Numbers stay Python's; everything else
+    is kept as it is.
 
     Attributes:
         columns: key to its values, one after the other.
@@ -149,10 +149,10 @@ class Encoded(MadeRows):
     """
 
     def __init__(self, small: Sequence[str] = ()) -> None:
-        """`small`: keys of arrays whose numbers are below 65,536."""
+        """`small`: keys of arrays whose numbers are mostly below 65,536: at two bytes each until one is not."""
         self.columns: dict[str, Growing | list[Any]] = {}
         self.ends: dict[str, Growing] = {}
-        self._shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._small = set(small)
         self._rows = self._read = 0
 
@@ -170,7 +170,7 @@ class Encoded(MadeRows):
             self.ends[key] = Growing("q")
             code = "H" if key in self._small else {"f": "f", "b": "b"}.get(value.dtype.kind, "i")
             self.columns[key] = Growing(code)
-            self._shapes[key] = np.dtype(bool if code == "b" else code), value.shape[1:]
+            self._shapes[key] = value.shape[1:]
         column = self.columns[key]
         assert isinstance(column, Growing)
         column.extend(value)
@@ -201,8 +201,8 @@ class Encoded(MadeRows):
             else:
                 ends = self.ends[key][max(row - 1, 0) : row + 1]
                 start, stop = (int(ends[0]) if row else 0), int(ends[-1])
-                dtype, shape = self._shapes[key]
-                found[key] = column[start:stop].view(dtype).reshape(-1, *shape)
+                values = column[start:stop].reshape(-1, *self._shapes[key])
+                found[key] = values.view(bool) if column.dtype.itemsize == 1 else values
         return found
 
     def lengths(self, key: str) -> np.ndarray:

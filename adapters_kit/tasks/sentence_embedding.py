@@ -24,7 +24,7 @@ from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_inputs
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, digest, in_parts, number_cut, truncated_ids
+from adapters_kit.tasks.rows import Encoded, check_text, digest, in_parts, number_cut, truncated_ids
 from adapters_kit.tasks.sentence_layers import SentenceLayers, losses
 
 _RANKED_AT_ONCE = 512  # anchors compared with all texts
@@ -108,12 +108,7 @@ class SentenceEmbedding(Task):
             if role == "negative":
                 several = [text for text in several if text not in (None, "")]
             for text in several:
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"Column {self.columns[role]!r} should be the {role}, but row {start + offset + 1} holds "
-                        f"{text!r:.80} ({type(text).__name__}), not a string. Name the right column: data.columns: "
-                        f"{{{role}: NAME}}."
-                    )
+                check_text([text], start + offset, self.columns[role], role, list(part))
             found.append(several)
         return found
 
@@ -140,8 +135,7 @@ class SentenceEmbedding(Task):
         With `answers` an example is an anchor, one of its positives and all its negatives; without, an anchor with the
         positives that it is compared with. `text` (texts, 2) int32 tells equal texts.
         """
-        small = len(self.processor) < 2**16
-        features, cut, seen = Encoded(small=("input_ids",) if small else ()), 0, 0
+        features, cut, seen = Encoded(small=("input_ids",)), 0, 0
         scores = self._scores(data) if answers and "score" in self.columns else None
         for start, part in in_parts(data, self._columns()):
             rows = [self._texts(part, offset, start) for offset in range(len(part[self.columns["anchor"]]))]

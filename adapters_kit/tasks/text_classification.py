@@ -179,8 +179,7 @@ class TextClassification(Task):
         """Ids, token types of pairs, and the target: a class number, (classes,) zeros and ones, or a number."""
         roles = [role for role in ("text", "text_pair") if role in self.columns]
         names = [self.columns[role] for role in roles]
-        small = len(self.processor) < 2**16
-        features = Encoded(small=("input_ids", "token_type_ids") if small else ("token_type_ids",))
+        features = Encoded(small=("input_ids", "token_type_ids"))
         targets = self._targets(data) if answers else None
         cut = ends = 0
         for start, part in in_parts(data, names):

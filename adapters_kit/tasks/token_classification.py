@@ -117,7 +117,7 @@ class TokenClassification(Task):
         data, words, tags = self._sentences(data, answers=answers, notes=self.notes)
         number = {name: index for index, name in enumerate(self.labels or [])}
         read = label_reader(data, tags, self.recipe.labels) if answers else None
-        features = Encoded(small=("input_ids",) if len(self.processor) < 2**16 else ())
+        features = Encoded(small=("input_ids",))
         empty = cut = unread = 0
         for start, part in in_parts(data, [words, tags] if answers else [words]):
             for row, (ids, owner) in enumerate(self._tokens(part[words]), start):

@@ -57,9 +57,10 @@ class FromData:
             self.bare.config.apply_spec_augment = False
         self.task = task
         features = task.training_features(task.encode(splits.train))
-        self.lengths = task.lengths(features).tolist()
+        lengths = task.lengths(features)
+        self.lengths = lengths.tolist()
         self.rows = min(recipe.training.batch_size, len(features))
-        self.largest = sorted(features, key=task.length)[-self.rows :]
+        self.largest = [features[i] for i in np.argsort(lengths, kind="stable")[-self.rows :].tolist()]
         # Recordings are not made longer or shorter: there are no columns of tokens to repeat.
         self.length = max(task.length(feature) for feature in self.largest) if "audio" not in features[0] else 1
         self.longest = task.longest

@@ -32,6 +32,18 @@ def test_a_column_reads_back_wherever_it_lies(code, monkeypatch):
     assert column[len(wanted) : len(wanted) + 1].item() == 5
 
 
+@pytest.mark.parametrize("at", [0, 5, 60])
+def test_an_id_that_two_bytes_do_not_hold_stays_what_it_is(at, monkeypatch):
+    """A vocabulary with holes has larger ids than entries."""
+    monkeypatch.setattr(growing, "_IN_MEMORY", 64)
+    rows = [np.arange(row, row + 3) for row in range(80)]
+    rows[at] = np.asarray([5, 70_000, 65_536])
+    features = Encoded(small=("input_ids",))
+    for row, ids in enumerate(rows):
+        features.append({"row": row, "input_ids": ids})
+    assert [feature["input_ids"].tolist() for feature in features] == [ids.tolist() for ids in rows]
+
+
 def test_rows_take_as_many_bytes_as_their_numbers(monkeypatch):
     """100,000 short rows: what stays in memory for each, and what is needed for a moment; a gigabyte of them fits."""
     rows = 100_000

@@ -24,12 +24,6 @@ class ORPO(Preference):
 
     asks_base = False
 
-    def refer(self, model: nn.Module, features: Features, batch_size: int) -> None:
-        """Nothing: there is no reference."""
-
-    def tell_reference(self) -> None:
-        """Nothing: there is none."""
-
     @cached_property
     def trl_loss(self) -> trl_losses.Loss:
         """TRL's odds-ratio loss of mean log-probabilities."""

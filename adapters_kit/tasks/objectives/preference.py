@@ -62,7 +62,9 @@ class Preference(CausalLM):
                 )
 
     def tell_reference(self) -> None:
-        """Says what rewards are measured from where that may not be what is meant."""
+        """Says what rewards are measured from, if from anything, where that may not be what is meant."""
+        if not self.asks_base:
+            return
         name = self.recipe.method.name
         if any(is_adapter_folder(one) for one in ([name] if isinstance(name, str) else name)):
             self.notes.say(
@@ -182,7 +184,9 @@ class Preference(CausalLM):
         return batch
 
     def refer(self, model: nn.Module, features: Features, batch_size: int) -> None:
-        """Writes into every feature what the model, as it is now, says of its answers: the reference."""
+        """Writes into every feature what the model, as it is now, says of its answers: the reference, if any."""
+        if not self.asks_base:
+            return
         for feature, found in zip(features, self.run(model, features, batch_size), strict=True):
             feature["reference"] = np.asarray([-nll for nll, _ in found], dtype=np.float64)
 

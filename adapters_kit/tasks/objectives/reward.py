@@ -40,12 +40,6 @@ class Reward(Preference):
         super().__init__(recipe, columns, labels, notes)
         self.labels = [REWARD]
 
-    def refer(self, model: nn.Module, features: Features, batch_size: int) -> None:
-        """Nothing: a reward is measured from nothing."""
-
-    def tell_reference(self) -> None:
-        """Nothing: there is none."""
-
     @cached_property
     def trl_loss(self) -> trl_losses.Loss:
         """TRL's loss of scores."""

@@ -92,8 +92,9 @@ def together(parts: Sequence[pa.Table]) -> pa.Table:
     A column that is of one kind here and of another there becomes JSON's text, and its field says so.
     """
     reasons: dict[str, dict[bytes, bytes]] = {}
-    for name in dict.fromkeys(name for part in parts for name in part.column_names):
-        fields = [part.schema.field(name) for part in parts if name in part.column_names]
+    held = [dict.fromkeys(part.column_names) for part in parts]  # pyarrow makes the list anew each time it is asked
+    for name in {name: None for names in held for name in names}:
+        fields = [part.schema.field(name) for part, names in zip(parts, held, strict=True) if name in names]
         told = [field.metadata for field in fields if _UNLIKE in (field.metadata or {})]
         try:
             pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive")
