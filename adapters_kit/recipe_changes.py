@@ -66,6 +66,14 @@ def without_paths(recipe: Recipe) -> Recipe:
     for part in ("train", "test"):
         if fields["data"][part] is not None:
             fields["data"][part] = name(fields["data"][part])
+    mix: dict[str, Any] = {}
+    for path, one in fields["data"]["mix"].items():
+        short, count = name(path), 1
+        while short in mix:  # two files of one name
+            count += 1
+            short = f"{name(path)} ({count})"
+        mix[short] = one
+    fields["data"]["mix"] = mix
     if recipe.eval.keep is not None:
         fields["eval"]["keep"] = name(recipe.eval.keep)
     begun_from = recipe.method.name

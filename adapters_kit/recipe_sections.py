@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import encodings.aliases
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +152,43 @@ class ObjectiveSpec(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
 
+def _weight(value: Any) -> Any:
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value == int(value)
+    if value == "all" or whole:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return value
+    raise PydanticCustomError(
+        "weight", "it is a share of the training rows between 0 and 1, such as 0.3, a whole number of rows, or all"
+    )
+
+
+Weight = Annotated[
+    float | str,
+    BeforeValidator(_weight),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "all"}]}),
+]
+
+
+class MixSpec(BaseModel):
+    """One more set of training rows: its weight alone, or a mapping of these keys."""
+
+    model_config = STRICT
+
+    weight: Weight = "all"
+    """Below 1 its share of the training rows (repeated where it has too few, which is said); from 1 a number of its
+    rows, drawn with the seed; all: every row once."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Role to column name, where they are called otherwise than in `train` and not recognised."""
+    subset: str | None = None
+    """The configuration of a hub data set that has several."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_weight(cls, value: Any) -> Any:
+        return value if isinstance(value, Mapping | MixSpec) else {"weight": value}
+
+
 class DataSpec(BaseModel):
     """Where the examples come from and which column is what."""
 
@@ -163,6 +201,9 @@ class DataSpec(BaseModel):
     doccano, Label Studio, Prodigy or spaCy."""
     test: PathText | None = None
     """The held-out examples; without it, `train`'s own test part is used, or `test_size` of the rows are set aside."""
+    mix: dict[str, MixSpec] = Field(default_factory=dict)
+    """More training rows: name to weight, such as {chat.jsonl: 0.3, rules.csv: all}. Every row of `train` is used once
+    in an epoch, and of the others as many as the weights say; rows are held out of `train` alone."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role to column name, such as {text: review, label: stars} or {text: body, spans: marks}; recognised by name where
     left out."""
@@ -192,6 +233,21 @@ class DataSpec(BaseModel):
     """Speech recognition with a model of several languages (Whisper): the one that is spoken, by its code: en, de."""
     speech_task: Literal["transcribe", "translate"] | None = None
     """Speech recognition, models of several languages: write what is said (the default), or its English."""
+
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _each_whole(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str | os.PathLike) else value
+        return {os.fspath(name): "all" for name in names} if isinstance(names, list | tuple) else names
+
+    @field_validator("mix")
+    @classmethod
+    def _leaves_a_share(cls, value: dict[str, MixSpec]) -> dict[str, MixSpec]:
+        shares = sum(one.weight for one in value.values() if isinstance(one.weight, int | float) and one.weight < 1)
+        if shares >= 1:
+            told = {"sum": f"{shares:g}"}
+            raise PydanticCustomError("shares", "the shares add up to {sum}, which leaves none for `train`", told)
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,7 @@ FLOORS = {
     "method_options": 0,
     "recipe": 0,
     "recipe_sections": 0,
+    "recipe_checks": 0,
     "recipe_text": 0,
     "recipe_changes": 0,
     "names": 0,

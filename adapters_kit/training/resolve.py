@@ -86,9 +86,14 @@ def prepare(recipe: Recipe) -> tuple[Task, data.Splits]:
                 f"No held-out part stands beside the training rows: {len(test):,} of {len(train) + len(test):,} rows "
                 "are set aside (data.test_size)."
             )
-    task.fit(train, test)
-    parts = data.Splits(data.take(train, recipe.data.limit, seed), data.take(test, recipe.data.test_limit, seed))
-    if test is not train and (both := data.in_both(parts)):
+    apart = test is not train
+    if recipe.data.mix:
+        train = data.mixed(train, test, task, seed)
+    else:
+        task.fit(train, test)
+        train = data.take(train, recipe.data.limit, seed)
+    parts = data.Splits(train, data.take(test, recipe.data.test_limit, seed))
+    if apart and (both := data.in_both(parts)):
         notes.say(
             f"{both:,} of {len(parts.test):,} held-out rows stand among the training rows too: they score what was "
             "learned by heart.",

@@ -52,11 +52,12 @@ def card(
         [f"- `{json.dumps(sample, ensure_ascii=False)}`" for sample in samples[:3]] if recipe.card.samples else []
     )
     held_out = f", held out: `{shown.data.test}`" if shown.data.test else ""
+    mixed = "".join(f", with `{name}` ({one.weight})" for name, one in shown.data.mix.items())
     sections = [
         (f"Scores on {metrics['test_examples']:,} held-out examples", _scores(recipe, metrics, metric, layers)),
         ("What was done to the data", "\n".join(f"- {scrub(note)}" for note in metrics.get("notes", ()))),
         ("Load", _load(shown)),
-        ("Data", f"`{shown.data.train}`{held_out}"),
+        ("Data", f"`{shown.data.train}`{mixed}{held_out}"),
         ("Samples", "\n".join(examples)),
         ("Recipe", f"```yaml\n{shown.to_yaml().rstrip()}\n```"),
     ]

@@ -46,7 +46,7 @@ def joined(files: Sequence[Path], form: Format) -> Dataset:
     Raises:
         DataError: files of which one has parts itself, or of which the columns differ.
     """
-    return _together([_only_part(path, form) for path in files], [path.name for path in files], form.notes)
+    return together_rows([_only_part(path, form) for path in files], [path.name for path in files], form.notes)
 
 
 def _only_part(path: Path, form: Format) -> Dataset:
@@ -56,8 +56,12 @@ def _only_part(path: Path, form: Format) -> Dataset:
     return next(iter(inside.values()))
 
 
-def _together(parts: Sequence[Dataset], names: Sequence[str], notes: Notes) -> Dataset:
-    """The rows of all parts. A column that one lacks is empty there, which is said; if they share none, refused."""
+def together_rows(parts: Sequence[Dataset], names: Sequence[str], notes: Notes) -> Dataset:
+    """The rows of all parts. A column that one lacks is empty there, which is said; if they share none, refused.
+
+    Raises:
+        DataError: parts without a column in common.
+    """
     if len(parts) == 1:
         return parts[0]
     for name, part in zip(names[1:], parts[1:], strict=True):
@@ -88,6 +92,7 @@ def _together(parts: Sequence[Dataset], names: Sequence[str], notes: Notes) -> D
 def _of_several_kinds(parts: Sequence[Dataset], odd: Sequence[str]) -> Dataset:
     """The rows of all parts, whose columns `odd` are of other kinds here than there."""
     written = []
+    parts = [part.flatten_indices() for part in parts]  # a selection is its table's rows
     for part in parts:
         table = part.data.table.select(odd)
         for index, column in enumerate(odd):
@@ -169,4 +174,4 @@ def partitioned(folder: Path, form: Format) -> Parts | None:
     if not rows:
         return None
     form.notes.say(f"{folder.name}: the names of its folders tell the values of {', '.join(told)}.")
-    return {part: _together(parts, names[part], form.notes) for part, parts in rows.items()}
+    return {part: together_rows(parts, names[part], form.notes) for part, parts in rows.items()}

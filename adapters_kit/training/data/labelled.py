@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from datasets import ClassLabel, Dataset
 
@@ -23,8 +24,8 @@ def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
     Raises:
         DataError: training rows without a label; held-out parts of which none can be used.
     """
-    train = _columns_of(source.train, task, source)
-    _refuse_unlabelled(task, train)
+    train = of_roles(source.train, task.columns, task, source.folder)
+    refuse_unlabelled(task, train)
     objective = task.recipe.objective
     sentence = unused(source.train, task.columns, roles_of(task.name, objective.name if objective else None))
     if sentence:
@@ -40,7 +41,7 @@ def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
             left.append(name)
             continue
         try:
-            test = labelled(task, _columns_of(part, task, source), name)
+            test = labelled(task, of_roles(part, task.columns, task, source.folder), name)
         except DataError as error:
             first_reason = first_reason or error
             task.notes.say(f"The part {name!r} cannot be used as the held-out one: {error}")
@@ -51,21 +52,34 @@ def usable_parts(source: Source, task: Task) -> tuple[Dataset, Dataset | None]:
     return train, test
 
 
-def _columns_of(rows: Dataset, task: Task, source: Source) -> Dataset:
-    recognise(rows, task.columns, task.needs, task.optional)
-    rows = rows.select_columns(list(dict.fromkeys(task.columns.values())))
-    for role, column in task.columns.items():
+def of_roles(rows: Dataset, columns: Mapping[str, str], task: Task, folder: Path | None) -> Dataset:
+    """The columns that play a role, alone; texts that were saved as categories are texts, paths start at `folder`.
+
+    Args:
+        columns: role to column name.
+
+    Raises:
+        DataError: columns that are not there.
+    """
+    recognise(rows, columns, task.needs, task.optional)
+    rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+    for role, column in columns.items():
         kind = rows.features[column]
         if isinstance(kind, ClassLabel) and role not in task.targets:  # a text that was saved as categories
             names = [None if value is None else kind.int2str(value) for value in rows[column][:]]
             rows = rows.remove_columns(column).add_column(column, names)
     for role in ("image", "audio"):
-        if role in task.columns and source.folder is not None:
-            rows = located(rows, task.columns[role], source.folder)
+        if role in columns and folder is not None:
+            rows = located(rows, columns[role], folder)
     return rows
 
 
-def _refuse_unlabelled(task: Task, rows: Dataset) -> None:
+def refuse_unlabelled(task: Task, rows: Dataset) -> None:
+    """Refuses training rows that have no label.
+
+    Raises:
+        DataError: with their numbers.
+    """
     missing = task.unlabelled(rows)
     if missing:
         column = task.target
