@@ -148,5 +148,7 @@ def _drawn(rows: Dataset, count: int, seed: int, number: int) -> Dataset:
 
 def _told(name: str, count: int, size: int, total: int) -> str:
     """One set in a sentence: 30 of its 90 rows, and what part of all they are."""
-    of = f" of its {size:,}" if count < size else f", its {size:,} rows {count / size:.3g} times" if count > size else ""
+    of = (
+        f" of its {size:,}" if count < size else f", its {size:,} rows {count / size:.3g} times" if count > size else ""
+    )
     return f"{count:,} rows of {name}{of} ({count / total:.1%})"
