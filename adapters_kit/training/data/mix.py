@@ -42,7 +42,7 @@ def mixed(train: Dataset, test: Dataset | None, task: Task, seed: int) -> Datase
     known = set(task.labels or ())
     counts = shares([len(train), *map(len, others)], [one.weight for one in spec.mix.values()], spec.limit, names)
     parts = [take(train, counts[0], seed)]
-    parts += [_drawn(rows, count, seed, number) for number, (rows, count) in enumerate(zip(others, counts[1:]), 1)]
+    parts += [_drawn(rows, counts[number], seed, number) for number, rows in enumerate(others, 1)]
     whole = together_rows(parts, names, notes)
     sizes = [len(train), *map(len, others)]
     told = "; ".join(_told(*one, sum(counts)) for one in zip(names, counts, sizes, strict=True))
@@ -114,7 +114,7 @@ def _read(name: str, one: MixSpec, spec: DataSpec, task: Task) -> Dataset:
             told = ", ".join(f"{old} as {new}" for old, new in renamed.items())
             notes.say(f"its columns are read by their roles: {told}.")
             rows = rows.rename_columns(renamed)
-        if left := [part for part in (*source.held_out, *source.others)]:
+        if left := [*source.held_out, *source.others]:
             notes.say(f"its parts {', '.join(left)} are not used: rows are held out of the main set.")
         if set(columns) == set(task.columns):
             refuse_unlabelled(task, rows)
