@@ -28,6 +28,7 @@ FLOORS = {
     "quantization_table": 0,
     "noise": 0,
     "system": 0,
+    "devices": 1,
     "anatomy": 1,
     "peft_plugin": 1,
     "peft_hook": 3,

@@ -351,7 +351,8 @@ def _quiet(base: nn.Module) -> Iterator[None]:
         and not getattr(module, "merged", False)
         and not module._disable_adapters
     ]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    own = {} if device.type in ("cpu", "meta") else {"device_type": device.type}
+    with torch.random.fork_rng(devices=[device] if own else [], **own):
         try:
             for module in training:
                 # In eval mode bitsandbytes' 4-bit linears repack their weights for the CPU, for good.

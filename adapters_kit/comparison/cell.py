@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from rich.console import Console
 from torch import nn
 
-from adapters_kit import system
+from adapters_kit import devices, system
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.merging.merge import merge
@@ -202,6 +202,4 @@ def _state_bytes(optimizer: Any) -> int:
 
 def _resident() -> int:
     """Bytes that this process holds before its work: what peak memory is counted from."""
-    if torch.cuda.is_available():
-        return 0
-    return system.resident_memory()
+    return 0 if devices.accelerator() is not None else system.resident_memory()

@@ -1,8 +1,9 @@
 """Cells in processes of their own, so that peak memory is a cell's alone and a crash takes one cell with it.
 
 The worker reads jobs from stdin, one JSON object a line, and says "done" after each. It imports torch and transformers
-once and forks for each cell; where a process cannot fork, each cell imports anew. The worker never starts a thread or
-touches a GPU itself: a forked child can use neither if its parent has. Worker and cell end with the process that
+once and forks for each cell; where a process cannot fork, or torch was built for a GPU, each cell imports anew: a
+forked child cannot use a GPU that its parent has asked anything, which importing bitsandbytes does. For the same reason
+the worker starts no thread. Worker and cell end with the process that
 started them, however that ends; what a cell was writing lies in one folder, which the next comparison removes.
 """
 
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging
 
-from adapters_kit import system
+from adapters_kit import devices, system
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.comparison.cell import Cell, run_cell
 from adapters_kit.errors import AdapterError, TrainingError
@@ -117,7 +118,7 @@ def serve() -> None:
     system.end_with_parent()
     logging.set_verbosity_error()  # fresh heads are reported for every model
     for line in sys.stdin:
-        if system.FORKS:
+        if system.FORKS and not devices.may_have_one():
             child = os.fork()
             if child == 0:
                 _alone(json.loads(line))

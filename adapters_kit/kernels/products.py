@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from adapters_kit.devices import stores_float32
 from adapters_kit.errors import UnknownNameError, did_you_mean
 
 CPU_PATH = "ADAPTERS_KIT_CPU_PATH"  # environment variable: one of the names below in place of what the CPU suggests
@@ -100,7 +101,7 @@ def fine_dtype(x: Tensor) -> torch.dtype:
 
 def _supported(x: Tensor) -> bool:
     # The compiler fuses conversions itself, and a loop would be unrolled.
-    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    return (x.device.type == "cpu" or stores_float32(x)) and not torch.compiler.is_compiling()
 
 
 def _slices(x: Tensor, dtype: torch.dtype, positions: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -137,7 +138,7 @@ def narrow(x: Tensor, matrix: Tensor, positions: Tensor | None = None) -> Tensor
     fine = fine_dtype(x)
     if fine == x.dtype and positions is None:
         return torch.mm(x, cast(matrix, x.dtype).t())
-    if x.is_cuda:
+    if stores_float32(x):
         return torch.mm(x, cast(matrix, x.dtype).t(), out_dtype=fine)
     if _in_tiles(x):
         first, second = _halves(matrix)  # (r, in) each
@@ -163,7 +164,7 @@ def narrow_sum(d: Tensor, x: Tensor, positions: Tensor | None = None) -> Tensor:
     fine = fine_dtype(x)
     if fine == x.dtype and positions is None:
         return torch.mm(d.t(), x)
-    if x.is_cuda:
+    if stores_float32(x):
         return torch.mm(d.to(x.dtype).t(), x, out_dtype=fine)
     result = None
     if _in_tiles(x):
@@ -186,7 +187,7 @@ def widen_(y: Tensor, s: Tensor, matrix: Tensor, factor: float, bias: Tensor | N
     Rounded once where `fine_dtype` differs from the dtype of `y` on a CPU, else once more for a bias.
     """
     fine = fine_dtype(y)
-    if fine == y.dtype or y.is_cuda:
+    if fine == y.dtype or stores_float32(y):
         y.addmm_(cast(s, y.dtype), cast(matrix, y.dtype), alpha=factor)
         return y if bias is None else y.add_(cast(bias, y.dtype))
     if _in_tiles(y):

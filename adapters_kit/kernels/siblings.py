@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from adapters_kit.anatomy import base_model, fake, probe_inputs, shape_dtype, shapes_alone
 from adapters_kit.anatomy.structure import is_linear
+from adapters_kit.devices import with_generator
 
 
 @dataclass
@@ -117,10 +118,10 @@ def _dry_run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[list[list[str]
             path = name.replace(".base_layer", "")
             handles.append(module.register_forward_pre_hook(lambda _, args, path=path: record(path, args[0])))
     training = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     failure = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.no_grad(), torch.random.fork_rng(**with_generator(device)):
             for module in training:
                 # bitsandbytes repacks 4-bit weights for good when they are evaluated on a CPU.
                 module.training = is_linear(module)

@@ -7,10 +7,10 @@ full fine-tuning, all layers do not), alpha = 2r, learning rates about ten times
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters_kit import devices
 from adapters_kit.anatomy import map_model
 from adapters_kit.errors import AdapterError
 from adapters_kit.kernels.block_tensor import BlockTensor
@@ -77,7 +77,7 @@ def _loftq(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
             "loftq starts from 16-bit weights and quantizes them itself, but this model is quantized already. "
             "Load it without quantize=, or use method 'lora'."
         )
-    if not torch.cuda.is_available():
+    if not devices.quantizes_at_start():
         raise AdapterError(
             "loftq quantizes the weights to find its starting point, which peft does on CUDA only, and there is no GPU "
             "here. Use 'pissa' or 'lora' instead."

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters_kit import devices
 from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.kernels.cross_entropy import chunked_loss
 from adapters_kit.loading import load, load_processor
@@ -29,14 +30,14 @@ def load_base(recipe: Recipe, task: Task) -> tuple[nn.Module, Any]:
 def load_model(recipe: Recipe, task: Task) -> nn.Module:
     """The base model with the task's head, on the device that it is trained on."""
     torch.manual_seed(recipe.training.seed)  # a new head starts from the seed
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.best()
     model = load(
         recipe.model,
         recipe.head,
         labels=task.labels,
         quantize=recipe.quantize,
         dtype=DTYPES[recipe.training.precision],
-        device_map={"": torch.cuda.current_device()} if recipe.quantize and device.type == "cuda" else None,
+        device_map={"": device} if recipe.quantize and device.type != "cpu" else None,
         trust_remote_code=recipe.trust_remote_code,
     )
     if not recipe.quantize:

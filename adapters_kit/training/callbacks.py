@@ -17,16 +17,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adapters_kit import system
+from adapters_kit import devices, system
 from adapters_kit.artifacts.files import write_text
 from adapters_kit.training.sampling import OrderedByEpoch
 
 
 def peak_memory() -> int:
-    """Bytes: the most that torch held on the GPU; without one, the most that this process ever occupied."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return system.peak_memory()
+    """Bytes: the most that torch held on the accelerator since training began; without one, the most that this process
+    ever occupied."""
+    held = devices.peak_memory()
+    return system.peak_memory() if held is None else held
+
+
+def token_count(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch on the CPU, padding left out; a picture or a recording counts for one."""
+    if (sound := batch.get("input_values", batch.get("input_features"))) is not None:
+        return len(sound)
+    if (mask := batch.get("attention_mask")) is not None:
+        return int(mask.sum())
+    if (places := batch.get("position_ids")) is not None:
+        # Packed: padding stands at 0 and nothing follows it; an example has one token at 1 for its token at 0.
+        return int((places > 0).sum() + (places == 1).sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else len(batch["pixel_values"])
 
 
 class Steering(TrainerCallback):
@@ -223,20 +235,6 @@ class Meter(TrainerCallback):
         for loss in torch.stack(self._losses).tolist() if self._losses else ():
             self.loss += loss
         self._losses = []
-
-    def count(self, batch: dict[str, torch.Tensor]) -> None:
-        """Adds a batch that is about to be trained on."""
-        mask = batch.get("attention_mask")
-        if (sound := batch.get("input_values", batch.get("input_features"))) is not None:
-            self.tokens += len(sound)  # recordings, as of pictures each counts for one
-        elif mask is not None and mask.device.type == "cpu":
-            self.tokens += int(mask.sum())
-        elif (places := batch.get("position_ids")) is not None and places.device.type == "cpu":
-            # Packed: padding stands at 0 and nothing follows it; an example has one token at 1 for its token at 0.
-            self.tokens += int((places > 0).sum() + (places == 1).sum())
-        elif (first := batch.get("input_ids", batch.get("pixel_values"))) is not None:
-            # On a GPU reading the mask would wait for the device: padding is counted there.
-            self.tokens += first.numel() if first.ndim == 2 else len(first)
 
     def rate(self) -> float:
         """Tokens a second of training, on this process."""

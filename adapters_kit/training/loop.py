@@ -19,17 +19,30 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from adapters_kit import devices
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.errors import MissingPackageError, TrainingError
 from adapters_kit.noise import without_vocabulary_guess
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training import checkpoints
-from adapters_kit.training.callbacks import Interruption, Meter, RankAllocation, Record, Screen, Steering, TensorBoard
+from adapters_kit.training.callbacks import (
+    Interruption,
+    Meter,
+    RankAllocation,
+    Record,
+    Screen,
+    Steering,
+    TensorBoard,
+    token_count,
+)
 from adapters_kit.training.kept import Kept
 from adapters_kit.training.optimizers import build_optimizer
+from adapters_kit.training.out_of_memory import evaluated
 from adapters_kit.training.resolve import processes
 from adapters_kit.training.sampling import OrderedByEpoch
+
+TOKENS = "tokens"  # of a batch: how many it trains on
 
 
 class AdapterTrainer(Trainer):
@@ -63,6 +76,7 @@ class AdapterTrainer(Trainer):
         """
         self.task, self.recipe, self.test_features, self.out = task, recipe, test_features, out
         self.kept_results: dict[int, list[Any]] = {}
+        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows and loss of each pass of the step
         self.budget: Kept | None = None  # scored at every evaluation, where it is to choose among them
         training = recipe.training
         logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -94,7 +108,7 @@ class AdapterTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=task.collate_training,
+            data_collator=self.collate,
             train_dataset=train_features,
             eval_dataset=test_features,
             processing_class=processor,
@@ -141,45 +155,53 @@ class AdapterTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """The loss of one batch, on this process.
-
-        Raises:
-            TrainingError: it is not finite; names the step and the rows.
-        """
+        """The loss of one batch, on this process."""
         inputs = dict(inputs)
         rows = inputs.pop("row")
-        self.meter.count(inputs)
+        self.meter.tokens += inputs.pop(TOKENS)
         if self.task.own_loss:
             loss = self.task.loss(model, inputs)
             outcome = (loss, None) if return_outputs else loss
         else:
             outcome = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = outcome[0] if return_outputs else outcome
-        if not torch.isfinite(loss):
-            numbers = ", ".join(str(row + 1) for row in sorted(set(rows.tolist())))
-            raise TrainingError(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}, on the training rows {numbers}. "
-                f"Look at those rows, or lower training.learning_rate (now {self.args.learning_rate:g})"
-                + (", or use bf16 instead of fp16." if self.args.fp16 else ".")
-            )
+        self.unread.append((rows, loss.detach()))
         return outcome
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One forward and backward pass; its loss is added up."""
+        """One forward and backward pass; its loss is added up.
+
+        Raises:
+            TrainingError: a loss of the step is not finite; names the step and the rows.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.meter.add(loss)
+        if self.accelerator.sync_gradients:
+            self._read_losses()
         return loss
+
+    def _read_losses(self) -> None:
+        """Looks at the losses of all passes of a step: the one time that a step makes the host wait for the device."""
+        passes, self.unread = self.unread, []
+        for (rows, _), loss in zip(passes, torch.stack([loss.float() for _, loss in passes]).tolist(), strict=True):
+            if not math.isfinite(loss):
+                numbers = ", ".join(str(row + 1) for row in sorted(set(rows.tolist())))
+                raise TrainingError(
+                    f"The loss became {loss} at step {self.state.global_step + 1}, on the training rows {numbers}. "
+                    f"Look at those rows, or lower training.learning_rate (now {self.args.learning_rate:g})"
+                    + (", or use bf16 instead of fp16." if self.args.fp16 else ".")
+                )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The task's metrics on the held-out part."""
         self.check_finite()
-        results = self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
+        results = self._results()
         scores = self.task.score(results, self.test_features)
         self.kept_results = {self.state.best_global_step: self.kept_results.get(self.state.best_global_step, [])}
         self.kept_results[self.state.global_step] = results
@@ -238,7 +260,18 @@ class AdapterTrainer(Trainer):
         best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
         step = self.state.best_global_step if best else self.state.global_step
         found = self.kept_results.get(step)
-        return found or self.task.run(self.model_wrapped, self.test_features, self.args.eval_batch_size)
+        return found or self._results()
+
+    def _results(self) -> list[Any]:
+        results, self.recipe = evaluated(
+            self.task, self.model_wrapped, self.test_features, self.recipe, self.screen.console.print
+        )
+        return results
+
+    def collate(self, features: Features) -> dict[str, Any]:
+        """The task's batch, and the number of its tokens: counted here, where reading them waits for no device."""
+        batch: dict[str, Any] = self.task.collate_training(features)
+        return {**batch, TOKENS: token_count(batch)}
 
 
 @torch.no_grad()
@@ -317,7 +350,8 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=devices.pins(),
+        accelerator_config={"non_blocking": devices.pins()},
         disable_tqdm=True,
         report_to=[name for name in training.log_to if name != "tensorboard"] or "none",
         run_name=out.name,

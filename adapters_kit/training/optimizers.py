@@ -66,7 +66,9 @@ def build_optimizer(
             raise AdapterError("LoRA-FA freezes A, so that a LoRA+ ratio means nothing: leave lora_plus_ratio out.")
         return _lora_fa(model, learning_rate, weight_decay)
     optimizer_class = _adamw_class(name)
-    options = {"betas": betas, "eps": eps}
+    options: dict[str, Any] = {"betas": betas, "eps": eps}
+    if optimizer_class is torch.optim.AdamW and all(one.device.type not in ("cpu", "meta") for one in trainable):
+        options["fused"] = True  # one launch for all parameters
     if lora_plus_ratio is not None:
         _need_lora(model, "LoRA+")
         from peft.optimizers import create_loraplus_optimizer

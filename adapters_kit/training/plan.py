@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from adapters_kit import devices
 from adapters_kit.anatomy.depth import shortened
 from adapters_kit.artifacts.dtypes import DTYPES
 from adapters_kit.artifacts.source import find
@@ -122,7 +123,7 @@ def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = No
     if length is not None and isinstance(recipe, Mapping):
         recipe = {"data": "-", **recipe}  # not read
     recipe = recipe_from(recipe)
-    card = _free_memory() if gpu is None else parse_size(gpu)
+    card = devices.free_memory() if gpu is None else parse_size(gpu)
     named = gpu is not None and recipe.training.precision == "auto"
     recipe = resolve(recipe.changed(**{"training.precision": "bf16"}) if named else recipe, trains=False)
     batches: Batches = FromData(recipe) if length is None else FromLength(recipe, length)
@@ -311,11 +312,6 @@ def _advice(
     if longest:
         fitting.append(f"training.max_length: {longest} fits")
     return fitting + short or ["a smaller model"]
-
-
-def _free_memory() -> int | None:
-    """What is free on this machine's first GPU, in bytes; None without one."""
-    return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
 
 
 def parse_size(text: str | int) -> int:

@@ -13,10 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
-from adapters_kit import tasks
+from adapters_kit import devices, tasks
 from adapters_kit.errors import MissingPackageError, RecipeError
 from adapters_kit.methods import find_method
 from adapters_kit.names import is_adapter_folder
@@ -43,6 +42,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
         _check_objective(recipe)
         _check_method(recipe)
         _check_precision(recipe)
+        _check_devices()
     training = recipe.training
     rate = training.learning_rate if training.learning_rate is not None else learning_rate(recipe)
     return recipe.changed(
@@ -106,8 +106,9 @@ def _precision(recipe: Recipe) -> str:
     """fp32, bf16 or fp16: the recipe's choice, or what this machine and the quantization ask for."""
     if recipe.training.precision != "auto":
         return recipe.training.precision
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if on_gpu or recipe.quantize else "fp32"
+    if devices.accelerator() is not None:
+        return "bf16" if devices.has_bf16() else "fp16"  # cards older than Ampere imitate bf16 at a crawl
+    return "bf16" if recipe.quantize else "fp32"
 
 
 def _check_method(recipe: Recipe) -> None:
@@ -133,12 +134,28 @@ def _check_objective(recipe: Recipe) -> None:
 def _check_precision(recipe: Recipe) -> None:
     """Refuses what the training loop would refuse after the base model has been loaded and scored."""
     chosen = recipe.training.precision
-    if chosen == "fp16" and not torch.cuda.is_available():
+    here = devices.accelerator()
+    if chosen == "fp16" and here is None:
         other = "bf16 (or auto)" if recipe.quantize else "bf16 or fp32 (or auto)"
         raise RecipeError([f"training.precision: fp16 needs a GPU, and there is none here. Set it to {other}."])
-    if chosen == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        card = torch.cuda.get_device_name()
+    if chosen == "bf16" and here is not None and not devices.has_bf16():
+        card = devices.names()[here.index or 0]
         raise RecipeError([f"training.precision: {card} has no bf16. Set it to fp16 or fp32 (or auto)."])
+
+
+def _check_devices() -> None:
+    """Refuses several accelerators without a launcher: Trainer would split each batch over all of them in one process,
+    which is slower than one of them alone, and which outputs that are no plain tensors do not survive."""
+    seen = devices.count()
+    if seen > 1 and "WORLD_SIZE" not in os.environ:
+        command = "-m adapters_kit train RECIPE.yaml"
+        raise RecipeError(
+            [
+                f"{seen} GPUs are visible, and one process trains on one. To use all: accelerate launch "
+                f"--num_processes {seen} {command}. To use the first: {devices.ONE_ALONE} python {command}"
+            ],
+            source="this machine",
+        )
 
 
 def _base_dropout(recipe: Recipe) -> float | None:
@@ -170,7 +187,7 @@ def processes() -> dict[str, Any]:
     Left to find out by itself that there is no GPU, it would leave them apart. Asked for a CPU, it would not use
     DeepSpeed, which is told what carries its messages instead.
     """
-    if torch.cuda.is_available():
+    if devices.accelerator() is not None:
         return {"cpu": False}
     on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     return {"cpu": False, "backend": "gloo"} if on_deepspeed else {"cpu": True}

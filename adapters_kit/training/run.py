@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from adapters_kit import tasks
+from adapters_kit import devices, tasks
 from adapters_kit.artifacts.adapter import CONFIG, named_base
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import TrainingError
@@ -107,6 +107,6 @@ def environment() -> dict[str, Any]:
     found["torch"] = str(torch.__version__)  # with its build: +cpu, +cu130
     found["cpus"] = os.cpu_count()
     found["threads"] = torch.get_num_threads()
-    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["gpus"] = devices.names()
     found["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return found

@@ -23,7 +23,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import nn
 
-from adapters_kit import system
+from adapters_kit import devices, system
 from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
@@ -42,7 +42,7 @@ from adapters_kit.training.details import details, majority, write_confusion
 from adapters_kit.training.inputs import Given, default_folder, recipe_from
 from adapters_kit.training.kept import Kept, check, choose
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
-from adapters_kit.training.out_of_memory import lower_what, restart
+from adapters_kit.training.out_of_memory import evaluated, lower_what, restart
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
 from adapters_kit.training.run import Run, environment
 from adapters_kit.training.run_card import advice, card
@@ -50,7 +50,7 @@ from adapters_kit.training.run_folder import Place, held
 
 # What may be another when a run goes on: it changes what is written down, not what is trained.
 _FREE = ("training.log_every", "training.log_to", "training.samples", "card.")
-_BY_MEMORY = ("training.batch_size", "training.gradient_accumulation")
+_BY_MEMORY = ("training.batch_size", "training.eval_batch_size", "training.gradient_accumulation")
 
 
 def train(
@@ -283,9 +283,9 @@ class Training:
 
     def _base(self, test_features: Features, shown: Dataset) -> _Base:
         """Scores the model before anything is put on it."""
-        batch, task = _eval_batch(self.recipe), self.task
-        results = task.run(self.model, test_features, batch)
-        scores = task.score(results, test_features)
+        task = self.task
+        results, self.recipe = evaluated(task, self.model, test_features, self.recipe, self.tell)
+        scores, batch = task.score(results, test_features), _eval_batch(self.recipe)
         self.tell(f"base model: held-out {task.metric} {scores[task.metric]:.4f}")
         if self.kept is not None:
             self.kept.score_base(self.model, self.processor)
@@ -348,13 +348,14 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
     model, path, recipe = job.model, job.path, job.recipe
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     checkpoint = _checkpoint(path, job.tell) if job.resume else None
+    devices.forget_peak()
     if checkpoint is None and job.main:
         checkpoints.drop(path)
     while True:
         trainer = job.trainer(recipe, train_features, test_features)
         trainer.budget = job.kept if recipe.training.keep_within is not None else None
         try:
-            with trainer.interruption:
+            with trainer.interruption, devices.quick_float32(recipe.training.precision != "fp32"):
                 trainer.go(checkpoint)
                 if trainer.interruption.name:
                     _say_stopped(job, trainer)

@@ -6,9 +6,9 @@ import argparse
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import zip_longest
 
 from adapters_kit.verbs.display import Shown, print_table
 
@@ -38,9 +38,11 @@ def doctor(options: argparse.Namespace) -> Shown:
     """Versions, devices, and which features work here; for the others, what to type."""
     import torch
 
+    from adapters_kit.devices import has_bf16
+
     found = {"python": platform.python_version(), "system": platform.platform()}
     found |= {name: _version(name) or "missing" for name in _PACKAGES}
-    devices = _devices()
+    seen = _devices()
     features = {
         what: {
             "works": not (lacking := [one for one in needs if find_spec(one) is None]),
@@ -53,8 +55,8 @@ def doctor(options: argparse.Namespace) -> Shown:
     disk = shutil.disk_usage(os.getcwd())
     data = {
         "versions": found,
-        "devices": devices,
-        "dtypes": {"bf16 on the GPU": torch.cuda.is_available() and torch.cuda.is_bf16_supported()},
+        "devices": seen,
+        "dtypes": {"bf16 on the GPU": has_bf16()},
         "threads": torch.get_num_threads(),
         "free_disk_gib": round(disk.free / 2**30, 1),
         "hub": hub,
@@ -63,7 +65,7 @@ def doctor(options: argparse.Namespace) -> Shown:
 
     def show() -> None:
         print_table(["what", "version"], [[name, value] for name, value in found.items()])
-        print(f"\ndevices: {', '.join(devices)}; torch threads: {torch.get_num_threads()}")
+        print(f"\ndevices: {', '.join(seen)}; torch threads: {torch.get_num_threads()}")
         print(f"free disk here: {disk.free / 2**30:.1f} GiB\nmodel hub: {hub}\n")
         rows = [
             [what, "works" if one["works"] else "missing", "" if one["works"] else str(one["try"])]
@@ -82,14 +84,11 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    import torch
+    from adapters_kit import devices
 
-    cards = [
-        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB)"
-        for i in range(torch.cuda.device_count())
-    ]
-    mps = ["Apple GPU"] if sys.platform == "darwin" and torch.backends.mps.is_available() else []
-    return [*cards, *mps, f"{os.cpu_count()} CPU cores"]
+    sizes = [f" ({bytes_ / 2**30:.0f} GiB)" for bytes_ in devices.memory()]
+    cards = [name + size for name, size in zip_longest(devices.names(), sizes, fillvalue="")]
+    return [*cards, f"{os.cpu_count()} CPU cores"]
 
 
 def _hub() -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
-from adapters_kit import system
+from adapters_kit import devices, system
 from adapters_kit.errors import RecipeError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.many.train_many import checked
@@ -32,7 +30,7 @@ def passes(asked: Mapping[str, Recipe]) -> tuple[list[list[str]], str]:
     needs = {name: plan(recipe).memory for name, recipe in resolved.items()}
     once = max(need.weights + need.working for need in needs.values())
     own = max(need.adapter + need.gradients + need.optimizer + need.activations for need in needs.values())
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else system.free_memory()
+    free = devices.free_memory() or system.free_memory()
     count = int(max(1, min(len(names), (_USED * free - once) // own)))
     told = f"{size(once)} for the base and {size(own)} for each, of {size(free)} free"
     if count == 1:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.state import GradientState
+
+from adapters_kit.devices import random_state, set_random_state
 
 
 class Seat:
@@ -76,7 +77,7 @@ class Randomness:
     """The state of every global generator, and of accelerate's accumulation, as one training has them."""
 
     def __init__(self) -> None:
-        self._torch, self._others = torch_state(), _other_states()
+        self._torch, self._others = random_state(), _other_states()
 
     @contextmanager
     def all_here(self) -> Iterator[None]:
@@ -93,29 +94,13 @@ class Randomness:
     @contextmanager
     def here(self) -> Iterator[None]:
         """The same for torch alone, which is quick."""
-        outer = torch_state()
-        set_torch_state(self._torch)
+        outer = random_state()
+        set_random_state(self._torch)
         try:
             yield
         finally:
-            self._torch = torch_state()
-            set_torch_state(outer)
-
-
-TorchState = tuple[torch.Tensor, list[torch.Tensor]]
-
-
-def torch_state() -> TorchState:
-    """The state of torch's generators as it is now: the CPU's, and each CUDA device's where CUDA has been used."""
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
-
-
-def set_torch_state(state: TorchState) -> None:
-    """Puts torch's default generators where they were."""
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+            self._torch = random_state()
+            set_random_state(outer)
 
 
 def _other_states() -> tuple[Any, Any, dict[str, Any]]:

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from adapters_kit.devices import random_state, set_random_state
 from adapters_kit.training.loop import AdapterTrainer
 from adapters_kit.training.many.conductor import BACKWARD, STEP, Joined
 from adapters_kit.training.many.layout import UnjoinableError
-from adapters_kit.training.many.seat import Seat, set_torch_state, torch_state
+from adapters_kit.training.many.seat import Seat
 
 # The largest difference of a gradient, relative to its norm, that rounding explains; a row given to the wrong adapter,
 # or a token that sees padding, is far above.
@@ -39,7 +40,7 @@ class JointTrainer(AdapterTrainer):
         self.seat.wait(STEP)
         if self.seat.alone is not None:
             return super().training_step(model, inputs, num_items_in_batch)
-        start, tokens = torch_state(), self.meter.tokens
+        start, tokens = random_state(), self.meter.tokens
         before = None if self.seat.proven == {False, True} else self._gradients()
         try:
             with self.joined.on():
@@ -47,7 +48,7 @@ class JointTrainer(AdapterTrainer):
                 self.seat.wait(BACKWARD)
         except UnjoinableError as error:
             self._go_alone(f"this model's body cannot be shared: {error}")
-            set_torch_state(start)
+            set_random_state(start)
             self.meter.tokens = tokens
             self._put_back(before or {})
             return super().training_step(model, inputs, num_items_in_batch)
@@ -57,9 +58,9 @@ class JointTrainer(AdapterTrainer):
 
     def _prove(self, model: nn.Module, inputs: dict[str, Any], items: Any, start: Any, before: Any) -> None:
         """Makes the step again, alone; its gradients are kept."""
-        joint, after, tokens = self._gradients(), torch_state(), self.meter.tokens
+        joint, after, tokens = self._gradients(), random_state(), self.meter.tokens
         self._put_back(before)
-        set_torch_state(start)
+        set_random_state(start)
         Trainer.training_step(self, model, dict(inputs), items)
         self.meter.tokens = tokens
         difference = square = 0.0
@@ -69,7 +70,7 @@ class JointTrainer(AdapterTrainer):
             difference += float(((own if other is None else own - other).double() ** 2).sum())
             square += float((own.double() ** 2).sum())
         share = (difference / square) ** 0.5 if square else float(difference > 0)
-        if not torch.equal(after[0], torch_state()[0]):
+        if not torch.equal(after[0], random_state()[0]):
             self._go_alone("this model draws random numbers (layer drop, noise) that cannot be told apart by row")
         elif not share <= _ROUNDING.get(self.accelerator.unwrap_model(model).dtype, 0.1):
             self._go_alone(f"in a pass with others its gradient differs by {share:.1g} of its norm from its own")
