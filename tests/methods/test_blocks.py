@@ -106,15 +106,31 @@ def test_merging_in_memory_writes_fp16_and_unmerging_takes_it_back(kind):
 def trained(file, **options) -> PeftModel:
     model = ak.wrap(ak.load(file, quantize="keep", dtype="float32"), "blocks", **options)
     torch.manual_seed(3)
-    for entry in model.parameters():
+    for name, entry in model.named_parameters():
         if entry.requires_grad:
-            nn.init.normal_(entry, std=0.2 if options.get("train") == "scales" else 0.02)
+            nn.init.normal_(entry, std=0.2 if "scales" in name and options.get("train") != "both" else 0.02)
     return model
+
+
+def test_auto_trains_of_each_layer_what_its_format_stores(tmp_path):
+    """Files mix formats: minima where there are some, scales elsewhere, and layers with neither are left alone."""
+    models = {}
+    for kind in ("Q4_1", "Q8_0", "MXFP4"):
+        write("llama", tmp_path / f"{kind}.gguf", kind)
+        models[kind] = ak.load(tmp_path / f"{kind}.gguf", quantize="keep", dtype="float32")
+    model = models["Q4_1"]
+    model.model.layers[0].mlp = models["Q8_0"].model.layers[0].mlp
+    model.model.layers[1].mlp = models["MXFP4"].model.layers[1].mlp
+    names = [name for name, entry in ak.wrap(model, "blocks", r=2).named_parameters() if entry.requires_grad]
+    in_mlp = [name for name in names if "layers.0.mlp" in name]
+    assert in_mlp and all("scales" in name for name in in_mlp)
+    assert not any("layers.1.mlp" in name for name in names)
+    assert sum("minima" in name for name in names) == 2 * 4  # q, k, v, o
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "train"),
-    [("Q4_1", {}, "minima"), ("Q4_1", {}, "both"), ("Q8_0", {}, "scales"), ("Q4_K", WIDE, "both")],
+    [("Q4_1", {}, "auto"), ("Q4_1", {}, "both"), ("Q8_0", {}, "auto"), ("Q4_K", WIDE, "both")],
 )
 def test_the_file_computes_what_was_trained_and_differs_in_nothing_else(kind, options, train, tmp_path):
     base, out = tmp_path / "model.gguf", tmp_path / "tuned.gguf"
@@ -132,7 +148,7 @@ def test_the_file_computes_what_was_trained_and_differs_in_nothing_else(kind, op
     before, after = np.fromfile(base, np.uint8), np.fromfile(out, np.uint8)
     assert len(before) == len(after)
     given = FORMATS[number(kind)]
-    fields = {"minima": [given.minimum], "scales": [given.scale], "both": [given.scale, given.minimum]}[train]
+    fields = [given.minimum if kind == "Q4_1" else given.scale] if train == "auto" else [given.scale, given.minimum]
     allowed = np.zeros(len(before), bool)
     for tensor in reader.tensors:
         if int(tensor.tensor_type) == number(kind) and tensor.name.startswith("blk."):
@@ -155,7 +171,12 @@ def test_refusals_say_what_to_do(tmp_path):
     base = tmp_path / "model.gguf"
     write("llama", base, "Q8_0")
     with pytest.raises(AdapterError, match=r"store no minima.*train='scales'"):
-        trained(base)
+        trained(base, train="minima")
+    with pytest.raises(AdapterError, match=r"q_proj lies in Q8_0 blocks.*train='auto'"):
+        trained(base, train="minima", target_modules=["q_proj"])
+    write("llama", tmp_path / "fp4.gguf", "MXFP4")
+    with pytest.raises(AdapterError, match=r"\(MXFP4\) store no fp16 scales.*LoRA"):
+        trained(tmp_path / "fp4.gguf")
     with pytest.raises(AdapterError, match='quantize="keep"'):
         ak.wrap(tiny.build("llama"), "blocks")
     with pytest.raises(AdapterError, match=r"train='codes'"):

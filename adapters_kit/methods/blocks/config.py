@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from adapters_kit.errors import AdapterError
+from adapters_kit.kernels.ggml import FORMATS
 from adapters_kit.peft_plugin import peft_type
 
-TRAINED = ("minima", "scales", "both")
+TRAINED = ("auto", "minima", "scales", "both")
 BLOCKS = peft_type("blocks")
 
 
@@ -20,10 +21,11 @@ class BlocksConfig(PeftConfig):
     """
 
     train: str = field(
-        default="minima",
+        default="auto",
         metadata={
             "help": "'minima': m (QA-LoRA, arXiv:2309.14717); 'scales': d (PEQA, arXiv:2305.14152); 'both'. Layers "
-            "whose format stores no m keep it untrained"
+            "whose format stores no m keep it untrained; 'auto': the minima of layers that store them, the scales of "
+            "the others"
         },
     )
     r: int | None = field(
@@ -49,7 +51,10 @@ class BlocksConfig(PeftConfig):
         if self.r is not None and (not isinstance(self.r, int) or self.r < 1):
             raise AdapterError(f"r={self.r!r} is no rank: give a whole number above 0, or None for full matrices.")
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The trained fields, of "minima" and "scales"."""
-        return ("minima", "scales") if self.train == "both" else (self.train,)
+    def fields(self, kind: int) -> tuple[str, ...]:
+        """What is trained of a layer in blocks of the ggml type `kind`: of "minima" and "scales" those that it stores."""
+        there = {"minima": FORMATS[kind].minimum is not None, "scales": FORMATS[kind].scale is not None}
+        if self.train == "auto":
+            return ("minima",) if there["minima"] else ("scales",) if there["scales"] else ()
+        wanted = ("minima", "scales") if self.train == "both" else (self.train,)
+        return tuple(name for name in wanted if there[name])

@@ -76,10 +76,8 @@ class BlocksLayer(nn.Module, BaseTunerLayer):
         weight = blocks_of(self.get_base_layer())
         given = FORMATS[weight.kind]
         rows, columns = weight.raw.shape[0], weight.raw.shape[1] // given.nbytes
-        for name, there in (("minima", given.minimum), ("scales", given.scale)):
-            if name in config.fields and there is not None:
-                change = Change(rows, columns, config.r).to(weight.device)
-                getattr(self, f"blocks_{name}")[adapter_name] = change
+        for name in config.fields(weight.kind):
+            getattr(self, f"blocks_{name}")[adapter_name] = Change(rows, columns, config.r).to(weight.device)
         self.scale_factor[adapter_name] = config.scale_factor
         self.set_adapter(self.active_adapters, inference_mode=not trained)
 

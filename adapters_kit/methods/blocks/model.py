@@ -12,7 +12,6 @@ from adapters_kit import peft_plugin
 from adapters_kit.anatomy import block_linears
 from adapters_kit.errors import AdapterError
 from adapters_kit.kernels.block_tensor import BlockTensor
-from adapters_kit.kernels.ggml import FORMATS
 from adapters_kit.methods.blocks.config import BlocksConfig
 from adapters_kit.methods.blocks.layer import BlocksLayer, blocks_of
 from adapters_kit.registry import Method
@@ -40,7 +39,12 @@ class BlocksModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(target, BlocksLayer):
-            blocks_of(target.get_base_layer() if hasattr(target, "get_base_layer") else target)
+            weight = blocks_of(target.get_base_layer() if hasattr(target, "get_base_layer") else target)
+            if not config.inference_mode and not config.fields(weight.kind):  # old adapters may name such layers
+                raise AdapterError(
+                    f"{current_key} lies in {weight.format} blocks, of which train={config.train!r} trains nothing. "
+                    "Leave it out of target_modules, or train='auto' what each layer's format stores."
+                )
             layer = BlocksLayer(target)
             setattr(parent, target_name, layer)
         active = adapter_name in self.active_adapters
@@ -54,7 +58,7 @@ def _fill_in_targets(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
     """Every linear of the blocks whose format stores a number that is to be trained."""
     if options.get("target_modules"):
         return options
-    fields = BlocksConfig(train=options.get("train", "minima")).fields
+    config = BlocksConfig(train=options.get("train", "auto"))
     layers = {path: model.get_submodule(path).weight for path in block_linears(model)}
     packed = {path: weight for path, weight in layers.items() if isinstance(weight, BlockTensor)}
     if not packed:
@@ -62,22 +66,13 @@ def _fill_in_targets(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
             "The method 'blocks' trains what a GGUF file's blocks store, and no linear of this model lies in blocks. "
             'Load a .gguf file with quantize="keep".'
         )
-    wanted = [
-        path
-        for path, weight in packed.items()
-        if any(getattr(FORMATS[weight.kind], name) is not None for name in _stored(fields))
-    ]
+    wanted = [path for path, weight in packed.items() if config.fields(weight.kind)]
     if not wanted:
         kinds = sorted({weight.format for weight in packed.values()})
-        raise AdapterError(
-            f"train={options.get('train', 'minima')!r}: this file's formats ({', '.join(kinds)}) store no minima. "
-            "Train the scales: train='scales'."
-        )
+        stored = "minima" if config.train == "minima" else "fp16 scales"
+        fix = "Train the scales: train='scales'." if config.train == "minima" else "Train LoRA on this file."
+        raise AdapterError(f"train={config.train!r}: this file's formats ({', '.join(kinds)}) store no {stored}. {fix}")
     return {**options, "target_modules": wanted}
-
-
-def _stored(fields: tuple[str, ...]) -> list[str]:
-    return [{"minima": "minimum", "scales": "scale"}[name] for name in fields]
 
 
 BLOCKS = Method(
