@@ -41,10 +41,10 @@ ROADS: dict[str, dict[str, Any]] = {
     "lora nf4": {"method": "lora", "quantize": "nf4"},
     "blocks": {"method": "blocks", "quantize": "keep"},
 }
-RATES = {"lora keep": (1e-3, 2e-3, 4e-3), "blocks": (5e-4, 1e-3, 2e-3, 4e-3)}
-ROWS = {"train": 120, "validation": 60, "test": 100}
+RATES = {"lora keep": (1e-3, 2e-3), "blocks": (1e-3, 2e-3, 4e-3)}
+ROWS = {"train": 120, "validation": 40, "test": 60}
 LENGTH, BATCH = 128, 2
-PROMPTS, ANSWER = 100, 32
+PROMPTS, ANSWER = 100, 32  # of llama.cpp's greedy answers, in tokens
 
 
 def reviews(part: str) -> list[str]:
@@ -52,8 +52,10 @@ def reviews(part: str) -> list[str]:
     import assets
 
     first = ROWS["train"] if part == "validation" else 0
-    with open(assets.reviews() / ("test.csv" if part == "test" else "train.csv"), newline="", encoding="utf-8") as file:
-        return [row["text"] for row in list(csv.DictReader(file))[first : first + ROWS[part]]]
+    name = "test.csv" if part in ("test", "prompts") else "train.csv"
+    with open(assets.reviews() / name, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row["text"] for row in rows[first : first + ROWS.get(part, PROMPTS)]]
 
 
 def file_of(name: str) -> Path:
@@ -260,7 +262,13 @@ def compared(ours: Any, file: Path, lora: Path | None, tokenizer: Any) -> dict[s
     from llama_cpp import Llama
 
     theirs = Llama(
-        str(file), lora_path=lora and str(lora), n_ctx=256, n_threads=1, logits_all=True, flash_attn=False, verbose=False
+        str(file),
+        lora_path=lora and str(lora),
+        n_ctx=256,
+        n_threads=1,
+        logits_all=True,
+        flash_attn=False,
+        verbose=False,
     )
 
     @torch.no_grad()
@@ -276,7 +284,7 @@ def compared(ours: Any, file: Path, lora: Path | None, tokenizer: Any) -> dict[s
         for which, logs in enumerate(both(row)):
             sums[which] -= float(logs[:-1].gather(1, torch.tensor(row[1:])[:, None]).mean())
     moved, gaps, same = [], [], 0
-    for text in reviews("test")[:PROMPTS]:
+    for text in reviews("prompts"):
         ids = tokenizer(text).input_ids[:12]
         told = list(ids)
         theirs.reset()

@@ -52,9 +52,9 @@ class BlocksConfig(PeftConfig):
             raise AdapterError(f"r={self.r!r} is no rank: give a whole number above 0, or None for full matrices.")
 
     def fields(self, kind: int) -> tuple[str, ...]:
-        """What is trained of a layer in blocks of the ggml type `kind`: of "minima" and "scales" those that it stores."""
-        there = {"minima": FORMATS[kind].minimum is not None, "scales": FORMATS[kind].scale is not None}
+        """Of "minima" and "scales", what is trained of a layer in blocks of the ggml type `kind`."""
+        places = {"minima": FORMATS[kind].minimum, "scales": FORMATS[kind].scale}
+        there = tuple(name for name, place in places.items() if place is not None)
         if self.train == "auto":
-            return ("minima",) if there["minima"] else ("scales",) if there["scales"] else ()
-        wanted = ("minima", "scales") if self.train == "both" else (self.train,)
-        return tuple(name for name in wanted if there[name])
+            return there[:1]
+        return tuple(name for name in there if self.train in (name, "both"))
