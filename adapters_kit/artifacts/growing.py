@@ -11,7 +11,7 @@ import numpy as np
 
 from adapters_kit.artifacts.mapped_table import keep_mapped
 
-_IN_MEMORY = 1 << 25  # bytes of one column
+_IN_MEMORY = 1 << 22  # bytes of one column
 
 
 class Growing:

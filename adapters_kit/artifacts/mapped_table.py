@@ -5,10 +5,12 @@ from __future__ import annotations
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import pyarrow as pa
 
+_PIECE = 1 << 22  # bytes
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
@@ -17,20 +19,40 @@ def on_disk(batches: Iterable[pa.Table]) -> list[pa.Table]:
 
     The file lies where `tempfile` puts such files (TMPDIR chooses).
     """
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        return []
     with tempfile.TemporaryFile(prefix="adapters_kit_rows_") as file:
         places = []
-        for batch in batches:
+        for batch in chain([first], batches):
             start = file.tell()
             with pa.ipc.new_stream(file, batch.schema) as writer:
                 writer.write_table(batch)
             places.append((start, file.tell()))
         file.flush()
-        if not places:
-            return []
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     keep_mapped(mapped)
     buffer = pa.py_buffer(mapped)
     return [pa.ipc.open_stream(buffer.slice(start, end - start)).read_all() for start, end in places]
+
+
+def kept(tables: Iterable[pa.Table]) -> list[pa.Table]:
+    """The same rows, in pieces of some megabytes: a few in memory, more in a file, as `on_disk`."""
+    pieces = _pieces(iter(tables))
+    first = next(pieces, None)
+    return [] if first is None else [first, *on_disk(pieces)]
+
+
+def _pieces(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    some: list[pa.Table] = []
+    for table in tables:
+        some.append(table)
+        if sum(one.nbytes for one in some) > _PIECE:
+            yield pa.concat_tables(some).combine_chunks()
+            some = []
+    if some:
+        yield pa.concat_tables(some).combine_chunks()
 
 
 def keep_mapped(mapped: mmap.mmap) -> None:

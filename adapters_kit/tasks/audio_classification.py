@@ -43,9 +43,7 @@ class AudioClassification(OneClassTask, HearingTask):
                 "(data.max_seconds): their end was cut.",
                 recordings_cut=len(cut),
             )
-        more: dict[str, list[Any]] = {
-            "positions": [self.positions(min(kind.seconds, self.max_seconds)) for kind in kinds]
-        }
+        more: dict[str, Any] = {"positions": [self.positions(min(kind.seconds, self.max_seconds)) for kind in kinds]}
         if answers:
             more["labels"] = self._numbers(data)
         return self.opened(data, range(len(data)), more)

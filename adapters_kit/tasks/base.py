@@ -89,7 +89,7 @@ class Task:
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks the rows and learns what they say about the task (the classes). Raises DataError."""
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> Sequence[int] | np.ndarray:
         """Numbers of the rows that do not say what is to be predicted: nothing to learn from, nothing to score by."""
         return []
 
@@ -97,11 +97,11 @@ class Task:
         """Recipe keys that `fit` and `bind` have found out, by dotted name: what the same run needs again."""
         return {"labels": self.labels, "data.columns": self.columns, "training.max_length": self.max_length}
 
-    def strata(self, data: Dataset) -> list[Any] | None:
+    def strata(self, data: Dataset) -> Sequence[Any] | None:
         """One class per row for a stratified split, or None."""
         return None
 
-    def groups(self, data: Dataset) -> list[Any] | None:
+    def groups(self, data: Dataset) -> Sequence[Any] | None:
         """What rows have in common that are held out together or not at all, one per row; None: each by itself."""
         return None
 
@@ -248,19 +248,20 @@ class Task:
         step, collate = step or self.step, collate or self.collate
         self.check_ids(features)
         state = PartialState()
-        order = sorted(range(len(features)), key=lambda i: -self.length(features[i]))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        order = np.argsort(-self.lengths(features), kind="stable")
+        batches = -(-len(order) // batch_size)
         # Every process runs the model equally often: a sharded forward is a meeting of all of them.
-        padded = batches + batches[-1:] * (-len(batches) % state.num_processes)
+        padded = [*range(batches), *[batches - 1] * (-batches % state.num_processes)] if batches else []
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         mine: list[tuple[int, Any]] = []
         try:
             with torch.no_grad(), autocast(model, device):
-                for number, rows in enumerate(padded):
+                for number, place in enumerate(padded):
                     if number % state.num_processes != state.process_index:
                         continue
+                    rows = order[place * batch_size : (place + 1) * batch_size].tolist()
                     batch = {k: v.to(device) for k, v in collate([features[i] for i in rows]).items() if k != "row"}
                     mine += zip(rows, step(model, batch), strict=True)
         finally:
@@ -282,7 +283,7 @@ class Task:
     def lengths(self, features: Features) -> np.ndarray:
         """`length` of every example, (examples,) int32."""
         if isinstance(features, Encoded) and type(self).length is Task.length and "input_ids" in features.ends:
-            return features.lengths("input_ids").astype(np.int32)
+            return features.lengths("input_ids")
         return np.fromiter((self.length(feature) for feature in features), np.int32, len(features))
 
     def texts(self, data: Dataset, role: str) -> Iterator[str]:

@@ -153,7 +153,7 @@ class HearingTask(Task):
             batch["attention_mask"] = pad_sequence(masks, batch_first=True)
         return batch, [len(one) for one in inputs]
 
-    def opened(self, data: Dataset, rows: Sequence[int], more: Mapping[str, Sequence[Any]]) -> Opened:
+    def opened(self, data: Dataset, rows: Sequence[int], more: Mapping[str, Any]) -> Opened:
         """Rows that are heard when their batch is made, with what else is known of each."""
         roles = [role for role in ("audio", "sampling_rate") if role in self.columns]
         return Opened(data, {role: self.columns[role] for role in roles}, rows, more)

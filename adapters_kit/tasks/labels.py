@@ -11,17 +11,18 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import in_parts
+from adapters_kit.tasks.rows import Numbered, cells, tables_in_parts
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 _NOT_A_NUMBER = {"nan", "na", "n/a", "null", "none"}
@@ -29,18 +30,22 @@ _SEPARATORS = ("|", ";", ",")
 _SCALE = 20  # so many different numbers with fractions are a scale, and no classes
 
 
-def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Callable[[Any, int], str | None]:
+def label_reader(
+    data: Dataset, column: str, given: Sequence[str] | None, known: Distinct | None = None
+) -> Callable[[Any, int], str | None]:
     """A function of a cell (or an item of a list in one) and its row that gives the label's name, None for no label.
 
     Args:
         given: the recipe's `labels`.
+        known: the column's values, where they were looked at.
 
     It raises DataError for what is no label: numbers with a fraction, objects.
     """
     kind = data.features[column]
     inner = getattr(kind, "feature", kind)
     names = inner.names if isinstance(inner, ClassLabel) else None
-    numbers = names is None and getattr(inner, "dtype", "") in ("string", "large_string") and _all_numbers(data, column)
+    texts = names is None and getattr(kind, "dtype", "") in ("string", "large_string")
+    numbers = texts and _all_numbers((known or distinct(data, column)).values)
     none = {"-1", "-100"} - set(given or ())
 
     def read(value: Any, row: int) -> str | None:
@@ -73,10 +78,10 @@ def label_reader(data: Dataset, column: str, given: Sequence[str] | None) -> Cal
     return read
 
 
-def _all_numbers(data: Dataset, column: str) -> bool:
-    """Whether every text in a column is a number or a word for none, as in tables that pandas wrote."""
+def _all_numbers(values: Iterable[Any]) -> bool:
+    """Whether every text is a number or a word for none, as in tables that pandas wrote."""
     found = False
-    for value in distinct(data, column)[0]:
+    for value in values:
         if not isinstance(value, str) or not value.strip() or value.strip().lower() in _NOT_A_NUMBER:
             continue
         if not _NUMBER.fullmatch(value.strip()):
@@ -91,21 +96,17 @@ def labels_of(data: Dataset, column: str, given: Sequence[str] | None = None) ->
     Raises:
         DataError: lists, where a row has one label; values that are no labels.
     """
-    names, rows = named_labels(data, column, given)
-    return [names[number] for number in rows.tolist()]
+    return list(named_labels(data, column, given))
 
 
-def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None) -> tuple[list[str | None], np.ndarray]:
-    """As `labels_of`: the names, of which some may be equal or None, and the place of every row's among them, (rows,)
-    int64: eight bytes a row, however long the names."""
-    read = label_reader(data, column, given)
-    values, rows = distinct(data, column)
+def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None) -> Numbered:
+    """As `labels_of`, by number."""
+    found = distinct(data, column)
+    read = label_reader(data, column, given, found)
     dash = given is None or "-" not in given
-    dash = dash and "-" in values and "+" not in values
-    first = dict(zip(*(part.tolist() for part in np.unique(rows, return_index=True)), strict=True))
+    dash = dash and "-" in found.values and "+" not in found.values
     names: list[str | None] = []
-    for number, value in enumerate(values):
-        row = first.get(number, 0)
+    for value, row in zip(found.values, found.first, strict=True):
         if isinstance(value, list):
             raise DataError(
                 f"Column {column!r}, row {row + 1} holds a list of labels, {value!r:.80}, where the task takes one. "
@@ -113,32 +114,51 @@ def named_labels(data: Dataset, column: str, given: Sequence[str] | None = None)
                 "with several labels set problem: multi-label; else give each row one label."
             )
         names.append(None if dash and value == "-" else read(value, row))
-    return names, rows
+    return Numbered(names, found.places)
 
 
-def distinct(data: Dataset, column: str) -> tuple[list[Any], np.ndarray]:
-    """The values of a column, each once, in the order in which they come, and the place of every row's among them,
-    (rows,) int64. Lists are not compared: each is a value of its own."""
-    values: list[Any] = []
+class Distinct(NamedTuple):
+    """The values of a column.
+
+    Attributes:
+        values: each once, in the order in which they come.
+        places: of every row's among them, (rows,) int32.
+        first: the first row of each.
+    """
+
+    values: list[Any]
+    places: np.ndarray
+    first: list[int]
+
+
+def distinct(data: Dataset, column: str) -> Distinct:
+    """The values of a column, each once. Lists are equal where they are written alike."""
+    found = Distinct([], np.empty(len(data), dtype=np.int32), [])
     known: dict[Any, int] = {}
-    rows = np.empty(len(data), dtype=np.int64)
-    for start, part in in_parts(data, [column]):
-        for row, value in enumerate(part[column], start):
-            key = (type(value), repr(value) if value != value else value)
-            place = len(values) if isinstance(value, list | dict) else known.setdefault(key, len(values))
-            if place == len(values):
-                values.append(value)
-            rows[row] = place
-    return values, rows
+    for start, table in tables_in_parts(data, [column]):
+        part = table.column(0).combine_chunks()
+        plain = pa.types.is_string(part.type) or pa.types.is_large_string(part.type) or pa.types.is_integer(part.type)
+        held = part.dictionary_encode("encode") if plain else None  # a thousand rows of few values at once
+        numbers = held.indices.to_numpy() if held is not None else np.arange(len(part))
+        firsts = np.unique(numbers, return_index=True)[1]
+        places = []
+        values = (held.dictionary if held is not None else part).to_pylist()
+        for value, row in zip(values, firsts.tolist(), strict=True):
+            key = (type(value), repr(value) if value != value or isinstance(value, list | dict) else value)
+            places.append(known.setdefault(key, len(known)))
+            if places[-1] == len(found.values):
+                found.values.append(value)
+                found.first.append(start + row)
+        found.places[start : start + len(part)] = np.asarray(places, dtype=np.int32)[numbers]
+    return found
 
 
-def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> list[list[str | None] | None]:
+def lists_of(data: Dataset, column: str, given: Sequence[str] | None = None) -> Iterator[list[str | None] | None]:
     """The labels of every row of a column of lists; None where the list itself is missing."""
     read = label_reader(data, column, given)
-    return [
-        None if value is None else [read(item, row) for item in (value if isinstance(value, list) else [value])]
-        for row, value in enumerate(data[column][:])
-    ]
+    for row, value in enumerate(cells(data, column)):
+        items = value if isinstance(value, list) else [value]
+        yield None if value is None else [read(item, row) for item in items]
 
 
 def places(data: Dataset, column: str, given: Sequence[str] | None) -> list[str] | None:
@@ -149,33 +169,43 @@ def places(data: Dataset, column: str, given: Sequence[str] | None) -> list[str]
     """
     if isinstance(data.features[column], Value | ClassLabel):
         return None
-    values = [value for value in data[column][:] if value is not None]
-    if isinstance(getattr(data.features[column], "feature", None), ClassLabel) or not values:
+    if isinstance(getattr(data.features[column], "feature", None), ClassLabel):
         return None
-    if not all(isinstance(value, list) and len(value) == len(values[0]) > 1 for value in values):
-        return None
-    fits = given is not None and len(given) == len(values[0])
-    # As numbers of classes, these would be all classes in every row.
-    if not all(isinstance(mark, bool | int | float) and mark in (0, 1) for value in values for mark in value):
-        return None
-    return list(map(str, range(len(values[0])))) if given is None else list(given) if fits else None
+    width = 0
+    for value in cells(data, column):
+        if value is None:
+            continue
+        width = width or (len(value) if isinstance(value, list) else 0)
+        if not isinstance(value, list) or len(value) != width or width < 2:
+            return None
+        # As numbers of classes, these would be all classes in every row.
+        if not all(isinstance(mark, bool | int | float) and mark in (0, 1) for mark in value):
+            return None
+    if given is not None:
+        return list(given) if len(given) == width else None
+    return list(map(str, range(width))) or None
 
 
-def separated(values: Sequence[str], notes: Notes, column: str) -> Callable[[str], list[str]]:
+def separated(values: Numbered, notes: Notes, column: str) -> Callable[[str], list[str]]:
     """How texts hold several labels, as a list in brackets or with a mark between them: how to take them apart.
 
     A blank is such a mark only if every label between blanks stands alone, or beside others, in other rows too.
     """
-    filled = [value.strip() for value in values if value.strip()]
+    filled: Counter[str] = Counter()
+    for value, count in zip(values.values, np.bincount(values.places, minlength=len(values.values)), strict=True):
+        if value and value.strip():
+            filled[value.strip()] += int(count)
     if filled and all(value[0] == "[" and value[-1] == "]" for value in filled):
-        notes.say(f"Column {column!r}: the labels are read from lists such as {filled[0]!r:.60}.")
+        notes.say(f"Column {column!r}: the labels are read from lists such as {next(iter(filled))!r:.60}.")
         return from_brackets
     mark = next((mark for mark in _SEPARATORS if any(mark in value for value in filled)), None)
     if mark is None and any(" " in value for value in filled):
-        together = Counter(part for value in filled for part in set(value.split()))
+        together: Counter[str] = Counter()
+        for value, count in filled.items():
+            together.update(dict.fromkeys(value.split(), count))
         alone = {value for value in filled if " " not in value}
         joined = {value for value in filled if " " in value}
-        if all(part in alone or together[part] > filled.count(value) for value in joined for part in value.split()):
+        if all(part in alone or together[part] > filled[value] for value in joined for part in value.split()):
             mark = " "
     if mark is None:
         return lambda text: [text]
@@ -276,25 +306,25 @@ def classes_of(
     train: Dataset, test: Dataset | None, column: str, given: Sequence[str] | None, notes: Notes
 ) -> list[str]:
     """The classes of a column of one label a row; see `class_names`."""
-    parts = [labels_of(data, column, given) if data is not None else [] for data in (train, test)]
+    parts = [named_labels(data, column, given).values if data is not None else [] for data in (train, test)]
     seen, held_out = ([name for name in part if name] for part in parts)
     return class_names(seen, held_out, given, column, notes, declared_names(train, column))
 
 
-def class_numbers(data: Dataset, column: str, given: Sequence[str] | None, classes: Sequence[str]) -> list[int]:
-    """The place of every row's label among the classes of the model.
+def class_numbers(data: Dataset, column: str, given: Sequence[str] | None, classes: Sequence[str]) -> np.ndarray:
+    """The place of every row's label among the classes of the model, (rows,) int64.
 
     Raises:
         DataError: a label that is none of them.
     """
     number = {name: index for index, name in enumerate(classes)}
-    names = labels_of(data, column, given)
-    strange = sorted({str(name) for name in names if name not in number})
+    names = named_labels(data, column, given)
+    strange = sorted({str(name) for name in names.values if name not in number})
     if strange:
         raise DataError(
             f"Column {column!r} has labels that the model does not know: {strange[:10]}; it knows {list(classes)}."
         )
-    return [number[name] for name in names if name is not None]
+    return np.asarray([number[name] for name in names.values], dtype=np.int64)[names.places]
 
 
 def declared_names(data: Dataset, column: str) -> list[str] | None:

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from adapters_kit.errors import DataError
+from adapters_kit.tasks.rows import cells
 
 _NONE = ("", "nan", "na", "n/a", "null", "none")
 
@@ -23,7 +24,7 @@ def numbers_of(data: Dataset, column: str, needs: str, *, truths: bool = False) 
         DataError: by row.
     """
     found = np.empty(len(data))
-    for index, value in enumerate(data[column][:]):
+    for index, value in enumerate(cells(data, column)):
         try:
             missing = value is None or (isinstance(value, str) and value.strip().lower() in _NONE)
             number = math.nan if missing else float("" if isinstance(value, bool) and not truths else value)

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task
-from adapters_kit.tasks.labels import class_numbers, classes_of, labels_of
+from adapters_kit.tasks.labels import class_numbers, classes_of, named_labels
 from adapters_kit.tasks.opened import Opened
+from adapters_kit.tasks.rows import Numbered
 
 
 class OneClassTask(Task):
@@ -25,21 +26,18 @@ class OneClassTask(Task):
     metric = "accuracy"
     higher_is_better = True
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> np.ndarray:
         """Rows without a class."""
-        return [row for row, name in enumerate(self._names(data)) if name is None]
+        return self.strata(data).rows_of(None)
 
-    def strata(self, data: Dataset) -> list[Any] | None:
+    def strata(self, data: Dataset) -> Numbered:
         """The class of each row."""
-        return self._names(data)
-
-    def _names(self, data: Dataset) -> list[str | None]:
-        return labels_of(data, self.columns["label"], self.recipe.labels)
+        return named_labels(data, self.columns["label"], self.recipe.labels)
 
     def _learn_classes(self, train: Dataset, test: Dataset | None) -> None:
         self.labels = classes_of(train, test, self.columns["label"], self.recipe.labels, self.notes)
 
-    def _numbers(self, data: Dataset) -> list[int]:
+    def _numbers(self, data: Dataset) -> np.ndarray:
         """The number of every row's class."""
         return class_numbers(data, self.columns["label"], self.recipe.labels, self.labels or [])
 

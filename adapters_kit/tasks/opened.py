@@ -26,7 +26,11 @@ class Opened(MadeRows):
     """
 
     def __init__(
-        self, data: Dataset, columns: Mapping[str, str], rows: Sequence[int], more: Mapping[str, Sequence[Any]]
+        self,
+        data: Dataset,
+        columns: Mapping[str, str],
+        rows: Sequence[int],
+        more: Mapping[str, Any],
     ) -> None:
         for column in columns.values():
             data = undecoded(data, column)

@@ -12,37 +12,124 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
+from datasets import Features as RowFeatures
+from datasets.table import InMemoryTable
 
 from adapters_kit.artifacts.growing import Growing
-from adapters_kit.artifacts.mapped_table import release_pages
+from adapters_kit.artifacts.mapped_table import kept, release_pages
 from adapters_kit.errors import DataError
 
 _AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not
-_CHARACTERS = 1 << 20  # of a part, where rows are long
+_BYTES = 1 << 20  # of a part, where rows are long
+_APART = 50  # numbers, of which a selection has one: further apart, rows are taken one by one
 _FAR = 12  # characters a token, behind which a text is looked at only if its tokens do not fill the row
 
 
 def in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     """(number of the first row, columns of some rows), over all of `data`."""
+    info = DatasetInfo(features=data.select_columns(list(dict.fromkeys(columns))).features)
+    for start, table in tables_in_parts(data, columns):
+        yield start, Dataset(table, info, fingerprint="part")[:]
+
+
+def tables_in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """As `in_parts`, as Arrow has them."""
     rows = data.select_columns(list(dict.fromkeys(columns)))
     start, size = 0, 100
     while start < len(rows):
-        part = rows[start : start + size]
+        part = _table(rows, start, min(start + size, len(rows)))
         yield start, part
         release_pages()
-        start += len(part[columns[0]])
-        longest = max((sum(map(_length, part[name])) for name in columns), default=0)
-        size = int(min(max(_CHARACTERS * size / max(longest, 1), 10), _AT_ONCE))
+        start += len(part)
+        size = int(min(max(_BYTES * len(part) / max(part.nbytes, 1), 10), _AT_ONCE))
 
 
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, str | list) else 1
+def _table(rows: Dataset, start: int, stop: int) -> pa.Table:
+    """Some rows; `datasets` takes those of a selection one by one, which takes ten times as long."""
+    if rows._indices is None:
+        return rows.data.table.slice(start, stop - start)
+    numbers = rows._indices.table.column(0).slice(start, stop - start).to_numpy()
+    first, last = int(numbers.min()), int(numbers.max())
+    if last - first >= _APART * len(numbers):
+        return rows.with_format("arrow")[start:stop]
+    return rows.data.table.slice(first, last + 1 - first).take(pa.array(numbers - first))
+
+
+def cells(data: Dataset, column: str) -> Iterator[Any]:
+    """The values of a column, one after the other."""
+    for _, part in in_parts(data, [column]):
+        yield from part[column]
+
+
+def each_row(data: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of all of `data`."""
+    for start, part in in_parts(data, data.column_names):
+        for number, values in enumerate(zip(*part.values(), strict=True), start):
+            yield number, dict(zip(part, values, strict=True))
+
+
+def chosen(data: Dataset, rows: np.ndarray) -> Dataset:
+    """The rows of these numbers, as `data.select` gives them; beyond a few, their numbers lie in a file."""
+    if not len(rows) or (int(rows[-1]) - int(rows[0]) == len(rows) - 1 and (np.diff(rows) == 1).all()):
+        return data.select(range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else [])
+    numbers = rows if data._indices is None else data._indices.table.column(0).to_numpy()[rows]
+    every = pa.table({"indices": pa.array(numbers.astype(np.uint64, copy=False))})
+    tables = kept(every.slice(start, _AT_ONCE * _AT_ONCE) for start in range(0, len(rows), _AT_ONCE * _AT_ONCE))
+    return Dataset(data.data, data.info.copy(), data.split, InMemoryTable(pa.concat_tables(tables)), uuid4().hex)
+
+
+def made(parts: Iterable[Mapping[str, Sequence[Any]]], features: RowFeatures) -> Dataset:
+    """Rows that are made a part at a time; beyond a few, they lie in a file."""
+    schema = features.arrow_schema
+    tables = kept(pa.table(dict(part), schema=schema) for part in parts)
+    whole = pa.concat_tables(tables) if tables else schema.empty_table()
+    return Dataset(whole, DatasetInfo(features=features), fingerprint=uuid4().hex)
+
+
+class Numbered(Sequence[Any]):
+    """Values of which many are equal, one a row.
+
+    Attributes:
+        values: each once, in the order in which they come.
+        places: of every row's among them, (rows,) int32: four bytes a row, however long the values.
+    """
+
+    def __init__(self, values: Sequence[Any], places: np.ndarray) -> None:
+        """`values` may be equal in part."""
+        first: dict[Hashable, int] = {}
+        names = np.asarray([first.setdefault(value, len(first)) for value in values], dtype=np.int32)
+        self.values: list[Any] = list(first)
+        self.places = names[places] if len(places) else np.zeros(0, dtype=np.int32)
+
+    @classmethod
+    def of(cls, values: Iterable[Hashable]) -> Numbered:
+        """These values by number."""
+        if isinstance(values, Numbered):
+            return values
+        first: dict[Hashable, int] = {}
+        places = np.fromiter((first.setdefault(value, len(first)) for value in values), np.int32)
+        return cls(list(first), places)
+
+    def rows_of(self, *values: Hashable) -> np.ndarray:
+        """The numbers of the rows that hold one of some values."""
+        return np.flatnonzero(np.isin(self.places, [self.values.index(one) for one in values if one in self.values]))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.values[place] for place in self.places)
+
+    def __getitem__(self, row: Any) -> Any:
+        found = self.places[row]
+        return [self.values[place] for place in found] if isinstance(row, slice) else self.values[found]
 
 
 def check_text(values: Sequence[Any], start: int, column: str, role: str, names: Sequence[str]) -> list[str]:
@@ -206,8 +293,13 @@ class Encoded(MadeRows):
         return found
 
     def lengths(self, key: str) -> np.ndarray:
-        """How many values each row has under a key of lists, (rows,) int64."""
-        return np.diff(self.ends[key][:], prepend=0)
+        """How many values each row has under a key of lists, (rows,) int32."""
+        found, ends = np.empty(len(self), dtype=np.int32), self.ends[key]
+        for start in range(0, len(self), _AT_ONCE):
+            part = ends[max(start - 1, 0) : start + _AT_ONCE]
+            found[start : start + _AT_ONCE] = np.diff(part) if start else np.diff(part, prepend=0)
+        release_pages()
+        return found
 
 
 def one_row(row: Mapping[str, Any]) -> Dataset:

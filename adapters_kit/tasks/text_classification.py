@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,10 +15,10 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
-from adapters_kit.tasks.labels import class_names, declared_names, labels_of, lists_of, named_labels, places, separated
+from adapters_kit.tasks.labels import class_names, declared_names, lists_of, named_labels, places, separated
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut, truncated_ids
+from adapters_kit.tasks.rows import Encoded, cells, check_text, in_parts, number_cut, truncated_ids
 
 _LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
     "single-label": "single_label_classification",
@@ -83,17 +82,17 @@ class TextClassification(Task):
     def _set_metric(self) -> None:
         self.metric = {"multi-label": "f1", "regression": "pearson"}.get(self.problem, type(self).metric)
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> Sequence[int] | np.ndarray:
         """Rows without a label, or without a number for a regression; an empty list of labels is one."""
         problem, column = self._guess(data), self.columns["label"]
         if problem == "regression":
-            return np.flatnonzero(np.isnan(numbers_of(data, column, "Regression"))).tolist()
+            return np.flatnonzero(np.isnan(numbers_of(data, column, "Regression")))
         if problem == "multi-label":
             lists = lists_of(data, column, self.recipe.labels)
             text = not _is_list(data, column)
-            return [row for row, names in enumerate(lists) if names is None or None in names or (text and not names)]
-        names, rows = named_labels(data, column, self.recipe.labels)
-        return np.flatnonzero(np.isin(rows, [place for place, name in enumerate(names) if name is None])).tolist()
+            none = (names is None or None in names or (text and not names) for names in lists)
+            return np.flatnonzero(np.fromiter(none, bool, len(data)))
+        return named_labels(data, column, self.recipe.labels).rows_of(None)
 
     def _guess(self, data: Dataset) -> str:
         guess = "multi-label" if _is_list(data, self.columns["label"]) else "single-label"
@@ -119,39 +118,44 @@ class TextClassification(Task):
             return
         column = self.columns["label"]
         if self.problem == "multi-label" and not _is_list(train, column):
-            self._apart = separated([name for name in labels_of(train, column) if name], self.notes, column)
-        one_each = self.problem == "multi-label" and all(len(names or ()) < 2 for names in train[column][:])
-        if self.recipe.problem is None and one_each:
+            self._apart = separated(named_labels(train, column, self.recipe.labels), self.notes, column)
+        guessed = self.recipe.problem is None and self.problem == "multi-label"
+        if guessed and all(len(names or ()) < 2 for names in cells(train, column)):
             self.notes.say(
                 f"Column {column!r} holds lists, each of one label: problem: multi-label is taken: a row may have "
                 "several. For one label a row, write it without a list."
             )
         self._marked = places(train, column, self.recipe.labels) is not None
-        seen = [self._names(data) for data in parts]
+        seen = [self._seen(data) for data in parts]
         declared = declared_names(train, column)
-        held_out = seen[1] if test is not None else []
-        least = 1 if self.problem == "multi-label" and not all(seen[0]) else 2
-        names = _flat(seen[0]), _flat(held_out)
+        held_out = seen[1] if test is not None else set()
+        least = 1 if self.problem == "multi-label" and "" in seen[0] else 2
+        names = seen[0] - {""}, held_out - {""}
         self.labels = class_names(*names, self.recipe.labels, column, self.notes, declared, least=least)
 
-    def _names(self, data: Dataset) -> list[list[str]]:
-        """The labels of every row that has some: one, or any number of them under multi-label."""
-        column = self.columns["label"]
-        if self.problem == "multi-label" and _is_list(data, column):
-            if self._marked is not False and (names := places(data, column, self.recipe.labels)) is not None:
-                return [[name for name, mark in zip(names, row, strict=True) if mark] for row in data[column][:]]
-            return [[name for name in names or () if name] for names in lists_of(data, column, self.recipe.labels)]
-        names = [name or "" for name in labels_of(data, column, self.recipe.labels)]
-        apart = self._apart if self.problem == "multi-label" and self._apart is not None else None
-        # One list for all rows with the same label.
-        lists = {name: apart(name) if apart else [name] if name else [] for name in set(names)}
-        return [lists[name] for name in names]
+    def _seen(self, data: Dataset) -> set[str]:
+        """The labels that occur; an empty one where a row has none."""
+        if self.problem == "multi-label":
+            return {name for names in self._sets(data) for name in names or [""]}
+        return {name or "" for name in named_labels(data, self.columns["label"], self.recipe.labels).values}
 
-    def strata(self, data: Dataset) -> list[Any] | None:
+    def _sets(self, data: Dataset) -> Iterator[list[str]]:
+        """The labels of each row, under multi-label."""
+        column = self.columns["label"]
+        if not _is_list(data, column):
+            named = named_labels(data, column, self.recipe.labels)
+            apart = self._apart or (lambda name: [name])
+            lists = [apart(name) if name else [] for name in named.values]  # one for all rows with the same
+            return (lists[place] for place in named.places)
+        if self._marked is not False and (names := places(data, column, self.recipe.labels)) is not None:
+            return ([name for name, mark in zip(names, row, strict=True) if mark] for row in cells(data, column))
+        return ([name for name in row or () if name] for row in lists_of(data, column, self.recipe.labels))
+
+    def strata(self, data: Dataset) -> Sequence[Any] | None:
         """The class of each row; None where a row has not exactly one."""
         if self.problem != "single-label":
             return None
-        return [names[0] for names in self._names(data)]
+        return named_labels(data, self.columns["label"], self.recipe.labels)
 
     def found(self) -> dict[str, Any]:
         """The problem too: predictions have no labels to tell it from."""
@@ -200,7 +204,7 @@ class TextClassification(Task):
                 if "token_type_ids" in encoded:
                     feature["token_type_ids"] = compact(encoded["token_type_ids"][offset])
                 if targets is not None:
-                    feature["labels"] = targets[start + offset]
+                    feature["labels"] = next(targets)
                 features.append(feature)
         if ends:
             self.notes.say(
@@ -218,34 +222,33 @@ class TextClassification(Task):
             )
         return features
 
-    def _targets(self, data: Dataset) -> Sequence[Any]:
+    def _targets(self, data: Dataset) -> Iterator[Any]:
+        """What is learned of each row, one after the other."""
         if self.problem == "regression":
-            return numbers_of(data, self.columns["label"], "Regression").tolist()
+            return map(float, numbers_of(data, self.columns["label"], "Regression"))
         labels = self.labels or []
         number = {name: index for index, name in enumerate(labels)}
         if self.problem == "single-label":
             return self._numbered(data, number)
-        rows = self._names(data)
-        unknown = sorted(_flat(rows) - set(number))
+        unknown = sorted(self._seen(data) - {"", *number})
         if unknown:
             raise self._unknown(unknown)
-        targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
-        for row, names in enumerate(rows):
-            targets[row, [number[name] for name in names]] = 1
-        return list(targets)
+        return (
+            np.isin(np.arange(len(labels)), [number[name] for name in names]).astype(np.float32)
+            for names in self._sets(data)
+        )
 
-    def _numbered(self, data: Dataset, number: Mapping[str, int]) -> Sequence[int]:
-        """The class of every row by its number."""
-        names, rows = named_labels(data, self.columns["label"], self.recipe.labels)
-        found = np.asarray([-1 if name is None else number.get(name, -2) for name in names])[rows]
-        if (found == -2).any():
-            raise self._unknown(sorted({str(names[place]) for place in np.unique(rows[found == -2])}))
-        missing = np.flatnonzero(found == -1)
+    def _numbered(self, data: Dataset, number: Mapping[str, int]) -> Iterator[int]:
+        """The class of each row by its number."""
+        named = named_labels(data, self.columns["label"], self.recipe.labels)
+        if unknown := sorted(str(name) for name in named.values if name is not None and name not in number):
+            raise self._unknown(unknown)
+        missing = named.rows_of(None)
         if len(missing):
             raise DataError(
                 f"Column {self.columns['label']!r}: row {missing[0] + 1} has no label, which a score needs."
             )
-        return array("l", found.astype(np.int_).tobytes())
+        return (number[named.values[place]] for place in named.places)
 
     def _unknown(self, names: Sequence[str]) -> DataError:
         column = self.columns["label"]
@@ -308,7 +311,3 @@ def _pad_without_end(tokenizer: Any, model: nn.Module) -> None:
 
 def _is_list(data: Dataset, column: str) -> bool:
     return isinstance(data.features[column], ListFeature | LargeList | list)
-
-
-def _flat(rows: Sequence[Sequence[str]]) -> set[str]:
-    return {name for names in rows for name in names}

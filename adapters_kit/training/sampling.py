@@ -29,19 +29,22 @@ class OrderedByEpoch(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(len(self.lengths), generator=generator)
+        few = len(self.lengths) < 2**31  # the same numbers, at four bytes each
+        order = torch.randperm(len(self.lengths), generator=generator, dtype=torch.int32 if few else torch.int64)
         if not self.group:
             return one_by_one(order)
         for part in order.split(self.batch_size * self.window):
             part.copy_(part[self.lengths[part].argsort(descending=True, stable=True)])
         # A short last batch must stay last: everything else has to fill up exactly.
         full = len(order) // self.batch_size
-        batches, last = order[: full * self.batch_size].view(full, self.batch_size), order[full * self.batch_size :]
+        batches = order[: full * self.batch_size].view(full, self.batch_size)
         if full:
             batches = batches[torch.randperm(full, generator=generator)]
-            longest = int(self.lengths[batches].amax(1).numpy().argmax())  # the first of them
-            batches = torch.cat([batches[longest : longest + 1], batches[:longest], batches[longest + 1 :]])
-        return one_by_one(torch.cat([batches.flatten(), last]))
+            # A batch begins with its longest row; the first of the longest goes to the front.
+            longest = int(self.lengths[batches[:, 0]].numpy().argmax())
+            batches[: longest + 1] = batches[: longest + 1].roll(1, 0)
+            order[: full * self.batch_size] = batches.flatten()
+        return one_by_one(order)
 
 
 def one_by_one(order: torch.Tensor) -> Iterator[int]:

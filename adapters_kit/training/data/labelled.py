@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value
 
 from adapters_kit.errors import DataError
 from adapters_kit.task_table import roles_of
 from adapters_kit.tasks.base import Task
+from adapters_kit.tasks.rows import cells, chosen, in_parts, made
 from adapters_kit.training.data.columns import header_is_a_row, recognise, unused
 from adapters_kit.training.data.media import located
 from adapters_kit.training.data.sources import Source
@@ -66,12 +68,20 @@ def of_roles(rows: Dataset, columns: Mapping[str, str], task: Task, folder: Path
     for role, column in columns.items():
         kind = rows.features[column]
         if isinstance(kind, ClassLabel) and role not in task.targets:  # a text that was saved as categories
-            names = [None if value is None else kind.int2str(value) for value in rows[column][:]]
-            rows = rows.remove_columns(column).add_column(column, names)
+            rows = _spelled(rows, column, kind)
     for role in ("image", "audio"):
         if role in columns and folder is not None:
             rows = located(rows, columns[role], folder)
     return rows
+
+
+def _spelled(rows: Dataset, column: str, kind: ClassLabel) -> Dataset:
+    """The rows with a column's categories as texts."""
+    parts = (
+        {**part, column: [None if value is None else kind.int2str(value) for value in part[column]]}
+        for _, part in in_parts(rows, rows.column_names)
+    )
+    return made(parts, Features({**rows.features, column: Value("string")}))
 
 
 def refuse_unlabelled(task: Task, rows: Dataset) -> None:
@@ -80,8 +90,8 @@ def refuse_unlabelled(task: Task, rows: Dataset) -> None:
     Raises:
         DataError: with their numbers.
     """
-    missing = task.unlabelled(rows)
-    if missing:
+    missing = np.asarray(task.unlabelled(rows))
+    if len(missing):
         column = task.target
         raise DataError(
             f"{len(missing):,} of {len(rows):,} training rows have no label in column {column!r}: "
@@ -96,8 +106,8 @@ def labelled(task: Task, rows: Dataset, part: str) -> Dataset:
     Raises:
         DataError: no row has one.
     """
-    missing = task.unlabelled(rows)
-    if not missing:
+    missing = np.asarray(task.unlabelled(rows), dtype=np.int64)
+    if not len(missing):
         return rows
     column = task.target
     if len(missing) == len(rows):
@@ -109,18 +119,19 @@ def labelled(task: Task, rows: Dataset, part: str) -> Dataset:
         f"{len(missing):,} of {len(rows):,} rows of {part!r} have no label and count in no score: {_numbers(missing)}.",
         rows_without_label=len(missing),
     )
-    out = set(missing)
-    return rows.select([row for row in range(len(rows)) if row not in out])
+    left = np.ones(len(rows), dtype=bool)
+    left[missing] = False
+    return chosen(rows, np.flatnonzero(left))
 
 
-def _numbers(rows: Sequence[int]) -> str:
+def _numbers(rows: np.ndarray) -> str:
     shown = ", ".join(str(row + 1) for row in rows[:10])
     return f"row{'s' * (len(rows) > 1)} {shown}{' …' if len(rows) > 10 else ''}"
 
 
-def _mark_of_none(rows: Dataset, column: str, missing: Sequence[int]) -> str:
-    mark = str(rows[missing[0]][column])
+def _mark_of_none(rows: Dataset, column: str, missing: np.ndarray) -> str:
+    mark = str(rows[int(missing[0])][column])
     if mark not in ("-1", "-"):
         return ""
-    names = sorted({str(value) for value in rows[column][:]})[:10]
+    names = sorted({str(value) for value in cells(rows, column)})[:10]
     return f' {mark} means "no label"; if it is a class here, name the classes: labels: {names}.'

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Audio, Dataset, Image
-from sklearn.model_selection import train_test_split
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import in_parts
+from adapters_kit.tasks.rows import Numbered, chosen, in_parts
 
 
 class Splits(NamedTuple):
@@ -26,7 +24,9 @@ class Splits(NamedTuple):
 
 def take(data: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows, drawn with the seed."""
-    return data if limit is None or limit >= len(data) else data.shuffle(seed=seed).select(range(limit))
+    if limit is None or limit >= len(data):
+        return data
+    return chosen(data, np.random.default_rng(seed).permutation(len(data))[:limit])  # as `data.shuffle` draws them
 
 
 def in_both(parts: Splits) -> int:
@@ -34,14 +34,20 @@ def in_both(parts: Splits) -> int:
     columns = parts.train.column_names
     if any(isinstance(kind, Image | Audio) for kind in parts.train.features.values()):
         return 0  # files: to compare them is to read them all
-    seen, asked = (np.fromiter(map(hash, _written(rows, columns)), np.int64, len(rows)) for rows in parts)
-    return int(np.isin(asked, seen).sum())
+    asked = np.concatenate([*_hashes(parts.test, columns), np.zeros(0, dtype=np.int64)])
+    names, counts = np.unique(asked, return_counts=True)
+    seen = np.zeros(len(names), dtype=bool)
+    for found in _hashes(parts.train, columns):
+        places = np.searchsorted(names, found).clip(max=len(names) - 1)
+        seen[places[names[places] == found]] = True
+    return int(counts[seen].sum())
 
 
-def _written(rows: Dataset, columns: Sequence[str]) -> Iterator[str]:
+def _hashes(rows: Dataset, columns: Sequence[str]) -> Iterator[np.ndarray]:
+    """A number for each row, equal for equal rows; a part of the rows at a time."""
     for _, part in in_parts(rows, columns):
-        for row in zip(*(part[name] for name in columns), strict=True):
-            yield repr(row)
+        written = (repr(row) for row in zip(*(part[name] for name in columns), strict=True))
+        yield np.fromiter(map(hash, written), np.int64)
 
 
 def split(
@@ -71,23 +77,25 @@ def split(
         return _all_in_both(data, "there is one only", notes)
     if count >= rows:
         raise DataError(f"Cannot set {count} of {rows} rows aside: lower data.test_size or give data.test.")
+    named = Numbered.of(classes) if classes is not None else None
     if groups is not None:
-        held_out = _whole_groups(groups, count, seed)
+        held_out = _whole_groups(Numbered.of(groups), count, seed)
     else:
-        held_out = _any_rows(rows, count, seed) if classes is None else _stratified(classes, count, seed)
-    if classes is not None and notes is not None and held_out:
-        lacking = sorted({str(name) for name in classes} - {str(classes[row]) for row in held_out})
+        held_out = _any_rows(rows, count, seed) if named is None else _stratified(named, count, seed)
+    if named is not None and notes is not None and len(held_out):
+        shown = {str(named.values[place]) for place in np.unique(named.places[held_out])}
+        lacking = sorted({str(name) for name in named.values} - shown)
         if lacking:
             notes.say(
                 f"{len(lacking)} classes are not in the held-out part of {count:,} rows, so that no score tells of "
                 f"them: {', '.join(lacking[:10])}."
             )
-    if not held_out:
+    if not len(held_out):
         alone = "each is the only one of its class" if groups is None else "all belong together"
         return _all_in_both(data, alone, notes)
     kept = np.ones(rows, dtype=bool)
     kept[held_out] = False
-    return Splits(data.select(np.flatnonzero(kept)), data.select(np.flatnonzero(~kept)))
+    return Splits(chosen(data, np.flatnonzero(kept)), chosen(data, np.flatnonzero(~kept)))
 
 
 def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
@@ -101,38 +109,74 @@ def _all_in_both(data: Dataset, reason: str, notes: Notes | None) -> Splits:
     return Splits(data, data)
 
 
-def _any_rows(rows: int, count: int, seed: int) -> list[int]:
-    return train_test_split(np.arange(rows), test_size=count, random_state=seed)[1].tolist()
+def _any_rows(rows: int, count: int, seed: int) -> np.ndarray:
+    """The rows that scikit-learn's train_test_split sets aside, which needs five times the memory."""
+    return np.random.RandomState(seed).permutation(rows)[:count]
 
 
-def _whole_groups(groups: Sequence[Hashable], count: int, seed: int) -> list[int]:
+def _whole_groups(groups: Numbered, count: int, seed: int) -> np.ndarray:
     """At least `count` rows in whole groups; none if that would be all groups."""
-    members: dict[Hashable, list[int]] = {}
-    for row, name in enumerate(groups):
-        members.setdefault(name, []).append(row)
-    names = list(members)
-    found: list[int] = []
-    for number in np.random.default_rng(seed).permutation(len(names))[:-1]:
-        if len(found) < count:
-            found += members[names[number]]
-    return found
+    sizes = np.bincount(groups.places, minlength=len(groups.values))
+    order = np.random.default_rng(seed).permutation(len(sizes))[:-1]
+    before = np.cumsum(sizes[order]) - sizes[order]
+    held_out = np.zeros(len(sizes), dtype=bool)
+    held_out[order[before < count]] = True
+    return np.flatnonzero(held_out[groups.places])
 
 
-def _stratified(classes: Sequence[Hashable], count: int, seed: int) -> list[int]:
+def _stratified(classes: Numbered, count: int, seed: int) -> np.ndarray:
     """Rows to set aside: of every class as many as its share, and never all of a class."""
-    counts = Counter(classes)
-    divisible = np.fromiter((row for row, name in enumerate(classes) if counts[name] > 1), np.int64)
-    kinds = sum(number > 1 for number in counts.values())
-    if count >= kinds and len(divisible) - count >= kinds > 1:
-        place = {name: number for number, name in enumerate(sorted(counts, key=str))}
-        names = np.fromiter((place[classes[row]] for row in divisible), np.int64, len(divisible))
-        found = train_test_split(divisible, test_size=count, random_state=seed, stratify=names)[1]
+    counts = np.bincount(classes.places, minlength=len(classes.values))
+    several = counts > 1
+    kinds, divisible = int(several.sum()), int(counts[several].sum())
+    if count >= kinds and divisible - count >= kinds > 1:
+        by_name = sorted(range(len(counts)), key=lambda place: str(classes.values[place]))
+        held_out = _by_shares(classes.places, [place for place in by_name if several[place]], count, seed)
         # Rounded shares can take the whole of a small class.
-        if all(held < counts[name] for name, held in Counter(classes[row] for row in found).items()):
-            return found.tolist()
-    left, found = Counter(counts), []
-    for row in np.random.default_rng(seed).permutation(len(classes)).tolist():
-        if len(found) < count and left[classes[row]] > 1:
-            left[classes[row]] -= 1
-            found.append(row)
-    return found
+        if (np.bincount(classes.places[held_out], minlength=len(counts)) < counts).all():
+            return held_out
+    found: list[int] = []
+    for row in np.random.default_rng(seed).permutation(len(classes)):
+        if len(found) == count:
+            break
+        if counts[classes.places[row]] > 1:
+            counts[classes.places[row]] -= 1
+            found.append(int(row))
+    return np.asarray(found, dtype=np.int64)
+
+
+def _by_shares(places: np.ndarray, kinds: Sequence[int], count: int, seed: int) -> np.ndarray:
+    """The rows that scikit-learn's stratified train_test_split sets aside, which makes lists of all rows on the way.
+
+    Args:
+        places: the class of each row.
+        kinds: the classes of which rows are set aside, in the order in which they are drawn from.
+    """
+    rng = np.random.RandomState(seed)
+    counts = np.bincount(places)
+    sizes = counts[list(kinds)]
+    kept = _shares(sizes, int(sizes.sum()) - count, rng)
+    held = _shares(sizes - kept, count, rng)
+    order = np.argsort(places, kind="stable")
+    ends = np.cumsum(counts)
+    found = []
+    for kind, size, behind, more in zip(kinds, sizes, kept, held, strict=True):
+        members = order[ends[kind] - size : ends[kind]]
+        found.append(members[rng.permutation(size)[behind : behind + more]])
+    return np.concatenate(found)
+
+
+def _shares(sizes: np.ndarray, draws: int, rng: np.random.RandomState) -> np.ndarray:
+    """How many of `draws` fall to each class: its share, rounded down, and one more where most was cut off; among
+    equal ones, chance decides."""
+    exact = sizes / sizes.sum() * draws
+    found = np.floor(exact)
+    rest, left = exact - found, int(draws - found.sum())
+    for most in sorted(set(rest.tolist()), reverse=True):
+        if left <= 0:
+            break
+        equal = np.flatnonzero(rest == most)
+        more = rng.choice(equal, size=min(len(equal), left), replace=False)
+        found[more] += 1
+        left -= len(more)
+    return found.astype(np.int64)
