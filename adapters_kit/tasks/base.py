@@ -251,16 +251,14 @@ class Task:
         order = np.argsort(-self.lengths(features), kind="stable")
         starts = list(range(0, len(order), batch_size))
         # Every process runs the model equally often: a sharded forward is a meeting of all of them.
-        padded = starts + starts[-1:] * (-len(starts) % state.num_processes)
+        starts += starts[-1:] * (-len(starts) % state.num_processes)
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
         mine: list[tuple[int, Any]] = []
         try:
             with torch.no_grad(), autocast(model, device):
-                for number, start in enumerate(padded):
-                    if number % state.num_processes != state.process_index:
-                        continue
+                for start in starts[state.process_index :: state.num_processes]:
                     rows = order[start : start + batch_size].tolist()
                     batch = {k: v.to(device) for k, v in collate([features[i] for i in rows]).items() if k != "row"}
                     mine += zip(rows, step(model, batch), strict=True)
@@ -380,7 +378,8 @@ def pad_inputs(features: Features, processor: Any, side: str = "right") -> dict[
 
 def first_token(tokenizer: Any) -> int:
     """The token that stands where there is no other: of the beginning, the end, or padding."""
-    return next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None), 0)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in special if token is not None), 0)
 
 
 def of_the_text(logits: torch.Tensor, length: int) -> torch.Tensor:
