@@ -4,6 +4,7 @@ Nothing of the model is built here. What cannot be trusted is refused: unknown m
 files, values that are not finite.
 """
 
+import ast
 import dataclasses
 import os
 import pickle
@@ -19,6 +20,7 @@ import torch
 from adapters_kit.artifacts import foreign, mlx
 from adapters_kit.artifacts.checkpoint import open_file
 from adapters_kit.artifacts.json_file import read_json
+from adapters_kit.artifacts.option_types import lora_types, types_of, unfit
 from adapters_kit.artifacts.record_reader import read_record
 from adapters_kit.artifacts.unread import PICKLE, WEIGHTS, check_all_read
 from adapters_kit.errors import ShippingError, did_you_mean
@@ -104,18 +106,13 @@ def read_config(folder: Path) -> Any:
             f"{folder / CONFIG} is of type {kind!r}, which is not known here. {hint} "
             "If another package provides it, install that package."
         )
+    check_fields(folder, raw)
     check_options(folder, raw)
     try:
         config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**raw))
     except Exception as error:  # peft raises whatever the fields provoke
         raise ShippingError(f"{folder / CONFIG} is not a usable peft config: {error}") from error
     config.base_model_name_or_path = named_base(folder, config.base_model_name_or_path)  # peft looks into its config
-    for name in ("target_modules", "modules_to_save", "target_parameters", "exclude_modules"):
-        value = getattr(config, name, None)
-        pattern = isinstance(value, str) and name in ("target_modules", "exclude_modules")
-        names = isinstance(value, list | tuple | set) and all(isinstance(part, str) for part in value)
-        if not (value is None or pattern or names):
-            raise ShippingError(f"{folder / CONFIG}: {name} is {value!r}, where a list of module names belongs.")
     return config
 
 
@@ -262,22 +259,24 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     return Adapter(folder, raw, _tidy(folder, read_weights(folder)), read_record(folder))
 
 
-_TEXTS = ("base_model_name_or_path", "revision", "task_type")
-_FLAGS = ("fan_in_fan_out", "lora_bias", "inference_mode")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
 
 
 def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
-    """Refuse values of the wrong kind in what is read here; what only peft reads is peft's to refuse."""
+    """Refuse values of another type than the config of the method has there, and numbers that nothing computes with.
+
+    Args:
+        raw: the config. Of a method that is not known here, only what all methods have is looked at.
+
+    Raises:
+        ShippingError: naming the key.
+    """
 
     def refuse(key: str, wanted: str) -> NoReturn:
-        raise ShippingError(f"{folder / CONFIG}: {key} is {str(raw[key])[:80]!r}; it has to be {wanted}.")
+        raise ShippingError(f"{folder / CONFIG}: {key} is {repr(raw[key])[:80]}; it has to be {wanted}.")
 
     if not isinstance(raw.get("peft_type"), str | None):
         refuse("peft_type", "the name of a method")
-    for key in _TEXTS:
-        if not isinstance(raw.get(key), str | None):
-            refuse(key, "a text")
     for key in _NAMES:
         value = raw.get(key)
         listed = isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
@@ -285,42 +284,21 @@ def check_fields(folder: Path, raw: Mapping[str, Any]) -> None:
             refuse(key, "a list of names")
     if "r" in raw and str(raw.get("peft_type")).lower() == "lora" and (type(raw["r"]) is not int or raw["r"] < 1):
         refuse("r", "a whole number, 1 or more")
-    if not isinstance(raw.get("auto_mapping"), dict | None):
-        refuse("auto_mapping", "a table")
-    for key in ("r", "lora_alpha"):
-        value = raw.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not isinstance(value, dict | list) and not number:
-            refuse(key, "a finite number")
-    for key, value in raw.items():
-        if (key in _FLAGS or key.startswith("use_")) and isinstance(value, str | list):  # "false" counts as true
-            refuse(key, "true or false")
-        if not _fits(value):
-            refuse(key, "a finite number, one that float32 holds")
-    for key in ("rank_pattern", "alpha_pattern"):
-        value = raw.get(key)
-        if key == "rank_pattern" and _is_kept_ranks(value):
-            continue
-        numbers = isinstance(value, dict) and all(isinstance(one, int | float) for one in value.values())
-        if value is not None and not numbers:
-            refuse(key, "a table of numbers")
+    if (found := unfit(_types(raw), raw)) is not None:
+        refuse(*found)
+    parts = raw.get("parts")  # of several methods together
+    for part in parts.values() if isinstance(parts, Mapping) else ():
+        if isinstance(part, Mapping):
+            check_fields(folder, part)
 
 
-_LARGEST = 3.4e38
-"""About the largest number of float32, in which adapters compute."""
+def _types(raw: Mapping[str, Any]) -> dict[str, ast.expr]:
+    kind = str(raw.get("peft_type")).lower()
+    if kind == "lora":  # the merge of a plain LoRA needs no peft
+        return lora_types()
+    from adapters_kit.peft_plugin import peft_methods
 
-
-def _fits(value: Any) -> bool:
-    """Whether every number in a value of JSON is one that can be computed with: neither NaN, nor infinite, nor huge."""
-    if isinstance(value, dict | list):
-        return all(map(_fits, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int | float) or (value == value and abs(value) <= _LARGEST)
-
-
-def _is_kept_ranks(value: Any) -> bool:
-    """AdaLoRA's pattern is another: which of a layer's ranks are kept, yes or no for each."""
-    lists = isinstance(value, dict) and all(isinstance(one, list) for one in value.values())
-    return lists and all(type(kept) is bool for one in value.values() for kept in one)
+    return types_of(peft_methods().get(kind, object))
 
 
 # Whole numbers of a config that are no sizes: how long it was trained, seeds, scales, which tokens.

@@ -1,6 +1,7 @@
 """From a method and the options given to a peft config that fits a model: defaults, targets, task, head, checked."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -8,10 +9,12 @@ from peft import PeftConfig, PromptLearningConfig, TaskType
 from torch import nn
 
 from adapters_kit.anatomy import base_model, head, pooler
+from adapters_kit.artifacts.option_types import types_of, unfit
 from adapters_kit.artifacts.patterns import unusable
 from adapters_kit.errors import AdapterError, ModelError, UnknownNameError, did_you_mean
+from adapters_kit.methods.beside import OwnConfig
 from adapters_kit.methods.catalogue import find_method
-from adapters_kit.methods.targets import check_targets
+from adapters_kit.methods.targets import check_targets, in_layers
 from adapters_kit.task_table import OTHER_HEADS, TASKS
 
 
@@ -21,9 +24,30 @@ def label(method: str | PeftConfig) -> str:
 
 
 def fields(method: str | PeftConfig) -> set[str]:
-    """The names of the options that a method has."""
+    """The names of the options that a method has, without what its config says about itself."""
     owner = type(method) if isinstance(method, PeftConfig) else find_method(method).config_class
-    return {field.name for field in dataclasses.fields(owner)}
+    return {field.name for field in dataclasses.fields(owner)} - {"peft_type", "auto_mapping", "peft_version"}
+
+
+def check_options(method: str | PeftConfig, options: Mapping[str, Any]) -> None:
+    """Refuse options that the method does not have, and values that mean nothing.
+
+    Raises:
+        UnknownNameError: an option that does not exist.
+        AdapterError: a value of another type than the method's config has there, or that nothing computes with.
+    """
+    known = fields(method)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        hints = " ".join(f"{name!r}: {did_you_mean(name, known)}" for name in unknown)
+        raise UnknownNameError(f"{label(method)} has no option {', '.join(map(repr, unknown))}. {hints}")
+    owner = type(method) if isinstance(method, PeftConfig) else find_method(method).config_class
+    found = unfit(types_of(owner), options)
+    if found is None and options.get("lora_alpha", 1) == 0:
+        found = "lora_alpha", "another number: what is multiplied with 0 learns nothing"
+    if found is not None:
+        key, wanted = found
+        raise AdapterError(f"{label(method)}: {key} is {repr(options[key])[:80]}; it has to be {wanted}.")
 
 
 def build(model: nn.Module, method: str | PeftConfig, options: dict[str, Any], for_task: bool = False) -> PeftConfig:
@@ -40,22 +64,22 @@ def build(model: nn.Module, method: str | PeftConfig, options: dict[str, Any], f
         UnknownNameError: an option or a target that does not exist.
         ModelError: a method that the model does not suit.
     """
-    known = fields(method)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        hints = " ".join(f"{name!r}: {did_you_mean(name, known)}" for name in unknown)
-        raise UnknownNameError(f"{label(method)} has no option {', '.join(map(repr, unknown))}. {hints}")
+    given = {**config_to_options(method), **options} if isinstance(method, PeftConfig) else options
+    check_options(method, given)
     if isinstance(method, PeftConfig):
         config_class = type(method)
-        options = {**config_to_options(method), **options}
+        options = given
         _check(model, options)
     else:
         declared = find_method(method)
         config_class = declared.config_class
         options = {**declared.defaults, **options}
         _check(model, options)
+        chosen = any(options.get(name) is not None for name in ("target_modules", "target_parameters"))
         if declared.prepare is not None:
             options = declared.prepare(model, options)
+        if not issubclass(config_class, OwnConfig):  # those number layers themselves
+            options = in_layers(model, options, chosen)
     if for_task:
         options = _for_task(model, config_class, options)
     try:

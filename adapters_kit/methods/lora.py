@@ -92,6 +92,13 @@ def _adalora(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
             "adalora plans its ranks over the whole run and needs total_step=<number of optimizer steps>. "
             "adapters_kit.train fills it in by itself."
         )
+    if options.get("deltaT", 1) < 1:
+        raise AdapterError(f"deltaT={options['deltaT']!r}: ranks are pruned every so many steps, 1 or more.")
+    if not 1 <= options["target_r"] <= options["init_r"]:
+        raise AdapterError(
+            f"target_r={options['target_r']!r} has to be between 1 and init_r={options['init_r']!r}: ranks are pruned "
+            "from the one to the other."
+        )
     options = transposed(model, all_linears(model, options))
     options.setdefault("lora_alpha", 2 * options["target_r"])
     return options

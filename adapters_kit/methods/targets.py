@@ -1,7 +1,7 @@
 """Which modules a method trains: what the user named, checked; otherwise every linear of the blocks."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,84 @@ def check_targets(model: nn.Module, options: dict[str, Any]) -> None:
             check_names(option, options[option], modules)
     if options.get("target_parameters") is not None:
         check_names("target_parameters", options["target_parameters"], [path for path, _ in model.named_parameters()])
+    for option in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(option, options.get(option) or (), [*modules, *(path for path, _ in model.named_parameters())])
+    for option in ("trainable_token_indices", "token_indices"):
+        _check_tokens(model, option, options.get(option) or ())
+
+
+def _check_patterns(option: str, patterns: Iterable[str], paths: list[str]) -> None:
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            hint = did_you_mean(pattern, paths if "." in pattern else _endings(paths))
+            raise UnknownNameError(f"{option}: {pattern!r} matches no module. {hint}")
+
+
+def _check_tokens(model: nn.Module, option: str, asked: Iterable[int] | Mapping[str, Iterable[int]]) -> None:
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # a model of sound has no tokens
+        return
+    for tokens in asked.values() if isinstance(asked, Mapping) else (asked,):
+        stray = next((token for token in tokens if not 0 <= token < rows), None)
+        if stray is not None:
+            raise UnknownNameError(f"{option}: there is no token {stray}. The model has tokens 0 to {rows - 1:,}.")
+
+
+def in_layers(model: nn.Module, options: dict[str, Any], chosen: bool) -> dict[str, Any]:
+    """`options` with the default targets of the layers in `layers_to_transform` alone.
+
+    peft looks at layers only where it completes a name: targets with their full paths, as ours are, it trains in all.
+
+    Args:
+        chosen: whether the user named the targets; then they are checked and left as they are.
+
+    Raises:
+        UnknownNameError: layers that do not exist, or targets that lie in others.
+    """
+    layers = options.get("layers_to_transform")
+    if layers is None:
+        return options
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    if not wanted:
+        raise UnknownNameError("layers_to_transform is empty: nothing would be trained. Leave it out for all layers.")
+    modules = [path for path, _ in model.named_modules()]
+    numbers = {number for path in modules if (number := _layer(path, options)) is not None}
+    for layer in sorted(wanted - numbers):
+        there = f"{min(numbers)} to {max(numbers)}" if numbers else "none with a number"
+        raise UnknownNameError(f"layers_to_transform: there is no layer {layer}. There are: {there}.")
+    names = [*_listed(options, "target_modules"), *_listed(options, "target_parameters")]
+    if chosen:
+        whole = {*modules, *(path for path, _ in model.named_parameters())}
+        for name in names:
+            if name in whole and _layer(name, options) not in wanted:
+                raise UnknownNameError(
+                    f"{name!r} is a full path outside layers_to_transform={layers!r}, and would be trained all the "
+                    "same. Leave one of the two out."
+                )
+        return options
+    if not names:
+        return options
+    kept = {
+        option: [name for name in _listed(options, option) if _layer(name, options) in wanted]
+        for option in ("target_modules", "target_parameters", "feedforward_modules")
+        if options.get(option) is not None
+    }
+    return {**options, **kept, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _listed(options: dict[str, Any], option: str) -> list[str]:
+    value = options.get(option)
+    return list(value) if value is not None and not isinstance(value, str) else []
+
+
+def _layer(path: str, options: dict[str, Any]) -> int | None:
+    """The number of the layer that a path leads through, as peft counts: the first, or that after `layers_pattern`."""
+    patterns = options.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{path}."):
+            return int(found[1])
+    return None
 
 
 def all_linears(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from adapters_kit import devices, tasks
 from adapters_kit.errors import MissingPackageError, RecipeError
 from adapters_kit.methods import find_method
+from adapters_kit.methods.configs import check_options
 from adapters_kit.names import is_adapter_folder
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DataSpec
@@ -112,13 +113,22 @@ def _precision(recipe: Recipe) -> str:
 
 
 def _check_method(recipe: Recipe) -> None:
-    """Refuses methods that ask for what a recipe cannot hold, before anything is loaded."""
+    """Refuses methods that ask for what a recipe cannot hold, and options that do not fit. Nothing is loaded."""
     named = [recipe.method.name] if isinstance(recipe.method.name, str) else recipe.method.name
     for method in (find_method(name) for name in named if not is_adapter_folder(name)):
         if not method.in_recipes:
             raise RecipeError(
                 [f"method: {method.name} needs {method.needs}. wrap(model, {method.name!r}, ...) takes it there."]
             )
+    if isinstance(recipe.method.name, str) and not is_adapter_folder(recipe.method.name):
+        check_options(recipe.method.name, recipe.method.options)
+    if recipe.method.options.get("init_lora_weights") == "eva":
+        raise RecipeError(
+            [
+                "method.init_lora_weights: eva starts from data that it is shown between wrap() and the training, "
+                "which a recipe does not do (peft.initialize_lora_eva_weights). Choose pissa, olora or the default."
+            ]
+        )
 
 
 def _check_objective(recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ model = ak.wrap(model, ["lora", "prefix"], r=8, num_virtual_tokens=10)    # one 
 model = ak.wrap(model, "mam")                                             # a published combination
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftConfig
@@ -30,7 +30,7 @@ def combine(model: nn.Module, methods: Sequence[str | PeftConfig], **options: An
         AdapterError: an option that several parts know, or parts that cannot go together.
     """
     own = {name: options.pop(name) for name in ("gate", "modules_to_save", "task_type") if name in options}
-    given = dict(options.pop("parts", None) or {})
+    given = _tables(options.pop("parts", None) or {})
     named = {label(method): method for method in methods}
     if len(named) < len(methods):
         raise AdapterError(f"{list(map(label, methods))}: the same method twice. One adapter holds one of a kind.")
@@ -56,11 +56,18 @@ def combine(model: nn.Module, methods: Sequence[str | PeftConfig], **options: An
     return CombinedConfig(parts=parts, **own)
 
 
+def _tables(parts: Any) -> dict[str, Mapping[str, Any]]:
+    """`parts` as it has to be: a table of options for each method."""
+    if not isinstance(parts, Mapping) or not all(isinstance(one, Mapping) for one in parts.values()):
+        raise AdapterError(f"parts={parts!r} is no table of options for each method, such as {{'lora': {{'r': 8}}}}.")
+    return dict(parts)
+
+
 def _preset(
     name: str, trains: str, when: str, paper: str, parts: dict[str, dict[str, Any]], learning_rate: float, **own: Any
 ) -> Method:
     def prepare(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-        given = options.pop("parts", None) or {}
+        given = _tables(options.pop("parts", None) or {})
         stray = [label for label in given if label not in parts]
         if stray:
             raise UnknownNameError(f"{name} has no part {stray[0]!r}. {did_you_mean(stray[0], parts)}")

@@ -4,6 +4,7 @@ model = ak.fold(model)                    # LoRA goes into the weights, the pref
 model = ak.stack(model, "pfeiffer", adapter_name="task")     # freezes what is there and trains on top of it
 """
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def attach(model: nn.Module, config: PeftConfig, adapter_name: str) -> PeftModel
     except AdapterError:
         raise
     except Exception as error:  # peft raises whatever its parts raise: KeyError, TypeError, AssertionError ...
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {str(error) or traceback.extract_tb(error.__traceback__)[-1].line}"
         raise AdapterError(f"peft cannot put this adapter on this model, which is left as it was. {reason}") from error
 
 
