@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.artifacts.record import record as record
     from adapters_kit.comparison import Comparison as Comparison
     from adapters_kit.comparison import compare as compare
+    from adapters_kit.comparison.search import Search as Search
+    from adapters_kit.comparison.search import search as search
     from adapters_kit.compression.compress import compress as compress
     from adapters_kit.compression.drop_layers import drop_layers as drop_layers
     from adapters_kit.errors import AdapterError as AdapterError
@@ -81,6 +83,8 @@ _HOME = {
     "plan": "adapters_kit.training.plan",
     "Comparison": "adapters_kit.comparison",
     "compare": "adapters_kit.comparison",
+    "Search": "adapters_kit.comparison.search",
+    "search": "adapters_kit.comparison.search",
     "compare_runs": "adapters_kit.training.table",
     "sweep": "adapters_kit.training.sweep",
     "train": "adapters_kit.training.train",

@@ -242,6 +242,25 @@ def _training(verb: Adder) -> None:
     )
     made.add_argument("--out", type=Path, help="folder of the run folders (default: runs/ and the recipe's name)")
 
+    made = verb(training.search, takes_keys=True)
+    _recipe(made)
+    made.add_argument("--budget", type=float, default=0.2, metavar="B", help="optimizer steps to spend: below 1 a part "
+                      "of those of the whole grid, from 1 on so many trainings (default: 0.2)")  # fmt: skip
+    made.add_argument("--methods", metavar="A,B", help="methods to choose from (default: the recipe's own)")
+    made.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        metavar="RATE",
+        help="default: each method's own, a third, three times",
+    )
+    made.add_argument("--ranks", nargs="+", type=int, metavar="R", help="default: 8 32, for methods that have a rank")
+    made.add_argument("--dropouts", nargs="+", type=float, metavar="P", help="of the adapter (default: 0 0.1)")
+    made.add_argument(
+        "--together", choices=("auto", "off"), default="auto", help="auto: as many in one pass as there is memory for"
+    )
+    made.add_argument("--out", type=Path, help="folder of the run folders (default: runs/ and the recipe's name)")
+
 
 def _using(verb: Adder) -> None:
     made = verb(inference.evaluate, "eval", takes_keys=True)

@@ -170,7 +170,7 @@ class _Study:
         self.begun = time.monotonic()
         shapes = cache(skeleton)
         self.variants = [
-            _variant(recipe, label, changes, shapes) for label, changes in _as_changes(recipe, methods).items()
+            _variant(recipe, label, changes, shapes) for label, changes in as_changes(recipe, methods).items()
         ]
         unknown = [label for label in limits.rates if label not in {v.label for v in self.variants}]
         if unknown:
@@ -290,7 +290,7 @@ class _Study:
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
+def as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
     """Label to changes of the recipe; names become the change of the method."""
     if isinstance(methods, str):
         raise RecipeError([f"methods={methods!r}: give a list, such as {methods.split(',')}."])

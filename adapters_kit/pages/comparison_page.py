@@ -32,6 +32,25 @@ def write_table_page(
     return write_text(folder / PAGE, table_page(title, rows, score, name, notes))
 
 
+def write_search_page(
+    folder: Path,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    score: str,
+    curves: Sequence[plots.Line],
+    notes: Sequence[str] = (),
+) -> Path:
+    """The page of a search: its table, and how far each candidate went.
+
+    Args:
+        curves: name, steps and scores of each candidate, the best first.
+    """
+    body = f"<h1>{escape(title)}</h1>" + "".join(f"<p>{escape(note)}</p>" for note in notes)
+    picture = plots.ladder(f"{score} of each candidate, as far as it went", curves, score)
+    body += html.section("Who went how far", f"<div>{picture}</div>") if picture else ""
+    return write_text(folder / PAGE, html.page(title, body + html.section("Table", rows_table(rows))))
+
+
 def table_page(title: str, rows: Sequence[Mapping[str, Any]], score: str, name: str, notes: Sequence[str] = ()) -> str:
     """The whole page."""
     body = f"<h1>{escape(title)}</h1>" + "".join(f"<p>{escape(note)}</p>" for note in notes)

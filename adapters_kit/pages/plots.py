@@ -70,6 +70,24 @@ def dots(title: str, names: Sequence[str], x: Sequence[float], y: Sequence[float
     return _svg(figure, title)
 
 
+def ladder(title: str, series: Sequence[Line], ylabel: str) -> str:
+    """Lines over steps that end where each stopped: the first in colour, those that came as far as any other named."""
+    drawn = [(name, x, y) for name, x, y in series if len(x)]
+    if not available() or not drawn:
+        return ""
+    figure, axis = _blank(6.4, 3.8)
+    for number, (_, x, y) in reversed(list(enumerate(drawn))):
+        first = number == 0
+        axis.plot(x, y, marker="o", markersize=5 if first else 4, linewidth=2 if first else 1, zorder=3 if first else 2,
+                  color=_COLOURS[0] if first else _INK, alpha=1.0 if first else 0.45)  # fmt: skip
+    axis.margins(0.12)
+    _dress(axis, title, "step")
+    axis.set_ylabel(ylabel, color=_INK, fontsize=9)
+    further = [(name, x[-1], y[-1]) for name, x, y in drawn if len(x) > 1] or [(n, x[-1], y[-1]) for n, x, y in drawn]
+    place_names(figure, axis, *map(list, zip(*further, strict=True)))
+    return _svg(figure, title)
+
+
 def place_names(figure: Any, axis: Any, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
     """Writes a name beside each point, at the first place around it where it covers no other name and no point."""
     figure.draw_without_rendering()

@@ -40,6 +40,7 @@ from adapters_kit.training.kept import Kept
 from adapters_kit.training.optimizers import build_optimizer
 from adapters_kit.training.out_of_memory import evaluated
 from adapters_kit.training.resolve import processes
+from adapters_kit.training.rungs import Rung
 from adapters_kit.training.sampling import OrderedByEpoch
 
 TOKENS = "tokens"  # of a batch: how many it trains on
@@ -78,6 +79,7 @@ class AdapterTrainer(Trainer):
         self.kept_results: dict[int, list[Any]] = {}
         self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows and loss of each pass of the step
         self.budget: Kept | None = None  # scored at every evaluation, where it is to choose among them
+        self.until: float | None = None  # the part of the steps after which it pauses
         training = recipe.training
         logging.getLogger("accelerate").setLevel(logging.ERROR)
         args = arguments(recipe, task, out, len(train_features))
@@ -122,10 +124,19 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = passes and divides_by_items(model, batch)
 
     def go(self, checkpoint: Path | None) -> None:
-        """Trains, from a checkpoint or from the start."""
+        """Trains, from a checkpoint or from the start.
+
+        Raises:
+            Paused: it has come as far as `until`.
+        """
+        rung = Rung(self, self.until) if self.until is not None else None
+        if rung is not None:
+            self.add_callback(rung)
         if checkpoint is not None and (checkpoint / checkpoints.PROGRESS).is_file():
             self.meter.restore(json.loads((checkpoint / checkpoints.PROGRESS).read_text(encoding="utf-8")))
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if rung is not None:
+            rung.close()
 
     def _run_epoch(self, *given: Any, **options: Any) -> None:
         # A run that was killed after its last step is over, though its epoch may not be: Trainer would make one more.
@@ -200,8 +211,7 @@ class AdapterTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The task's metrics on the held-out part."""
-        self.check_finite()
-        results = self._results()
+        results = self.scored_now()
         scores = self.task.score(results, self.test_features)
         self.kept_results = {self.state.best_global_step: self.kept_results.get(self.state.best_global_step, [])}
         self.kept_results[self.state.global_step] = results
@@ -211,6 +221,11 @@ class AdapterTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def scored_now(self) -> list[Any]:
+        """Predictions for the held-out rows as the model is now."""
+        self.check_finite()
+        return self._results()
 
     def check_finite(self) -> None:
         """Raises TrainingError if the last step has left a number that is none: no later loss would tell."""

@@ -20,6 +20,7 @@ from adapters_kit.artifacts.files import place_of
 from adapters_kit.errors import TrainingError
 from adapters_kit.pages.run_page import DETAILS, PAGE
 from adapters_kit.training.checkpoints import CHECKPOINTS
+from adapters_kit.training.rungs import RUNGS
 
 # What a run writes. Everything else in its folder is the user's.
 OWN = {
@@ -28,6 +29,7 @@ OWN = {
     "metrics.json",
     "metrics.jsonl",
     "samples.jsonl",
+    RUNGS,
     "confusion.json",
     "curves.png",
     "confusion.png",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Literal
-
-from rich.console import Console
 
 from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
@@ -15,12 +13,10 @@ from adapters_kit.errors import TrainingError
 from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open
+from adapters_kit.training.cells import train_cells
 from adapters_kit.training.inputs import Given, recipe_from
-from adapters_kit.training.many.passes import passes
-from adapters_kit.training.many.train_many import checked, train_together
 from adapters_kit.training.run import Run
 from adapters_kit.training.table import Table, compare_runs, metric_of, row_of
-from adapters_kit.training.train import train
 
 
 def sweep(
@@ -60,7 +56,7 @@ def sweep(
         for path, given in recipes.items():
             if (path / "metrics.json").is_file():
                 _check_same(Run.open(path), given)
-        _train(recipes, together == "auto", quiet)
+        train_cells(recipes, together=together == "auto", quiet=quiet)
         runs = list(recipes)
         table = compare_runs(runs) if len(runs) > 1 else Table([row_of(Run.open(runs[0]), {})])
         for row in table:
@@ -69,19 +65,6 @@ def sweep(
         metric = metric_of(Run.open(runs[0]))
         write_table_page(out, f"{out.name}: learning rates and ranks", table, metric, "run", table.notes)
     return table
-
-
-def _train(recipes: Mapping[Path, Recipe], together: bool, quiet: bool) -> None:
-    left = {path.name: given for path, given in recipes.items() if not (path / "metrics.json").is_file()}
-    if together and left:
-        out = next(iter(recipes)).parent
-        groups, told = passes(left)
-        Console(stderr=True, quiet=quiet or not told).print(told, highlight=False, soft_wrap=True)
-        for names in (names for names in groups if len(names) > 1):
-            asked = {name: left[name] for name in names}
-            train_together(asked, checked(asked), out, resume=True, quiet=quiet)
-    for path, given in recipes.items():  # also what has finished but for its last files
-        train(given, path, resume=(path / "recipe.yaml").is_file(), quiet=quiet)
 
 
 def _check_same(run: Run, recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
 from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
-from adapters_kit.recipe_changes import differences, left_open, without_paths
+from adapters_kit.recipe_changes import without_paths
 from adapters_kit.tasks.base import Features
 from adapters_kit.tasks.labels import tell_head
 from adapters_kit.training import checkpoints, pictures
@@ -44,13 +44,10 @@ from adapters_kit.training.kept import Kept, check, choose
 from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
 from adapters_kit.training.out_of_memory import evaluated, lower_what, restart
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
+from adapters_kit.training.resuming import begun, last_checkpoint, opened
 from adapters_kit.training.run import Run, environment
 from adapters_kit.training.run_card import advice, card
 from adapters_kit.training.run_folder import Place, held
-
-# What may be another when a run goes on: it changes what is written down, not what is trained.
-_FREE = ("training.log_every", "training.log_to", "training.samples", "card.")
-_BY_MEMORY = ("training.batch_size", "training.eval_batch_size", "training.gradient_accumulation")
 
 
 def train(
@@ -86,7 +83,15 @@ def train(
     out = Path(out) if out is not None else default_folder(recipe)
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
-    asked = recipe_from(recipe, out.parent / "rows-in-memory")
+    return train_until(recipe_from(recipe, out.parent / "rows-in-memory"), out, None, resume, overwrite, console)
+
+
+def train_until(asked: Recipe, out: Path, until: float | None, resume: bool, overwrite: bool, console: Console) -> Run:
+    """As `train`; pauses after a part of the steps.
+
+    Raises:
+        Paused: it has come so far.
+    """
     resolved = resolve(asked)
     check_trackers(resolved)
     with (
@@ -95,17 +100,7 @@ def train(
     ):
         if place.is_finished:
             return opened(out, asked, console)
-        return Training(resolved, place, resume, console).run()
-
-
-def opened(out: Path, asked: Recipe, console: Console) -> Run:
-    """The finished run, if it is of the recipe that was to be resumed."""
-    run = Run.open(out)
-    free = (*_FREE, *left_open(asked), *(_BY_MEMORY if asked.training.auto_batch else ()))
-    if changed := differences(run.recipe, asked, free):
-        raise TrainingError(f"{out} holds a finished run of another recipe. Changed: {'; '.join(changed)}.")
-    console.print(f"{out}: this run has finished already.", highlight=False, soft_wrap=True, markup=False)
-    return run
+        return Training(resolved, place, resume, console, until).run()
 
 
 @dataclass
@@ -120,7 +115,10 @@ class _Base:
 class Training:
     """One run while it is made; `run` reads from top to bottom."""
 
-    def __init__(self, recipe: Recipe, place: Place, resume: bool, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, place: Place, resume: bool, console: Console, until: float | None = None
+    ) -> None:
+        self.until = until
         self.place, self.path, self.resume, self.console = place, place.path, resume, console
         self.tell: Callable[[str], None] = partial(console.print, highlight=False, soft_wrap=True, markup=False)
         self.main = PartialState().is_main_process
@@ -129,7 +127,7 @@ class Training:
         self.model, self.processor = self.load(recipe)
         tell_head(self.model, self.task.labels or [], recipe.model, self.task.notes)
         recipe = filled_in(recipe, self.task)
-        self.recipe = _begun(self.path, recipe) if resume else recipe
+        self.recipe = begun(self.path, recipe) if resume else recipe
 
     def load(self, recipe: Recipe) -> tuple[nn.Module, Any]:
         """The base model and its processor, bound to the task."""
@@ -148,7 +146,8 @@ class Training:
         for features in (train_features, test_features):
             task.refer(self.model, features, _eval_batch(self.recipe))
         shown = self.splits.test.select(range(min(self.recipe.training.samples, len(self.splits.test))))
-        base = self._base(test_features, shown)
+        # A training that is to pause ends with its loop: it may be the last that is seen of it.
+        base = self._base(test_features, shown) if self.until is None else _Base([], {}, [])
         self.model = add_adapter(self.model, self.recipe, total_steps(self.recipe, len(train_features))[0])
         if told := check(self.recipe, self.model):
             task.notes.say(told)
@@ -319,26 +318,6 @@ class Training:
         PartialState().wait_for_everyone()
 
 
-def _begun(path: Path, recipe: Recipe) -> Recipe:
-    """The recipe that the run was begun with; another one is refused: the result would be neither's."""
-    if not (path / "recipe.yaml").is_file():
-        return recipe
-    begun = resolve(Recipe.read(path / "recipe.yaml"), trains=False)
-    changed = differences(begun, recipe, (*_FREE, *(_BY_MEMORY if recipe.training.auto_batch else ())))
-    if changed:
-        told = "; ".join(changed)
-        raise TrainingError(f"{path} was begun with another recipe, and resuming needs the same. Changed: {told}.")
-    now = recipe.training
-    return begun.changed(
-        **{
-            "training.log_every": now.log_every,
-            "training.log_to": now.log_to,
-            "training.samples": now.samples,
-            "card.samples": recipe.card.samples,
-        }
-    )
-
-
 def _eval_batch(recipe: Recipe) -> int:
     return recipe.training.eval_batch_size or 2 * recipe.training.batch_size
 
@@ -347,12 +326,13 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
     """The training loop; with `auto_batch`, again at half the batch as long as memory runs out."""
     model, path, recipe = job.model, job.path, job.recipe
     start = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-    checkpoint = _checkpoint(path, job.tell) if job.resume else None
+    checkpoint = last_checkpoint(path, job.tell) if job.resume else None
     devices.forget_peak()
     if checkpoint is None and job.main:
         checkpoints.drop(path)
     while True:
         trainer = job.trainer(recipe, train_features, test_features)
+        trainer.until = job.until
         trainer.budget = job.kept if recipe.training.keep_within is not None else None
         try:
             with trainer.interruption, devices.quick_float32(recipe.training.precision != "fp32"):
@@ -379,15 +359,6 @@ def _fit(job: Training, train_features: Features, test_features: Features) -> Ad
             write_text(path / "recipe.yaml", recipe.to_yaml())
         del trainer
         restart(model, start)
-
-
-def _checkpoint(path: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; says which, and what is wrong with newer ones."""
-    found, told = checkpoints.newest(path)
-    for line in told:
-        tell(line)
-    tell(f"going on from {found.name}" if found else "there is no checkpoint yet: from the start")
-    return found
 
 
 def _say_stopped(job: Training, trainer: AdapterTrainer) -> None:

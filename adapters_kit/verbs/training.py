@@ -1,4 +1,4 @@
-"""Verbs that train: init, train, train-many, compare, sweep."""
+"""Verbs that train: init, train, train-many, compare, sweep, search."""
 
 from __future__ import annotations
 
@@ -184,3 +184,18 @@ def sweep(options: argparse.Namespace) -> Shown:
     chosen = {"learning_rates": options.learning_rates, "ranks": options.ranks, "together": options.together}
     rows = run_sweep(recipe, out, **chosen)
     return Shown(rows, partial(_print, cells(rows), [*rows.notes, f"Run folders: {out}"]))
+
+
+def search(options: argparse.Namespace) -> Shown:
+    """Find the best rate, rank, method and dropout for a part of what training the whole grid would take."""
+    recipe = recipe_of(options)
+    out = options.out or Path("runs") / f"{options.recipe.stem if options.recipe else 'recipe'}-search"
+    from adapters_kit.comparison.search import search as run_search
+    from adapters_kit.training.table import cells
+
+    given = {"methods": options.methods.split(",") if options.methods else None, "budget": options.budget}
+    given |= {name: getattr(options, name) for name in ("learning_rates", "ranks", "dropouts", "together")}
+    found = run_search(recipe, out, **given)
+    best = {"best": found.best.path, "metrics": found.best.metrics, "cost": found.cost, "failures": found.failures}
+    below = [*found.table.notes, f"Best: {found.best.path}   page: {out / 'report.html'}", _next(found.best)]
+    return Shown({**best, "rows": found.table}, partial(_print, cells(found.table), below))

@@ -60,6 +60,11 @@ def check(recipes: Mapping[str, Recipe]) -> None:
         raise RecipeError(problems, "recipes that are to be trained together")
 
 
+def kind(recipe: Recipe) -> str:
+    """What a pass has once, as a text: recipes of one kind can go together."""
+    return repr([_value(recipe, key) for key in _ONE])
+
+
 def _alone(recipe: Recipe) -> list[str]:
     """Why this recipe cannot be one of many."""
     told = []

@@ -33,9 +33,11 @@ from adapters_kit.training.many.fitting import check
 from adapters_kit.training.many.seat import Seat
 from adapters_kit.training.many.trainer import JointTrainer
 from adapters_kit.training.resolve import processes, resolve
+from adapters_kit.training.resuming import opened
 from adapters_kit.training.run import Run
 from adapters_kit.training.run_folder import Place, held
-from adapters_kit.training.train import Training, opened
+from adapters_kit.training.rungs import Paused
+from adapters_kit.training.train import Training
 
 
 def train_many(
@@ -103,8 +105,13 @@ def train_together(
     resume: bool,
     overwrite: bool = False,
     quiet: bool = False,
+    until: float | None = None,
 ) -> dict[str, Run]:
-    """As `train_many`, for recipes that were `checked` and a folder that is locked."""
+    """As `train_many`, for recipes that were `checked` and a folder that is locked.
+
+    Args:
+        until: pause after this part of the steps; those that do give no run.
+    """
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
         hall = _Hall()
@@ -115,7 +122,7 @@ def train_together(
                 runs[name] = opened(out / name, asked[name], console)
             else:
                 goes_on = resume and (place.path / RECIPE).is_file()
-                hall.jobs[name] = _OfMany(recipe, place, goes_on, console, hall)
+                hall.jobs[name] = _OfMany(recipe, place, goes_on, console, hall, until)
         failures = hall.train(runs)
     if hall.stop.name is not None:
         raise KeyboardInterrupt(hall.stop.name)
@@ -170,7 +177,8 @@ class _Hall:
         with self.stop:
             Conductor(self.seats.values()).run()
         runs |= {name: seat.result for name, seat in self.seats.items() if seat.error is None}
-        return {name: seat.error for name, seat in self.seats.items() if seat.error is not None}
+        stopped = {name: seat.error for name, seat in self.seats.items() if seat.error is not None}
+        return {name: error for name, error in stopped.items() if not isinstance(error, Paused)}
 
     def shared(self, job: _OfMany) -> list[Body]:
         """The bodies that run for all trainings with this one's base dropout."""
@@ -217,10 +225,12 @@ class _OfMany(Training):
 
     seat: Seat
 
-    def __init__(self, recipe: Recipe, place: Place, resume: bool, console: Console, hall: _Hall) -> None:
+    def __init__(
+        self, recipe: Recipe, place: Place, resume: bool, console: Console, hall: _Hall, until: float | None
+    ) -> None:
         self.hall = hall
         self.loop: JointTrainer | None = None
-        super().__init__(recipe, place, resume, console)
+        super().__init__(recipe, place, resume, console, until)
         self.bare = same_tensors(self.model)
 
     def load(self, recipe: Recipe) -> tuple[nn.Module, Any]:
