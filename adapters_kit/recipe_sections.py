@@ -277,6 +277,10 @@ class TrainingSpec(BaseModel):
     """Forward passes to one optimizer step; the effective batch is this times `batch_size` times the devices."""
     max_length: int | None = Field(None, ge=2)
     """Longest input in tokens, longer ones are cut; by default what the model can take, at most 512."""
+    init: Literal["eva", "corda", "lora-ga", "loftq", "pissa", "olora"] | None = None
+    """LoRA: where it starts, instead of at random beside 0. eva, corda and lora-ga look at up to 256 training rows;
+    loftq starts with what quantizing has lost; pissa and olora split the weights. The base stays as it is: where a
+    start would take a part of it, the adapter has twice the rank, half of which stands still."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit", "lora+", "lora-fa"] = "adamw"
     """The optimizer; the 8-bit and paged ones need bitsandbytes."""
     lora_plus_ratio: float | None = Field(None, gt=0)

@@ -19,7 +19,9 @@ from adapters_kit import devices, tasks
 from adapters_kit.errors import MissingPackageError, RecipeError
 from adapters_kit.methods import find_method
 from adapters_kit.methods.configs import check_options
+from adapters_kit.methods.starts import TAKEN_OUT
 from adapters_kit.names import is_adapter_folder
+from adapters_kit.quantization_table import KINDS
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.task_table import OBJECTIVES
@@ -42,6 +44,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
     if trains:
         _check_objective(recipe)
         _check_method(recipe)
+        _check_start(recipe)
         _check_precision(recipe)
         _check_devices()
     training = recipe.training
@@ -122,12 +125,27 @@ def _check_method(recipe: Recipe) -> None:
             )
     if isinstance(recipe.method.name, str) and not is_adapter_folder(recipe.method.name):
         check_options(recipe.method.name, recipe.method.options)
-    if recipe.method.options.get("init_lora_weights") == "eva":
+    if (start := recipe.method.options.get("init_lora_weights")) in ("eva", "corda", "lora_ga"):
+        spelled = str(start).replace("_", "-")
+        told = f"method.init_lora_weights: {start} starts from rows. Leave it out, and set training.init: {spelled}."
+        raise RecipeError([told])
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Refuses a start that the recipe's method, base or optimizer does not go with."""
+    kind, name = recipe.training.init, recipe.method.name
+    if kind is None:
+        return
+    method = find_method(name) if isinstance(name, str) and not is_adapter_folder(name) else None
+    if method is None or method.config != "peft:LoraConfig" or "init_lora_weights" in method.defaults:
+        saved = "a saved adapter, which has started" if isinstance(name, str) and is_adapter_folder(name) else None
+        told = f"training.init: {kind} is a start of a new LoRA, and the method is {saved or recipe.method.label}"
+        raise RecipeError([f"{told}. Set method to lora, rslora or dora, or leave init out."])
+    if kind == "loftq" and recipe.quantize not in KINDS:
+        raise RecipeError(["training.init: loftq starts with what quantizing loses: set quantize: nf4, or take pissa."])
+    if recipe.training.weight_decay and kind in TAKEN_OUT:
         raise RecipeError(
-            [
-                "method.init_lora_weights: eva starts from data that it is shown between wrap() and the training, "
-                "which a recipe does not do (peft.initialize_lora_eva_weights). Choose pissa, olora or the default."
-            ]
+            [f"training.weight_decay: it would pull at the half of the adapter that {kind} holds in place: set it to 0."]
         )
 
 

@@ -30,6 +30,7 @@ from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.errors import TrainingError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
+from adapters_kit.methods.starts import standing_still
 from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
@@ -148,12 +149,14 @@ class Training:
         shown = self.splits.test.select(range(min(self.recipe.training.samples, len(self.splits.test))))
         # A training that is to pause ends with its loop: it may be the last that is seen of it.
         base = self._base(test_features, shown) if self.until is None else _Base([], {}, [])
-        self.model = add_adapter(self.model, self.recipe, total_steps(self.recipe, len(train_features))[0])
+        steps = total_steps(self.recipe, len(train_features))[0]
+        self.model = add_adapter(self.model, self.recipe, steps, task, train_features)
         if told := check(self.recipe, self.model):
             task.notes.say(told)
         for note in task.notes.fresh():
             self.tell(note)
         trainable, total = self.model.get_nb_trainable_parameters()
+        trainable -= standing_still(self.model)
         self.tell(f"{self.recipe.method.label}: {trainable:,} of {total:,} parameters are trained")
         fused = fuse_report(self.model)
         layers = str(fused) if fused.fused or fused.plain else ""
