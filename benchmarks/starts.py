@@ -52,7 +52,14 @@ def run(model: str, start: str | None, rate: float, folder: Path) -> dict[str, A
     found |= {str(line["step"]): line["eval_loss"] for line in made.history() if "eval_loss" in line}
     shutil.rmtree(out)
     score = {"accuracy": made.metrics["accuracy"]} if labelled else {}
-    return {"model": model, "start": start, "rate": rate, "loss": found, **score, "seconds": made.metrics["train_seconds"]}
+    return {
+        "model": model,
+        "start": start,
+        "rate": rate,
+        "loss": found,
+        **score,
+        "seconds": made.metrics["train_seconds"],
+    }
 
 
 def main(models: list[str]) -> None:

@@ -23,7 +23,6 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.wrapping import wrap
 
-
 START_ROWS = 256
 """The most training rows that a start looks at."""
 
@@ -101,7 +100,9 @@ def method_options(recipe: Recipe, steps: int) -> dict[str, Any]:
 def _started(model: nn.Module, recipe: Recipe, kind: str, task: Task, features: Features) -> str:
     """Puts the recipe's start into the fresh adapter; returns what was done."""
     if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
-        raise TrainingError(f"training.init: {kind} needs whole weights, which FSDP and DeepSpeed cut up: leave it out.")
+        raise TrainingError(
+            f"training.init: {kind} needs whole weights, which FSDP and DeepSpeed cut up: leave it out."
+        )
     device, size = next(model.parameters()).device, recipe.training.batch_size
     batches = []
     if kind in FROM_DATA:

@@ -111,7 +111,7 @@ def test_what_others_write_is_taken():
         ({"name": "lora", "bias": ["all"]}, r"lora: bias is \['all'\]; it has to be one of"),
         ({"name": "lora", "lora_alpha": 0}, "lora_alpha is 0"),
         ({"name": "lora", "lora_alpha": 1e39}, "float32"),
-        ({"name": "lora", "init_lora_weights": "eva"}, "eva starts from data"),
+        ({"name": "lora", "init_lora_weights": "eva"}, "set training.init: eva"),
         ({"name": "houlsby", "reduction_factor": "x"}, "reduction_factor is 'x'"),
         ({"name": "mam", "parts": ["x"]}, "parts is"),
     ],

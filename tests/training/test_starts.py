@@ -28,7 +28,9 @@ def batches(model, count=4):
         pixels = torch.randn((count, 6, 3, size, size), generator=torch.Generator().manual_seed(1))
         return [{"pixel_values": one, "labels": torch.arange(6) % 2} for one in pixels]
     if hasattr(model, "classifier"):
-        return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": torch.arange(3) % 2} for one in ids]
+        return [
+            {"input_ids": one, "attention_mask": torch.ones_like(one), "labels": torch.arange(3) % 2} for one in ids
+        ]
     return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one} for one in ids]
 
 
@@ -109,7 +111,9 @@ def test_gradients_and_directions_are_pefts():
     # EVA: A's rows are the directions in which what comes in varies most.
     base, model = wrapped("llama", "eva", **config)
     seen = []
-    hook = base.get_submodule(f"{path}.base_layer").register_forward_hook(lambda _, x, __: seen.append(x[0].flatten(0, 1)))
+    hook = base.get_submodule(f"{path}.base_layer").register_forward_hook(
+        lambda _, x, __: seen.append(x[0].flatten(0, 1))
+    )
     for one in given:
         model(**one)
     hook.remove()
@@ -198,7 +202,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="two starts"):
         starts.doubled("eva", {"init_lora_weights": "gaussian"})
     _, model = wrapped("llama", "lora-ga", r=40)
-    with pytest.raises(AdapterError, match="set method.r to 32 at most"):
+    with pytest.raises(AdapterError, match=r"set method\.r to 32 at most"):
         starts.begin(model, "lora-ga", batches(model), loss)
     _, model = wrapped("llama", "eva", r=20)
     with pytest.raises(AdapterError, match="more or longer rows"):
