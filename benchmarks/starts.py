@@ -19,7 +19,7 @@ import adapters_kit as ak
 from examples import assets
 
 STARTS = (None, "eva", "corda", "lora-ga", "pissa", "olora")
-RATES = (5e-5, 2e-4, 6e-4)
+RATES = (2e-4, 6e-4)
 
 
 def run(model: str, start: str | None, rate: float, folder: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(model: str, start: str | None, rate: float, folder: Path) -> dict[str, A
         "data": {
             **{part: str(assets.reviews() / f"{part}.csv") for part in ("train", "test")},
             "limit": 1600,
-            "test_limit": 400 if labelled else 100,
+            "test_limit": 200 if labelled else 100,
         },
         "method": {"name": "lora", "r": 8},
         "quantize": "nf4" if model.endswith("nf4") else None,
@@ -68,7 +68,7 @@ def main(models: list[str]) -> None:
     known = json.loads(file.read_text()) if file.is_file() else {"runs": []}
     for model in models:
         for start in (None, "loftq", "eva", "pissa") if model.endswith("nf4") else STARTS:
-            for rate in RATES[1:] if model != "minilm" else RATES:
+            for rate in RATES:
                 if any((one["model"], one["start"], one["rate"]) == (model, start, rate) for one in known["runs"]):
                     continue
                 with tempfile.TemporaryDirectory() as folder:

@@ -145,9 +145,7 @@ def _check_start(recipe: Recipe) -> None:
         raise RecipeError(["training.init: loftq starts with what quantizing loses: set quantize: nf4, or take pissa."])
     if recipe.training.weight_decay and kind in TAKEN_OUT:
         raise RecipeError(
-            [
-                f"training.weight_decay: it would pull at the half of the adapter that {kind} holds in place: set it to 0."
-            ]
+            [f"training.weight_decay: it would pull at the half of the adapter that {kind} holds still: set it to 0."]
         )
 
 
