@@ -49,6 +49,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test holds 
     from adapters_kit.serving.check import check as check
     from adapters_kit.serving.combine import combine as combine
     from adapters_kit.serving.export import export as export
+    from adapters_kit.serving.hub import Pushed as Pushed
+    from adapters_kit.serving.hub import pull as pull
+    from adapters_kit.serving.hub import push as push
     from adapters_kit.serving.kv_cache import load_cache as load_cache
     from adapters_kit.serving.prove import ProofReport as ProofReport
     from adapters_kit.serving.prove import prove as prove
@@ -102,6 +105,9 @@ _HOME = {
     "combine": "adapters_kit.serving.combine",
     "prove": "adapters_kit.serving.prove",
     "ProofReport": "adapters_kit.serving.prove",
+    "push": "adapters_kit.serving.hub",
+    "pull": "adapters_kit.serving.hub",
+    "Pushed": "adapters_kit.serving.hub",
     "load_cache": "adapters_kit.serving.kv_cache",
     "chunked_loss": "adapters_kit.kernels.cross_entropy",
     "fuse": "adapters_kit.kernels.fuse",

@@ -20,13 +20,18 @@ def render(metadata: Mapping[str, Any], title: str, sections: Sequence[tuple[str
         sections: (heading, Markdown); a section without text is left out, one without a heading follows on.
         lead: the text under the title.
     """
-    matter = {key: value for key, value in metadata.items() if value is not None}
-    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10_000)
-    parts = [f"---\n{front}---", f"# {title}", lead.strip()]
+    parts = [with_front(metadata, "").rstrip(), f"# {title}", lead.strip()]
     for heading, text in sections:
         if text.strip():
             parts += [f"## {heading}"] * bool(heading) + [text.strip("\n")]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def with_front(metadata: Mapping[str, Any], text: str) -> str:
+    """A card's text under its front matter, without what is None."""
+    matter = {key: value for key, value in metadata.items() if value is not None}
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10_000)
+    return f"---\n{front}---\n{text}" if matter else text
 
 
 def split(text: str) -> tuple[dict[str, Any], str]:
@@ -36,6 +41,23 @@ def split(text: str) -> tuple[dict[str, Any], str]:
         return {}, text
     matter, _, _ = parse_yaml(found["matter"])  # within limits: a card may come from anybody
     return matter, text[found.end() :]
+
+
+def model_index(name: str, pipeline: str, data: str, scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The scores as hubs read them, for the key `model-index`.
+
+    Args:
+        name: of the model.
+        pipeline: what it does, as the task table's pipelines are called.
+        data: the name of the rows of which a part was held out.
+        scores: metric -> score on the held-out rows.
+    """
+    result = {
+        "task": {"type": pipeline},
+        "dataset": {"name": f"held-out rows of {data}", "type": data},
+        "metrics": [{"type": key, "value": round(float(value), 6)} for key, value in scores.items()],
+    }
+    return [{"name": name, "results": [result]}]
 
 
 def with_note(text: str, note: str) -> str:

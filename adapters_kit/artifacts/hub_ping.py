@@ -58,3 +58,26 @@ def copy_without_hub(name: str, revision: str | None = None) -> Path | None:
             f"There is no folder or file {name!r} here, the cache of the hub has no model of that name, and the hub "
             f"({endpoint()}) does not answer. Check the name, or the network; behind a mirror set HF_ENDPOINT."
         ) from error
+
+
+def described_on_hub(name: str, adapter_file: str) -> Path | None:
+    """What the hub, or its cache, has under a hub id: an adapter's whole folder, or one with a model's config alone.
+
+    Args:
+        adapter_file: the file by which an adapter is known.
+
+    Returns:
+        The folder in the cache; None if neither is there, or the hub does not answer.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    here_only = not_asked() or not reachable()
+    for file in (adapter_file, "config.json"):
+        try:
+            found = Path(hf_hub_download(name, file, local_files_only=here_only, endpoint=endpoint()))
+        except (OSError, ValueError):  # no such file, no such repository, no hub id
+            continue
+        if file == adapter_file:
+            return Path(snapshot_download(name, local_files_only=here_only, endpoint=endpoint()))
+        return found.parent
+    return None

@@ -63,11 +63,19 @@ def copy_processor(adapter: Path, stage: Path) -> list[str]:
     return code_notes(left)
 
 
-def copy_card(source: Path, stage: Path) -> None:
-    """The README.md of a folder without what shows the user's data or machine, if there is one."""
+def copy_card(source: Path, stage: Path, *, changed: bool = False) -> None:
+    """The README.md of a folder without what shows the user's data or machine, if there is one.
+
+    Args:
+        changed: the weights became others: the scores that hubs read off the card (`model-index`) are not theirs.
+    """
     if (own := own_file(source, "README.md")) is not None:
-        text = own.read_text(encoding="utf-8", errors="replace")
-        write_text(stage / "README.md", public_card(text))
+        text = public_card(own.read_text(encoding="utf-8", errors="replace"))
+        if changed:
+            front, body = card.split(text)
+            front.pop("model-index", None)
+            text = card.with_front(front, body)
+        write_text(stage / "README.md", text)
 
 
 def public_card(text: str) -> str:

@@ -129,7 +129,7 @@ def _without_lowest(folder: Path, target: Path, n: int, base: Paths | None, over
         if adapter.record:
             write_json(stage / RECORD, adapter.record, indent=1)
         copy_processor(folder, stage)
-        copy_card(folder, stage)
+        copy_card(folder, stage, changed=True)
         write_manifest(stage, {"adapter": describe(folder), "lowest_layers_without": n})
 
 

@@ -17,6 +17,7 @@ from adapters_kit import tasks
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder, named_base, read_raw
 from adapters_kit.artifacts.base_config import read_base_config
+from adapters_kit.artifacts.hub_ping import described_on_hub
 from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
@@ -45,8 +46,8 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     """The recipe behind a name, and its adapter folder (None for a plain model).
 
     Args:
-        name: a run (folder or `Run`), an adapter folder, or a model: a folder, a .gguf file or a hub id. A model saved
-            with the head of a task is known by it; others need `task`.
+        name: a run (folder or `Run`), an adapter (a folder or a hub id), or a model: a folder, a .gguf file or a hub
+            id. A model saved with the head of a task is known by it; others need `task`.
         **recipe_keys: recipe fields to change, or to add where the name does not tell them.
 
     Raises:
@@ -54,6 +55,10 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
         UnknownNameError: it looks like a path, and nothing is there.
     """
     path = Path(name)
+    if not path.exists() and not looks_like_path(name):
+        _check_name(name, path)
+        found = described_on_hub(os.fspath(name), CONFIG)
+        path = found or path
     folder = adapter_folder(path)
     if (folder / CONFIG).is_file():
         if (found_recipe := recipe_of(folder)) is not None:
@@ -75,7 +80,7 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     if "task" not in recipe_keys:
         known = task_of_model(path)
         if not known:
-            absent = "" if path.exists() else " (nothing of that name is here)"
+            absent = "" if path.exists() else " (nothing of that name is here, and the hub tells nothing of it)"
             raise ModelError(
                 f"{os.fspath(name)} is no run and no adapter folder{absent}, and as a model it does not tell what it "
                 f"is for: give task=TASK. {_TASKS}"

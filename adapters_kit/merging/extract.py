@@ -237,7 +237,7 @@ def convert(
         with staged(target, overwrite=overwrite, keep=[adapter.folder, source]) as stage:
             _write(stage, config, made, adapter.record, extra)
             copy_processor(adapter.folder, stage)
-            copy_card(adapter.folder, stage)
+            copy_card(adapter.folder, stage, changed=True)
             write_manifest(stage, {"adapter": describe(adapter.folder), "error": made.error})
     return ExtractReport(target, made.ranks, made.errors, made.error)
 
@@ -287,7 +287,7 @@ def compress(
         small = lora_config(made, portable_base(adapter.base, target), raw.get("task_type"))
         _write(stage, {**raw, **small}, made, adapter.record, rest)
         copy_processor(adapter.folder, stage)
-        copy_card(adapter.folder, stage)
+        copy_card(adapter.folder, stage, changed=True)
         write_manifest(stage, {"adapter": describe(adapter.folder), "error": made.error})
     return ExtractReport(target, made.ranks, made.errors, made.error)
 

@@ -34,7 +34,9 @@ def model_card(
             "base_model": named if named == base else None,  # a local path means nothing to others
             "pipeline_tag": metadata.get("pipeline_tag"),
             "license": metadata.get("license"),
+            "datasets": metadata.get("datasets"),
             "tags": ["merged"],
+            "model-index": metadata.get("model-index") if len(adapters) == 1 else None,  # of several none was scored
         },
         f"{named}, merged with {names.replace('`', '')}",
         [("", scrub(facts)), ("Load", load), ("", scrub(_lower(without_sections(body))))],

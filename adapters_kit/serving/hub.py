@@ -6,21 +6,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from adapters_kit.artifacts import foreign
 from adapters_kit.artifacts.adapter import CONFIG, adapter_folder
-from adapters_kit.artifacts.card import split
+from adapters_kit.artifacts.card import model_index, split, with_front
 from adapters_kit.artifacts.hub_ping import endpoint, not_asked, reachable
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.leaks import ACCESS_TOKEN, find_leaks, scrub
-from adapters_kit.artifacts.side_files import at_home
-from adapters_kit.errors import ShippingError
+from adapters_kit.artifacts.manifest import describe
+from adapters_kit.artifacts.record_reader import read_record
+from adapters_kit.artifacts.side_files import at_home, side_files
+from adapters_kit.artifacts.staging import MANIFEST, file_sha256
+from adapters_kit.errors import AdapterError, ShippingError
+from adapters_kit.names import looks_like_path
 from adapters_kit.recipe_text import parse_yaml
 from adapters_kit.task_table import TASKS
 
@@ -35,15 +38,19 @@ class Pushed:
     Attributes:
         repo: the hub id.
         url: its address.
-        files: the names of what was sent.
+        files: the names of what was sent, relative to the folder.
+        left: the names of what stayed here: rows, what only training needed, links, folders that are no part of the
+            model.
     """
 
     repo: str
     url: str
     files: list[str]
+    left: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{len(self.files)} files at {self.url}"
+        stayed = f" (not sent: {', '.join(self.left)})" if self.left else ""
+        return f"{len(self.files)} files at {self.url}{stayed}"
 
 
 def push(
@@ -70,7 +77,6 @@ def push(
         ShippingError: nothing to send there, a name that is no hub id, a hub that does not answer or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     source = adapter_folder(Path(folder))
     foreign.check_either(source)
@@ -79,28 +85,32 @@ def push(
     _need_hub()
     with tempfile.TemporaryDirectory(prefix="adapters_kit-push-") as made:
         stage = Path(made)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and at_home(path, source) and not path.name.startswith(_KEPT_BACK):
-                _link(path, stage / path.name)
+        sent = dict(_sent(source))
+        for name, path in sent.items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            _link(path, stage / name)
         card = stage / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else f"# {repo.partition('/')[2]}\n"
-        card.unlink(missing_ok=True)
-        card.write_text(_with_metadata(text, source, license), encoding="utf-8")
-        _keep_to_ourselves(stage)
+        _replace(card, _with_metadata(text, source, license))
+        replaced = {card.name, *_keep_to_ourselves(stage)}
         if secrets := [leak for leak in find_leaks(stage) if leak.kind == ACCESS_TOKEN]:
             raise ShippingError(f"{secrets[0]}. Whoever reads it can use it: take it out. Nothing was sent.")
-        files = sorted(path.name for path in stage.iterdir())
+        _tell_again(stage, replaced)
         api = HfApi(endpoint=endpoint(), token=token)
-        try:
+        with _in_words(repo, f"The hub did not take {repo}"):
             api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
             api.upload_folder(repo_id=repo, folder_path=stage, commit_message=f"Upload {source.name}")
-        except HFValidationError as error:
-            raise ShippingError(f"{repo!r} is no hub id: {error}") from None
-        except LocalTokenNotFoundError as error:
-            raise ShippingError(f"The hub needs to know who you are: hf auth login, or HF_TOKEN. ({error})") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise ShippingError(f"The hub did not take {repo}: {_first_line(error)}") from error
-    return Pushed(repo, f"{endpoint()}/{repo}", files)
+    here = (path.name for path in source.iterdir() if not path.name.startswith("."))
+    left = [name for name in here if name not in {name.split("/")[0] for name in sent}]
+    return Pushed(repo, f"{endpoint()}/{repo}", sorted({*sent, card.name}), sorted(left))
+
+
+def _sent(source: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of what is sent: the files of the folder, and of its folders those that belong to a model."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and at_home(path, source) and not path.name.startswith(_KEPT_BACK):
+            yield path.name, path
+    yield from ((name, path) for path, name in side_files(source) if "/" in name)
 
 
 def pull(repo: str, out: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Path:
@@ -115,21 +125,45 @@ def pull(repo: str, out: str | os.PathLike[str], *, revision: str | None = None,
         ShippingError: no such repository, or `out` holds something.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from adapters_kit.artifacts.staging import staged
 
     out = Path(out)
     _need_hub()
-    try:
-        with staged(out, overwrite=False) as stage:
-            snapshot_download(repo, revision=revision, local_dir=stage, token=token, endpoint=endpoint())
-            shutil.rmtree(stage / ".cache", ignore_errors=True)
-    except HFValidationError as error:
-        raise ShippingError(f"{repo!r} is no hub id: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
-        raise ShippingError(f"The hub did not give {repo}: {_first_line(error)}") from error
+    with _in_words(repo, f"The hub did not give {repo}", revision), staged(out, overwrite=False) as stage:
+        snapshot_download(repo, revision=revision, local_dir=stage, token=token, endpoint=endpoint())
+        shutil.rmtree(stage / ".cache", ignore_errors=True)
     return out
+
+
+@contextmanager
+def _in_words(repo: str, what: str, revision: str | None = None) -> Iterator[None]:
+    """Whatever the hub or its library answers becomes a `ShippingError` that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except AdapterError:
+        raise
+    except errors.HFValidationError as error:
+        raise ShippingError(f"{repo!r} is no hub id: {error}") from None
+    except errors.LocalTokenNotFoundError as error:
+        raise ShippingError(f"The hub needs to know who you are: hf auth login, or HF_TOKEN. ({error})") from error
+    except errors.GatedRepoError as error:
+        raise ShippingError(f"{what}: ask for access on its page, {endpoint()}/{repo}, then hf auth login.") from error
+    except errors.RevisionNotFoundError as error:
+        raise ShippingError(f"{what}: it has no branch, tag or commit {revision!r}.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ShippingError(
+            f"{what}: there is no such repository, or it is private and the token is not of somebody who may see it "
+            "(hf auth login, or HF_TOKEN)."
+        ) from error
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            why = "no token was given, or the hub does not know it" if status == 401 else "the token may not do that"
+            raise ShippingError(f"{what}: {why} (hf auth login, or HF_TOKEN).") from error
+        raise ShippingError(f"{what}: {_told(error)}") from error
 
 
 def _need_hub() -> None:
@@ -141,8 +175,11 @@ def _need_hub() -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _told(error: BaseException) -> str:
+    """The first line of an error, or the whole of a fault in the card; of one without words its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = f" ({_told(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else ""
+    return (" ".join(lines) if isinstance(error, ValueError) else next(iter(lines), type(error).__name__)) + cause
 
 
 def _link(source: Path, target: Path) -> None:
@@ -153,16 +190,40 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _keep_to_ourselves(stage: Path) -> None:
-    """Paths of this machine become names in what is sent; the files that were linked stay as they are."""
+def _replace(path: Path, text: str) -> None:
+    """Another text under the name; the file that was linked there stays as it is."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _keep_to_ourselves(stage: Path) -> set[str]:
+    """Paths of this machine become names in what is sent; the files that were linked stay as they are.
+
+    Returns:
+        The names of the files that became others.
+    """
+    replaced = set()
+    if (stage / CONFIG).is_file():
+        raw = read_json(stage / CONFIG)
+        named = _base(stage, raw)
+        if named != raw.get("base_model_name_or_path"):
+            _replace(stage / CONFIG, json.dumps(raw | {"base_model_name_or_path": named}, indent=2))
+            replaced.add(CONFIG)
     for name in {leak.file for leak in find_leaks(stage) if leak.kind == "a path"}:
-        path = stage / name
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if name == CONFIG:
-            raw = read_json(path)
-            text = json.dumps(raw | {"base_model_name_or_path": _public(raw.get("base_model_name_or_path"))}, indent=2)
-        path.unlink()
-        path.write_text(scrub(text), encoding="utf-8")
+        _replace(stage / name, scrub((stage / name).read_text(encoding="utf-8", errors="replace")))
+        replaced.add(name)
+    return replaced
+
+
+def _tell_again(stage: Path, replaced: set[str]) -> None:
+    """The manifest with sizes and hashes of the files as they are sent."""
+    if not (stage / MANIFEST).is_file():
+        return
+    told = read_json(stage / MANIFEST)
+    if isinstance(files := told.get("files"), dict):
+        for name in replaced & set(files):
+            files[name] = {"bytes": (stage / name).stat().st_size, "sha256": file_sha256(stage / name)}
+        _replace(stage / MANIFEST, json.dumps(told, indent=2) + "\n")
 
 
 def _with_metadata(card: str, source: Path, license: str | None) -> str:
@@ -172,24 +233,25 @@ def _with_metadata(card: str, source: Path, license: str | None) -> str:
         front["license"] = license
     facts = _facts(source)
     recipe = facts.get("recipe", {})
-    front.setdefault("base_model", _public(facts.get("base")))
+    front.setdefault("base_model", facts.get("base"))
     if recipe.get("task") in TASKS:
         front.setdefault("pipeline_tag", TASKS[recipe["task"]].pipeline)
     data = recipe.get("data")
     data = data.get("train") if isinstance(data, Mapping) else data
-    if isinstance(data, str) and _is_hub_id(data):
+    if isinstance(data, str) and "/" in data and not looks_like_path(data):
         front.setdefault("datasets", [data])
     if facts.get("scores"):
-        front["model-index"] = [_index(source, recipe, facts["scores"], data)]
-    front = {key: value for key, value in front.items() if value is not None}
-    return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n{body}"
+        task = TASKS[recipe["task"]].pipeline if recipe.get("task") in TASKS else "other"
+        name = Path(str(data)).name
+        front.setdefault("model-index", model_index(source.parent.name, task, name, facts["scores"]))
+    return with_front(front, body)
 
 
 def _facts(source: Path) -> dict[str, Any]:
     """What the folder, and the run around it, tell: base, recipe and scores."""
     found: dict[str, Any] = {}
     if (source / CONFIG).is_file():
-        found["base"] = read_json(source / CONFIG).get("base_model_name_or_path")
+        found["base"] = _base(source, read_json(source / CONFIG))
     if (source / "recipe.yaml").is_file():
         found["recipe"], _, _ = parse_yaml((source / "recipe.yaml").read_text(encoding="utf-8", errors="replace"))
     metrics = source.parent / "metrics.json"
@@ -200,29 +262,16 @@ def _facts(source: Path) -> dict[str, Any]:
     return found
 
 
-def _index(source: Path, recipe: Mapping[str, Any], scores: Mapping[str, float], data: Any) -> dict[str, Any]:
-    task = TASKS[recipe["task"]].pipeline if recipe.get("task") in TASKS else "other"
-    name = data if isinstance(data, str) and _is_hub_id(data) else Path(str(data)).name
-    return {
-        "name": source.parent.name,
-        "results": [
-            {
-                "task": {"type": task},
-                "dataset": {"name": f"held-out rows of {name}", "type": name},
-                "metrics": [{"type": key, "value": round(float(value), 6)} for key, value in scores.items()],
-            }
-        ],
-    }
+def _base(folder: Path, raw: Mapping[str, Any]) -> str | None:
+    """How others know the base of an adapter: its hub id; a folder of this machine by its last name alone.
 
-
-def _is_hub_id(name: str) -> bool:
-    return (
-        not Path(name).exists() and name.count("/") <= 1 and not Path(name).suffix and not name.startswith((".", "/"))
-    )
-
-
-def _public(base: Any) -> str | None:
-    """A base's hub id; a folder of this machine is named by its last part alone."""
+    `a/b` may be either. The record beside the adapter was written when the base was loaded, and knows.
+    """
+    base = raw.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         return None
-    return base if _is_hub_id(base) else Path(base).name
+    try:
+        recorded = read_record(folder).get("base")
+    except AdapterError:
+        recorded = None
+    return describe(recorded or base)

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapters_kit.artifacts.card import render
+from adapters_kit.artifacts.card import model_index, render
 from adapters_kit.artifacts.leaks import scrub
+from adapters_kit.artifacts.manifest import describe
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
 from adapters_kit.task_table import TASKS
@@ -31,11 +32,16 @@ def card(
     """
     shown = without_paths(recipe)
     task = TASKS[recipe.head]
+    label = shown.method.label
+    scores = {name: metrics[name] for name in _scored(metrics) if not name.startswith("keep_")}
+    data = shown.data.test or shown.data.train
     front = {
         "base_model": shown.model,
         "library_name": "peft",
         "pipeline_tag": task.pipeline,
-        "tags": ["adapters-kit", shown.method.label],
+        "datasets": [recipe.data.train] if describe(recipe.data.train) == recipe.data.train else None,  # of the hub
+        "tags": ["adapters-kit", label],
+        "model-index": model_index(f"{label}-{describe(recipe.model)}", task.pipeline, data, scores),
     }
     lead = (
         f"Trained with adapters_kit: {metrics['trainable_params']:,} of\n{metrics['total_params']:,} parameters, "
@@ -62,14 +68,15 @@ def card(
         ("Recipe", f"```yaml\n{shown.to_yaml().rstrip()}\n```"),
     ]
     by = f", by {recipe.objective.name}" if recipe.objective else ""
-    title = f"{shown.method.label} adapter of {shown.model} for {recipe.task}{by}"
+    title = f"{label} adapter of {shown.model} for {recipe.task}{by}"
     return render(front, title, sections, lead)
 
 
 def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str) -> str:
-    names = [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
     lines = ["| metric | base model | with this adapter |", "|---|---|---|"]
-    lines += [f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in names]
+    lines += [
+        f"| {name} | {_number(metrics[f'base_{name}'])} | {_number(metrics[name])} |" for name in _scored(metrics)
+    ]
     best = recipe.training.keep_best and recipe.training.evals_per_epoch
     kept = f"that of the best `{metric}` among the evaluations" if best else "that of the last step"
     budget = metrics.get("kept")
@@ -80,6 +87,11 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
     if layers:
         lines += ["", "How its layers computed while it was trained:", "", "```", layers, "```"]
     return "\n".join(lines)
+
+
+def _scored(metrics: Mapping[str, Any]) -> list[str]:
+    """The names of what base and adapter were scored by."""
+    return [name[5:] for name in metrics if name.startswith("base_") and name[5:] in metrics]
 
 
 def _load(recipe: Recipe) -> str:
