@@ -171,7 +171,7 @@ def test_who_may_not_push_is_told_why(hub, shipped, case):
 def test_a_card_that_the_hub_cannot_read_is_told_with_its_reason(hub, shipped, tmp_path):
     folder = shutil.copytree(shipped / "run" / "adapter", tmp_path / "adapter")
     (folder / "README.md").write_text("---\ndatasets: one\n---\n# Mine\n")
-    with pytest.raises(ShippingError, match='did not take me/run: Invalid metadata.*"datasets" must be an array'):
+    with pytest.raises(ShippingError, match=r'did not take me/run: Invalid metadata.*"datasets" must be an array'):
         ak.push(folder, "me/run")
 
 
