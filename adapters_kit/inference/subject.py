@@ -57,8 +57,7 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
     path = Path(name)
     if not path.exists() and not looks_like_path(name):
         _check_name(name, path)
-        found = described_on_hub(os.fspath(name), CONFIG)
-        path = found or path
+        path = described_on_hub(os.fspath(name), CONFIG) or path
     folder = adapter_folder(path)
     if (folder / CONFIG).is_file():
         if (found_recipe := recipe_of(folder)) is not None:
