@@ -234,6 +234,13 @@ class DataSpec(BaseModel):
     speech_task: Literal["transcribe", "translate"] | None = None
     """Speech recognition, models of several languages: write what is said (the default), or its English."""
 
+    box_format: Literal["xywh", "xyxy", "xyxy-normalized", "cxcywh-normalized"] | None = None
+    """Object detection: how boxes are written. xywh: [left, top, width, height] in pixels, as COCO has them; xyxy:
+    [left, top, right, bottom]; normalized: as parts of the picture, c for the centre, as YOLO has them. By default the
+    one by which all boxes lie in their pictures; where several do, it has to be said."""
+    min_score: float = Field(0.5, ge=0, le=1)
+    """Object detection: boxes that are less likely are not shown by `predict`; scores look at all."""
+
     @field_validator("mix", mode="before")
     @classmethod
     def _each_whole(cls, value: Any) -> Any:

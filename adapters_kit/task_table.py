@@ -108,6 +108,17 @@ TASKS: dict[str, Row] = {
         labelled=True,
         example="google/vit-base-patch16-224-in21k",
     ),
+    "object-detection": Row(
+        "adapters_kit.tasks.object_detection:ObjectDetection",
+        roles=("image", "objects", "boxes", "classes", "width", "height"),
+        auto_class="AutoModelForObjectDetection",
+        task_type=None,
+        pipeline="object-detection",
+        own_head=True,
+        labelled=True,
+        keys=("data.box_format", "data.min_score"),
+        example="facebook/detr-resnet-50",
+    ),
     "audio-classification": Row(
         "adapters_kit.tasks.audio_classification:AudioClassification",
         roles=("audio", "label", "sampling_rate"),

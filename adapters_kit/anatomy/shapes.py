@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -31,7 +32,8 @@ def fake(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[FakeTen
     made: dict[int, torch.Tensor] = {}
     own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
-        with mode:
+        # What models keep from call to call (anchors of boxes) must not be of shapes alone, and not be used here.
+        with mode, mock.patch("transformers.pytorch_utils.is_torchdynamo_compiling", return_value=True):
             for module in model.modules():
                 stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
                 for store in stores:

@@ -99,7 +99,8 @@ def ask_for(task: Task, recipe: Recipe, n_best: int) -> None:
     """
     if n_best < 1:
         raise DataError(f"n_best={n_best}: how many answers a row, 1 or more.")
-    classes = TASKS[task.name].labelled and "tokens" not in task.needs[0] and recipe.problem != "regression"
+    several = {"tokens", "objects"} & set(task.needs[0])  # a row has many answers, each of its own class
+    classes = TASKS[task.name].labelled and not several and recipe.problem != "regression"
     if n_best > 1 and not (classes or task.generates):
         what = "a regression" if recipe.problem == "regression" else task.name
         raise DataError(f"n_best={n_best}: only classes and written texts have a second best; this is {what}.")

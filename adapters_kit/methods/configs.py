@@ -1,7 +1,7 @@
 """From a method and the options given to a peft config that fits a model: defaults, targets, task, head, checked."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -139,10 +139,26 @@ def task_heads(model: nn.Module) -> list[str]:
     if not any(type(model).__name__ in _class_names(auto_class) for auto_class in headed):
         return []
     base = base_model(model)
+    _refuse_shared(base, head(model))
     # A quantized pooler, as plain transformers makes them, cannot be trained.
     heads = head(model) + [path for path in pooler(model) if base.get_submodule(path).weight.is_floating_point()]
     fresh = getattr(model, "fresh_modules", ())
     return heads + [name for name in fresh if not any(f"{name}.".startswith(f"{found}.") for found in heads)]
+
+
+def _refuse_shared(base: nn.Module, heads: Sequence[str]) -> None:
+    """Refuses heads of which several are one: peft would train a copy of each, and none could be put back."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if name.startswith(tuple(f"{path}." for path in heads)):
+            owners.setdefault(id(parameter), []).append(name)
+    shared = next((names for names in owners.values() if len(names) > 1), None)
+    if shared is not None:
+        raise ModelError(
+            f"{type(base).__name__} has one head in several places ({', '.join(shared[:3])} are the same numbers), and "
+            "an adapter can neither train nor ship such a head. Take a model with one head, such as DETR, Conditional "
+            "DETR, RT-DETR or YOLOS."
+        )
 
 
 def _class_names(auto_class: str) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 LESS_IS_BETTER = ("loss", "perplexity", "mae", "cer", "wer")
 """Scores of which a lower one is better."""
 
-_MAIN = ("accuracy", "span_f1", "exact_match", "f1", "bleu", "chrf", "rouge_l", "pearson", "perplexity", "loss")
+_MAIN = ("map", "accuracy", "span_f1", "exact_match", "f1", "bleu", "chrf", "rouge_l", "pearson", "perplexity", "loss")
 
 
 def main_score(metrics: Mapping[str, Any], chosen: str | None = None) -> str | None:

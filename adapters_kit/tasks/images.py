@@ -65,6 +65,14 @@ def check_image(value: Any, row: int) -> None:
         )
 
 
+def size_of(value: Any, row: int) -> tuple[int, int]:
+    """Width and height of a picture as `open_image` turns it, from its head."""
+    picture = _opened(value, row)
+    width, height = picture.size
+    turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations on their side
+    return (height, width) if turned else (width, height)
+
+
 def _opened(value: Any, row: int) -> Any:
     from PIL import Image
 

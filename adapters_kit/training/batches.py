@@ -61,8 +61,9 @@ class FromData:
         self.lengths = lengths.tolist()
         self.rows = min(recipe.training.batch_size, len(features))
         self.largest = [features[i] for i in np.argsort(lengths, kind="stable")[-self.rows :].tolist()]
-        # Recordings are not made longer or shorter: there are no columns of tokens to repeat.
-        self.length = max(task.length(feature) for feature in self.largest) if "audio" not in features[0] else 1
+        # Recordings and pictures are not made longer or shorter: there are no columns of tokens to repeat.
+        fixed = {"audio", "image"} & features[0].keys()
+        self.length = 1 if fixed else max(task.length(feature) for feature in self.largest)
         self.longest = task.longest
         self.padding = _padding(recipe, self.lengths)
         self.example = _example(task, features[0])

@@ -32,7 +32,7 @@ from adapters_kit.training import checkpoints, data
 if TYPE_CHECKING:
     from adapters_kit.training.loop import AdapterTrainer
 
-_TOLD = ("loss", "perplexity", "accuracy", "f1", "exact_match", "span_f1", "wer", "pearson", "ndcg")
+_TOLD = ("loss", "perplexity", "accuracy", "f1", "exact_match", "span_f1", "wer", "pearson", "ndcg", "map")
 STEPS = 16
 """Into how many parts the scale of an adapter is divided."""
 LEAST = 2**-10

@@ -25,6 +25,7 @@ from adapters_kit.training.resolve import rows_of
 _ORDER = (
     "question-answering",
     "token-classification",
+    "object-detection",
     "image-classification",
     "audio-classification",
     "speech-recognition",
@@ -90,7 +91,7 @@ def propose(
     problem = _problem(rows, chosen, columns)
     if problem:
         fields["problem"] = problem
-    long = _tokens(rows, columns)
+    long = _tokens(rows, columns) if not {"image", "audio"} & columns.keys() else 0.0
     if long > 512:
         fields["training"]["max_length"] = min(1 << (int(long) - 1).bit_length(), 4096)
         reasons.append(f"max_length: {fields['training']['max_length']}, since long rows have about {long:,.0f} tokens")
@@ -135,6 +136,11 @@ def _is_label(rows: Dataset, name: str) -> bool:
     return 2 <= len(set(values)) <= min(_FEW, max(len(values) // 3, 2))
 
 
+def _is_picture(rows: Dataset, columns: Mapping[str, str]) -> bool:
+    name = columns["image"]
+    return isinstance(rows.features[name], Image) or data.medium(Path(str(rows[0][name])[-20:])) == "image"
+
+
 def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
     """Whether columns of the right names hold the right kind of thing."""
     kinds = {role: rows.features[column] for role, column in columns.items()}
@@ -142,8 +148,10 @@ def _holds(rows: Dataset, task: str, columns: Mapping[str, str]) -> bool:
         return _is_text(kinds["text"]) and any(map(holds_spans, rows[:_LOOKED_AT][columns["spans"]]))
     if task == "token-classification":
         return all(isinstance(kinds[role], Sequence | list) or "List" in type(kinds[role]).__name__ for role in kinds)
+    if task == "object-detection":
+        return "objects" in columns and columns["objects"].lower() == "objects" and _is_picture(rows, columns)
     if task == "image-classification":
-        return isinstance(kinds["image"], Image) or data.medium(Path(str(rows[0][columns["image"]])[-20:])) == "image"
+        return _is_picture(rows, columns)
     if task in ("audio-classification", "speech-recognition"):
         return isinstance(kinds["audio"], Audio) or data.medium(Path(str(rows[0][columns["audio"]])[-20:])) == "audio"
     if task == "question-answering":
@@ -170,6 +178,7 @@ def _why(task: str, columns: Mapping[str, str]) -> str:
         "token-classification": "spans of a text" if "spans" in columns else "words with a tag each",
         "question-answering": "questions with their context and answers",
         "seq2seq": "one text for each other text",
+        "object-detection": "pictures with boxes",
         "image-classification": "images with a class each",
         "audio-classification": "recordings with a class each",
         "speech-recognition": "recordings with what is said in them",

@@ -22,7 +22,7 @@ from adapters_kit.tasks.base import IGNORED
 from adapters_kit.tasks.seq2seq import text_scores
 from adapters_kit.tasks.text_scores import plain, word_f1
 from adapters_kit.tasks.token_classification import spans
-from tests.support import small, sounds, tiny
+from tests.support import shapes, small, sounds, tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 FAST = {"training.epochs": 4.0, "training.max_steps": None, "training.batch_size": 8, "training.max_length": 48}
@@ -79,6 +79,7 @@ def rows_for(example: str, tmp_path: Path) -> list[dict]:
         "translation": lambda: [{"source": r["context"], "target": r["name"]} for r in questions],
         "domain_adaptation": lambda: [{"text": r["context"]} for r in questions],
         "image_classification": lambda: pictures(tmp_path / "pictures", 48),
+        "object_detection": lambda: shapes.boxes(48, tmp_path / "shapes"),
         "audio_classification": lambda: sounds.tones(48, tmp_path / "tones"),
         "speech_recognition": lambda: sounds.melodies(32, tmp_path / "melodies"),
         "reranking": lambda: small.judgements(40),
@@ -109,6 +110,7 @@ MODELS = {
     "translation": ["t5", "bart"],
     "domain_adaptation": ["bert:BertForMaskedLM"],
     "image_classification": ["vit"],
+    "object_detection": ["detr"],
     "audio_classification": ["wav2vec2"],
     "speech_recognition": ["whisper"],
     "reranking": ["bert"],
@@ -131,6 +133,13 @@ ELSEWHERE = ("keep",)  # tests/training/test_kept.py trains within a budget
 IN_EXTRAS = ("sentence_embedding",)  # tests/extras runs them
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
+    "object_detection": {
+        "training.keep_best": False,
+        "training.learning_rate": 2e-3,
+        "training.head_learning_rate": 2e-3,
+        "data.box_format": "xywh",
+    }
+    | {"training.max_length": None},
     "audio_classification": {"training.head_learning_rate": 3e-3, "training.max_length": None},
     "speech_recognition": {"training.learning_rate": 1e-2, "training.max_length": None, "data.language": "en"},
     "bottleneck": {"training.epochs": 10.0, "training.learning_rate": 2e-2},
@@ -158,6 +167,9 @@ def test_example_recipes_run_and_lower_the_loss(example, family, tmp_path):
     if name in sounds.KINDS:
         pytest.importorskip("soundfile", reason="sound files need soundfile: pip install 'adapters-kit[audio]'")
         folder = sounds.speaker(name) if example == "speech_recognition" else sounds.model(name)
+    elif name in shapes.DETECTORS:
+        pytest.importorskip("pycocotools", reason="boxes need pycocotools: pip install 'adapters-kit[vision]'")
+        folder = shapes.detector(name)
     elif example == "gguf":
         pytest.importorskip("gguf", reason="GGUF files need gguf: pip install 'adapters-kit[gguf]'")
         from tests.support import gguf_files

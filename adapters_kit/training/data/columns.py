@@ -12,7 +12,10 @@ from adapters_kit.training.data.json_tables import unlike
 
 _LOOKED_AT = 1000  # rows
 # Roles of lists and objects, which may stand there as JSON's text.
-_PARSED = ("messages", "prompt", "completion", "tools", "history", "spans", "chosen", "rejected")
+_PARSED = (
+    *("messages", "prompt", "completion", "tools", "history", "spans", "chosen", "rejected"),
+    *("objects", "boxes", "classes"),
+)
 _TALKS = ("messages", "conversation", "conversations", "chat", "data", "dialog", "dialogue", "utterances", "turns")
 # Names under which a role's column is recognised, best first; a role without an entry goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -59,6 +62,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "score_rejected": ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rating_rejected"),
     "query": ("query", "question", "search_query", "anchor"),
     "document": ("document", "passage", "doc", "text", "answer", "context"),
+    "objects": ("objects", "annotations", "annotation"),
+    "boxes": ("boxes", "bboxes", "bbox", "box"),
+    "classes": ("classes", "categories", "category", "labels", "label", "class_labels", "class"),
+    "width": ("width", "image_width"),
+    "height": ("height", "image_height"),
     "image": ("image", "img", "picture", "file_name", "file", "path"),
 }
 

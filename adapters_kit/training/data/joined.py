@@ -18,6 +18,7 @@ from adapters_kit.training.data.json_tables import together
 from adapters_kit.training.data.row_file import Format, Parts, holds_rows, read_file
 
 _NOT_TOLD = "__HIVE_DEFAULT_PARTITION__"  # a folder's value where the rows have none
+_BOXES = "_annotations.coco.json"  # beside the pictures that it is about, as Roboflow writes it
 _WITHOUT_CLASS = ("unsup", "unlabeled", "unlabelled", "unsupervised")
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|changelog|citation|notice|authors)(\.(md|txt|rst|html?|pdf|cff|bib))?|dataset_infos\.json",
@@ -28,7 +29,8 @@ _TEXTS = ("", ".txt", ".text", ".md")
 
 def listed(folder: Path) -> list[Path]:
     """What lies in a folder, in order, without hidden things and what only tells about the data (README, LICENSE)."""
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    shown = (path for path in folder.iterdir() if not path.name.startswith((".", "_")) or path.name == _BOXES)
+    found = sorted(shown)
     return [path for path in found if not (_ABOUT.fullmatch(path.name) and path.is_file())]
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.annotators import exported, pair_row
+from adapters_kit.training.data.coco import coco_rows, is_coco
 from adapters_kit.training.data.encoding import encoding_of
 from adapters_kit.training.data.json_tables import Row, tables
 
@@ -180,6 +181,8 @@ def _rows_of(value: Any, path: Path, notes: Notes) -> Sequence[Row]:
         raise DataError(f"{path} holds no list of objects.")
     if any(_is_conversation(value.get(key)) for key in _CONVERSATIONS):
         return [value]
+    if is_coco(value):
+        return coco_rows(value, path, notes)
     columns = _columns(value)
     if columns is not None:
         notes.say(f"{path.name} holds columns, {', '.join(columns)}, which are put together to rows.")

@@ -59,7 +59,7 @@ def media(folder: Path, notes: Notes) -> Dataset | None:
 
 def media_with_list(folder: Path, files: Sequence[Path], form: Format) -> Dataset | None:
     """Images or recordings beside a table `metadata` or `labels` that names them, as `datasets` lays them out."""
-    lists = [path for path in files if path.stem.lower() in ("metadata", "labels", "annotations")]
+    lists = [path for path in files if path.stem.lower() in ("metadata", "labels", "annotations", "_annotations.coco")]
     if len(lists) != 1 or not any(medium(path) for path in folder.rglob("*")):
         return None
     (rows,) = read_file(lists[0], form).values()

@@ -103,10 +103,41 @@ def test_damage_is_told_with_its_place(tmp_path, text, message, suffix):
 
 
 def test_annotations_beside_what_they_are_of_are_no_rows(tmp_path):
-    """COCO's document."""
+    """Like COCO's document, but without the names of files that make it one."""
     value = {"images": [{"id": 1}], "annotations": [{"image_id": 1}], "categories": [{"id": 1}]}
     with pytest.raises(DataError, match="several lists of objects, 'images', 'annotations', 'categories'"):
         read(tmp_path / "a.json", value)
+
+
+def test_coco_documents_are_a_row_a_picture(tmp_path):
+    image = {"width": 8, "height": 4}
+    value = {
+        "info": {},
+        "images": [{"id": 7, "file_name": "a.png", **image}, {"id": 9, "file_name": "gone.png", **image}],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 3, "bbox": [0, 0, 2, 2], "iscrowd": 1, "segmentation": []},
+            {"id": 2, "image_id": 9, "category_id": 1, "bbox": [1, 1, 2.5, 2]},
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog", "supercategory": "pet"}],
+    }
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    found, notes = read(tmp_path / "a.json", value)
+    assert found[0] == {"image": str(tmp_path / "images" / "a.png"), "width": 8, "height": 4, "objects": []}
+    marks = [
+        {"bbox_xywh": [0.0, 0.0, 2.0, 2.0], "category": "dog", "iscrowd": 1},
+        {"bbox_xywh": [1.0, 1.0, 2.5, 2.0], "category": "cat", "iscrowd": 0},
+    ]
+    assert found[1] == {"image": "gone.png", "width": 8, "height": 4, "objects": marks}
+    assert any("COCO's form: 2 pictures, 2 boxes of 2 categories" in note for note in notes)
+    for change, message in [
+        ({"image_id": 8}, r"annotation 1 \(id 1\): there is no image with the id 8"),
+        ({"category_id": 2}, "there is no category with the id 2"),
+        ({"bbox": None}, "annotation 1 .* has no bbox"),
+    ]:
+        mark = {key: part for key, part in (value["annotations"][0] | change).items() if part is not None}
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / "b.json", {**value, "annotations": [mark]})
 
 
 def test_half_a_character_is_replaced_and_counted(tmp_path):
