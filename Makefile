@@ -75,7 +75,8 @@ fuzz: .venv/.installed
 	FUZZ_INPUTS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/fuzz
 
 # Training with every method, merges, exports, sweeps and comparisons, killed or with a full disk at each write, and gone on with.
-# All writes take some 45 minutes; `python -m tests.kills --minutes 20 --skip 20` goes on where 20 of each were tried.
+# All writes take some 45 minutes; `python -m tests.kills --minutes 20 --skip 20` goes on where 20 of each were tried, and
+# `--copies --only sweep` meets every write of a sweep in some minutes.
 kills: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kills --minutes 45
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,31 @@ def test_no_torch_is_imported():
     code = "import sys, adapters_kit.recipe; print('torch' in sys.modules, 'transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+BEGINNING = "model: m\ntask: causal-lm\ndata: d.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfem\x00o\x00",
+        b"model: a\x00b\n",
+        BEGINNING + "x: &x [*x]\n",
+        BEGINNING + "training: &t\n  a: *t\n",
+        BEGINNING + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" for i in range(12)),
+        BEGINNING + "x: " + "[" * 5000 + "\n",
+        BEGINNING + "x: !!python/object/apply:os.getcwd []\n",
+        BEGINNING + "max_length: " + "9" * 5000 + "\n",
+        *(BEGINNING + f"training:\n  {key}: {value}\n" for key, value in [("seed", 2**32), ("seed", -1)]),
+        *(BEGINNING + f"training:\n  learning_rate: {value}\n" for value in (".inf", "-.inf", ".nan", "1e400")),
+    ],
+    ids=range(14),
+)
+def test_a_hostile_recipe_is_told_soon(tmp_path, text):
+    (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = time.process_time()
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read(tmp_path / "a.yaml")
+    assert len(str(caught.value)) < 2000
+    assert time.process_time() - before < 5

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from adapters_kit.artifacts.card import split
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import AdapterError, ModelError, ShippingError
 from adapters_kit.merging.weightless import base_config, empty_model
+from adapters_kit.serving import llama_cpp
 from adapters_kit.training import checkpoints
 from tests.support import small, tiny
 
@@ -194,15 +196,6 @@ def test_a_rank_that_the_tensors_do_not_have_scales_nothing(rank, base, adapter,
             use()
 
 
-@pytest.mark.parametrize("key", ["use_rslora", "use_dora", "fan_in_fan_out"])
-def test_a_flag_that_is_a_word_counts_as_nothing(key, base, adapter, tmp_path):
-    """Python takes "false" for true: the update would be scaled, or turned, as nobody trained it."""
-    change(adapter / "adapter_config.json", **{key: "false"})
-    for use in (lambda: ak.wrap(ak.load(base), adapter), lambda: ak.merge(adapter, tmp_path / "merged", base=base)):
-        with pytest.raises(AdapterError, match=rf"{key} is 'false'; it has to be true or false"):
-            use()
-
-
 @pytest.mark.parametrize("value", [1e308, 10**300, float("inf"), -1e39])
 @pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout", "alpha_pattern"])
 def test_numbers_that_nothing_computes_with(key, value, base, adapter, tmp_path):
@@ -302,6 +295,26 @@ def test_code_that_an_adapter_brings_is_not_planted(tmp_path):
         assert "auto_map" not in path.read_text(), path
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert not ran.exists()
+
+
+def test_the_converters_see_no_code_and_no_tokens(base, adapter, tmp_path, monkeypatch):
+    """llama.cpp's scripts trust what they read: they are shown a folder without it, and run with nothing of ours."""
+    (base / "tokenizer_own.py").write_text("raise SystemExit\n")
+    change(
+        base / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["tokenizer_own.Own", None]}
+    )
+    shown = llama_cpp.clean_folder(base, tmp_path / "shown")
+    assert {path.suffix for path in shown.iterdir()} <= {".json", ".safetensors", ".jinja", ".model", ".txt"}
+    assert not [path for path in shown.glob("*.json") if b"auto_map" in path.read_bytes()]
+    told = str(ak.merge(adapter, tmp_path / "merged", base=base, verify="off"))
+    assert not list((tmp_path / "merged").rglob("*.py")) and "auto_map" in told
+    change(base / "config.json", architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "own.Own"})
+    with pytest.raises(ShippingError, match=r"needs code of its own \(OwnForCausalLM\), which is not run here"):
+        llama_cpp.clean_folder(base, tmp_path / "other")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    asked = "import os, sys; sys.exit(' '.join(os.environ.get(n, '-') for n in ('HF_TOKEN', 'HF_HUB_OFFLINE', 'HOME')))"
+    with pytest.raises(ShippingError, match=rf"refuses {base}: - 1 {tmp_path}"):
+        llama_cpp._run([sys.executable, "-c", asked], base, tmp_path)
 
 
 def test_a_pickle_beside_the_weights_is_neither_opened_nor_shipped(base, adapter, tmp_path):

@@ -7,6 +7,9 @@ mounting is allowed real disks of each size on which one of these writes no long
 take turns until the time is over: `python -m tests.kills --minutes 20`. Their order is always the same, so that
 `--skip 30` goes on where a call ended that made thirty of each.
 
+`--copies` meets every write of a kind in a few calls: the disk is copied at each, a fork meets a full disk, and what
+is left differently is gone on from once (see copies).
+
 A trial is cheap: whatever a run imports is imported before the first fork, pictures are written but not drawn, and the
 cells of a comparison are forks of the trial. Limits are of CPU time, since other work on the machine is no fault.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +40,12 @@ def main() -> int:
     parser.add_argument("--most", type=int, help="trials of each kind; all of its writes if not given")
     parser.add_argument("--skip", type=int, default=0, help="trials of each kind that an earlier call made")
     parser.add_argument("--only", default="", help="kinds whose names begin so, with commas between")
+    parser.add_argument(
+        "--copies", action="store_true", help="every write of each kind, from copies of the disk (quick)"
+    )
     options = parser.parse_args()
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))  # the trial at hand is the last one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     begun = time.monotonic()
     faults: list[str] = []
@@ -48,8 +57,10 @@ def main() -> int:
         shared = (Path(folder), disk, options.most, options.skip)
         trials = [Trials(kind, *shared, Counter(), faults, notes) for kind in chosen]
         queues = [deque(one.full_disks() for one in trials), deque(one.stops() for one in trials)]
+        if options.copies:
+            queues = [deque(one.copied() for one in trials)]
         seen = 0
-        while any(queues) and time.monotonic() - begun < 60 * options.minutes:
+        while any(queues) and not stopped and time.monotonic() - begun < 60 * options.minutes:
             for waiting in filter(None, queues):
                 turn = waiting.popleft()
                 if next(turn, DONE) is not DONE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -28,6 +29,7 @@ OK, REFUSED, CRASHED = 0, 3, 4
 """How a child ends, beside signals: an error in the package's own words, any other error."""
 SECONDS = 60
 """Of CPU time, that a child may take; -SIGXCPU is its end otherwise."""
+CLONE_NEWNS = 0x20000
 HANGS = 900
 """Seconds after which a child that does nothing is ended with SIGALRM."""
 
@@ -74,7 +76,7 @@ class SmallDisk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        self.is_there = self._mount(f"size={self.LARGE}")
+        self.is_there = self._alone() and self._mount(f"size={self.LARGE}")
 
     def resize(self, size: int) -> None:
         """To so many bytes."""
@@ -85,6 +87,14 @@ class SmallDisk:
         """Unmounts it."""
         if self.is_there:
             subprocess.run(["umount", "--lazy", self.folder], check=False)
+
+    @staticmethod
+    def _alone() -> bool:
+        """From now on what this process mounts is its own, and goes when it ends, however it ends."""
+        with suppress(OSError, AttributeError):
+            if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) == 0:
+                return subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True).returncode == 0
+        return False
 
     def _mount(self, options: str) -> bool:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder]
@@ -101,19 +111,21 @@ def child(
     at: int | None = None,
     kill: bool = True,
     after: float | None = None,
+    copies: tuple[Path, bool] | None = None,
 ) -> int:
     """Runs `call` in a process of its own; its `at`-th write below `watch` kills it, or fails as on a full disk.
 
     Args:
         said: file that takes the number of writes and what was in use before each, or the error.
         after: seconds until it is killed, whatever it does.
+        copies: where the folder goes before each write, and whether forks meet a full disk; see `copies.Copying`.
 
     Returns:
         The exit status, negative for a signal.
     """
     number = os.fork()
     if number == 0:
-        _child(call, watch, said, at, kill)
+        _child(call, watch, said, at, kill, copies)
     begun, limit = time.monotonic(), HANGS if after is None else after
     while True:
         done, status = os.waitpid(number, os.WNOHANG)
@@ -124,22 +136,31 @@ def child(
         time.sleep(0.005)
 
 
-def _child(call: Callable[[], Any], watch: Path, said: Path, at: int | None, kill: bool) -> NoReturn:
+def _child(
+    call: Callable[[], Any], watch: Path, said: Path, at: int | None, kill: bool, copies: tuple[Path, bool] | None
+) -> NoReturn:
     def die() -> BaseException:
         if kill:
             os.kill(os.getpid(), signal.SIGKILL)
         return stopping.full_disk()
 
     status = CRASHED
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    limit = SECONDS if copies is None else 10 * SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     said.unlink(missing_ok=True)
     try:
         Figure.savefig = _undrawn  # type: ignore[method-assign]
         worker._started = _forked  # type: ignore[assignment]
-        writes = Writes(watch, at, die)
+        if copies is None:
+            writes = Writes(watch, at, die)
+        else:
+            from tests.kills.copies import Copying
+
+            writes = Copying(watch, *copies)
         with writes.watched():
             call()
         said.write_text(json.dumps([writes.count, writes.used]))

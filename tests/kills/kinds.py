@@ -29,6 +29,7 @@ class Kind:
         otherwise: tried where this one is refused.
         every: whether a full disk is tried at every write, not only as far as the time goes.
         suffix: of the result's name.
+        is_alone: whether the call stays in one thread of one process, so that it can be forked at a write.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kind:
     otherwise: Kind | None = None
     every: bool = False
     suffix: str = ""
+    is_alone: bool = True
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -117,8 +119,8 @@ def kinds(work: Path) -> list[Kind]:
         whole("export gguf", lambda out: ak.export(on_gguf, out, format="gguf", overwrite=True)),
         whole("merge gguf", lambda out: ak.merge(on_gguf, out, base=base, overwrite=True), ".gguf"),
         Kind("sweep", swept, _sweep, every=True),
-        Kind("compare", compared, _comparison, every=True),
-        Kind("train-many", many, _runs, every=True),
+        Kind("compare", compared, _comparison, every=True, is_alone=False),
+        Kind("train-many", many, _runs, every=True, is_alone=False),
         trained("lora", "causal-lm", every=True),
     ]
     return found + [trained(name, "text-classification", "causal-lm") for name in registry.known_names()]

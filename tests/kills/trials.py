@@ -16,7 +16,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tests.kills.child import OK, REFUSED, SmallDisk, child, used
+from tests.kills.child import CRASHED, OK, REFUSED, SmallDisk, child, used
+from tests.kills.copies import keep
 from tests.kills.kinds import Kind
 
 
@@ -123,6 +124,38 @@ class Trials:
                 self.counts[f"of {len(sizes)} small disks"] += 1
                 yield
 
+    def copied(self) -> Iterator[None]:
+        """Every write at once: goes on from what a kill, or a full disk, at each leaves behind; see `copies`."""
+        if self.whole is None:
+            return
+        copies = self.work / f"{self.folder.name}-copies"
+        copies.mkdir()
+        out = self._out("out")
+        status = child(lambda: self.kind.call(out), self.folder, self.said, copies=(copies, self.kind.is_alone))
+        if status != OK or self.kind.result(out) != self.whole[1]:
+            self.faults.append(f"{self.kind.name}, copied at each write: ended with {_last(self.said, status)}")
+        self._clear(self.folder)
+        yield
+        for number in () if self.kind.is_alone else range(1, self.whole[0] + 1):
+            if number > self.skip:
+                status = child(lambda: self.kind.call(out), self.folder, self.said, at=number, kill=False)
+                keep(self.folder, copies, f"full disk at write {number}, which ended with {status}")
+                self._clear(self.folder)
+                yield
+        lines = [line.split(" ", 1) for line in (copies / "all").read_text(encoding="utf-8").splitlines()]
+        first: dict[str, str] = {}
+        for name, what in lines:
+            self.counts["kills" if what.startswith("killed") else "full disks"] += 1
+            first.setdefault(name, what)
+            if what.endswith(tuple(f"with {code}" for code in (CRASHED, -signal.SIGXCPU, -signal.SIGALRM))):
+                self.faults.append(f"{self.kind.name}, {what}")
+        for name, what in first.items():
+            shutil.copytree(copies / name, self.folder, dirs_exist_ok=True)
+            self._again(f"{self.kind.name}, {what}", self.folder)
+            self.counts[f"of {len(first)} different states gone on from"] += 1
+            yield
+        shutil.rmtree(copies)
+
     def _sizes(self) -> list[int]:
         """What is in use before each write, where that changes: on a disk of that size nothing more fits."""
         empty = used(self.disk.folder)
@@ -153,6 +186,12 @@ class Trials:
                 self.faults.append(f"{what}: ended with {_last(self.said, status)}")
             if self.kind.is_atomic and out.exists() and self.kind.result(out) != expected:
                 self.faults.append(f"{what}: half of it stands under its final name")
+        self._again(what, folder)
+
+    def _again(self, what: str, folder: Path) -> None:
+        """Makes the call once more where it was stopped: it must give what a call that nothing stops gives."""
+        assert self.whole is not None
+        expected, out = self.whole[1], self._out("out", folder)
         status = child(lambda: self.kind.call(out), folder, self.said)
         if status != OK:
             self.faults.append(f"{what}: the next call ended with {_last(self.said, status)}")

@@ -1,6 +1,7 @@
 """Python files that come with a base model: run where the recipe says so, and nowhere else."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,17 @@ def test_a_bases_own_code_runs_only_where_the_user_says_so(recipe, base, tmp_pat
     mark.unlink()
     with pytest.raises(ModelError, match="trust_remote_code=True"):
         ak.evaluate(out)
-    with pytest.raises(AdapterError):
-        ak.merge(out, tmp_path / "merged")
-    assert not mark.exists()
+    for use in (
+        lambda: ak.merge(out, tmp_path / "merged"),
+        lambda: ak.export(out, tmp_path / "x.gguf", base=base, format="gguf"),
+        lambda: ak.plan(out / "recipe.yaml"),
+        lambda: ak.check(base),
+        lambda: cli.main(["inspect", str(base)]),
+    ):
+        with suppress(AdapterError):
+            use()
+        assert not mark.exists()
+    assert not (tmp_path / "merged").exists()
     assert ak.evaluate(out, trust_remote_code=True)["loss"] > 0
 
 
