@@ -11,10 +11,11 @@ from adapters_kit.artifacts.files import write_text
 from adapters_kit.pages import html, plots
 from adapters_kit.pages.run_page import PAGE
 
+# Column -> what its axis says, and in which unit of the column's.
 _COSTS = {
-    "trainable_params": "trained parameters",
-    "train_seconds": "seconds of training",
-    "peak_memory_bytes": "peak memory, bytes",
+    "trainable_params": ("trained parameters", 1),
+    "train_seconds": ("seconds of training", 1),
+    "peak_memory_bytes": ("peak memory, GiB", 2**30),
 }
 
 
@@ -67,11 +68,11 @@ def rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _plots(rows: Sequence[Mapping[str, Any]], score: str, name: str) -> str:
     made = []
-    for cost, label in _COSTS.items():
+    for cost, (label, unit) in _COSTS.items():
         known = [row for row in rows if _number(row.get(cost)) and _number(row.get(score))]
         if len(known) > 1:
             names = [Path(str(row.get(name))).name for row in known]
-            x, y = [float(row[cost]) for row in known], [float(row[score]) for row in known]
+            x, y = [row[cost] / unit for row in known], [float(row[score]) for row in known]
             made.append(plots.dots(f"{score} against {label}", names, x, y, label, score))
     return f'<div class="plots">{"".join(f"<div>{plot}</div>" for plot in made if plot)}</div>' if any(made) else ""
 

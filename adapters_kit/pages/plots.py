@@ -63,6 +63,7 @@ def dots(title: str, names: Sequence[str], x: Sequence[float], y: Sequence[float
         axis.set_xscale("log")
     else:
         axis.ticklabel_format(axis="x", useOffset=False)
+        axis.locator_params(axis="x", nbins=5)  # long numbers beside each other
     axis.margins(0.15)
     _dress(axis, title, xlabel)
     axis.set_ylabel(ylabel, color=_INK, fontsize=9)

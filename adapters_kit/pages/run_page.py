@@ -213,7 +213,7 @@ def _environment(found: Mapping[str, Any]) -> str:
         [name, json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)]
         for name, value in found.items()
     ]
-    return html.table(["", ""], rows) if rows else ""
+    return html.table(["what", "value"], rows, text=["value"]) if rows else ""
 
 
 def _text(path: Path) -> str:

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from adapters_kit import devices
 from adapters_kit.artifacts.files import write_json
-from adapters_kit.errors import MissingPackageError, TrainingError
+from adapters_kit.errors import TrainingError
 from adapters_kit.noise import without_vocabulary_guess
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
@@ -42,6 +41,7 @@ from adapters_kit.training.out_of_memory import evaluated
 from adapters_kit.training.resolve import processes
 from adapters_kit.training.rungs import Rung
 from adapters_kit.training.sampling import OrderedByEpoch
+from adapters_kit.training.trackers import OWN, trackers
 
 TOKENS = "tokens"  # of a batch: how many it trains on
 
@@ -101,8 +101,9 @@ class AdapterTrainer(Trainer):
             Record(out / "metrics.jsonl", self.meter),
             self.screen,
         ]
-        if "tensorboard" in training.log_to:
-            callbacks.append(TensorBoard(out / "tensorboard"))
+        if OWN in training.log_to:
+            callbacks.append(TensorBoard(out / OWN))
+        callbacks += trackers(recipe, self.screen.console)
         batch = task.collate_training([train_features[0]])
         sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
         if args.world_size > 1 and not sharded:
@@ -368,19 +369,12 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         dataloader_pin_memory=devices.pins(),
         accelerator_config={"non_blocking": devices.pins()},
         disable_tqdm=True,
-        report_to=[name for name in training.log_to if name != "tensorboard"] or "none",
+        report_to="none",  # trackers are callbacks of ours
         run_name=out.name,
         log_level="error",
         ddp_find_unused_parameters=False,
         **(checkpointing if training.gradient_checkpointing else {}),
     )
-
-
-def check_trackers(recipe: Recipe) -> None:
-    """Raises MissingPackageError if a tracker of `training.log_to` is not installed."""
-    for name in recipe.training.log_to:
-        if find_spec(name) is None:
-            raise MissingPackageError(f"training.log_to: {name} is not installed: pip install {name}")
 
 
 def total_steps(recipe: Recipe, examples: int) -> tuple[int, int]:

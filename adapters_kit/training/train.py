@@ -42,13 +42,14 @@ from adapters_kit.training.data import Splits
 from adapters_kit.training.details import details, majority, write_confusion
 from adapters_kit.training.inputs import Given, default_folder, recipe_from
 from adapters_kit.training.kept import Kept, check, choose
-from adapters_kit.training.loop import AdapterTrainer, check_trackers, total_steps
+from adapters_kit.training.loop import AdapterTrainer, total_steps
 from adapters_kit.training.out_of_memory import evaluated, lower_what, restart
 from adapters_kit.training.resolve import filled_in, prepare, processes, resolve
 from adapters_kit.training.resuming import begun, last_checkpoint, opened
 from adapters_kit.training.run import Run, environment
 from adapters_kit.training.run_card import advice, card
 from adapters_kit.training.run_folder import Place, held
+from adapters_kit.training.trackers import check_trackers
 
 
 def train(

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import adapters_kit as ak
 from adapters_kit import cli
@@ -17,12 +18,13 @@ from adapters_kit.errors import (
     DataError,
     MissingPackageError,
     ModelError,
+    RecipeError,
     ShippingError,
     TrainingError,
 )
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.text_classification import TextClassification
-from adapters_kit.training import loop
+from adapters_kit.training import trackers
 from tests.support import small, stopping
 
 QUICK = {"epochs": 8, "batch_size": 8, "learning_rate": 3e-3, "log_every": 2, "samples": 2}
@@ -249,26 +251,53 @@ def test_tensorboard_gets_the_metrics_and_they_stay(rows, tmp_path):
     assert [event.value for event in found.Scalars("eval/accuracy")] == pytest.approx(scores)
 
 
+class Told(transformers.TrainerCallback):
+    """A tracker that keeps what it is told, and fails where a test wants it to."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.logs = fails, []
+
+    def on_train_begin(self, args, state, control, **_):
+        if self.fails == "start":
+            raise ConnectionError("no server answers at http://tracker.invalid\n  at line 3")
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.fails == "log" and self.logs:
+            raise ConnectionError("the server went away.")
+        self.logs.append((args.run_name, state.global_step, logs))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+@pytest.mark.parametrize("tracker", ["trackio", "wandb", "mlflow"])
 def test_a_tracker_is_told_or_missed_at_once(rows, tmp_path, monkeypatch, tracker):
-    """Not installed: refused before anything is loaded. Installed: transformers' callback for it gets every log."""
+    """Not installed: refused before anything is loaded. Installed: transformers' callback for it gets every log. One
+    that fails on the way is left out, aloud, and the training is what it would have been."""
     given = recipe(rows, training={"max_steps": 4, "log_to": [tracker], "samples": 0})
-    monkeypatch.setattr(loop, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=f"log_to: {tracker} is not installed"):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=f"log_to: {tracker} is not installed: pip install {tracker}"):
         train(given, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    told = []
-
-    class Tracker(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            told.append((args.run_name, state.global_step, logs))
-
-    monkeypatch.setattr(loop, "find_spec", lambda name: object())
-    monkeypatch.setitem(transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK, tracker, Tracker)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
+    told = Told("log" if tracker == "mlflow" else "")
+    monkeypatch.setitem(trackers.integration_utils.INTEGRATION_TO_CALLBACK, tracker, lambda: told)
     run = train(given, tmp_path / "run")
-    assert {name for name, *_ in told} == {"run"}
-    assert [(step, logs["loss"]) for _, step, logs in told if "loss" in logs] == losses(run)
+    assert {name for name, *_ in told.logs} == {"run"}
+    seen = [(step, logs["loss"]) for _, step, logs in told.logs if "loss" in logs]
+    assert len(losses(run)) == 2 and seen == losses(run)[: 1 if told.fails else 2]
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(rows, monkeypatch):
+    monkeypatch.setitem(trackers.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", lambda: Told("start"))
+    (made,) = trackers.trackers(recipe(rows, training={"log_to": ["wandb", "tensorboard", "wandb"]}), Console())
+    with pytest.raises(
+        TrainingError, match=r"log_to: wandb did not start: no server answers at \S+ Mend that, or leave"
+    ):
+        made.on_train_begin(None, None, None)
+    monkeypatch.setitem(trackers.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", lambda: 1 / 0)
+    with pytest.raises(TrainingError, match="wandb did not start: division by zero"):
+        trackers.Tracker("wandb", Console())
+    with pytest.raises(RecipeError, match=r"(?s)log_to.*tensorbord"):
+        recipe(rows, training={"log_to": ["tensorbord"]})
 
 
 def test_refused_before_anything_is_written(rows, tmp_path):

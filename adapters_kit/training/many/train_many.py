@@ -25,7 +25,7 @@ from adapters_kit.tasks.base import Features
 from adapters_kit.training.assembly import set_dropout
 from adapters_kit.training.callbacks import Interruption
 from adapters_kit.training.inputs import Given, recipe_from
-from adapters_kit.training.loop import AdapterTrainer, check_trackers
+from adapters_kit.training.loop import AdapterTrainer
 from adapters_kit.training.many.base import SharedBase, same_tensors
 from adapters_kit.training.many.body import Body, bodies
 from adapters_kit.training.many.conductor import Conductor, Joined
@@ -37,6 +37,7 @@ from adapters_kit.training.resuming import opened
 from adapters_kit.training.run import Run
 from adapters_kit.training.run_folder import Place, held
 from adapters_kit.training.rungs import Paused
+from adapters_kit.training.trackers import check_trackers
 from adapters_kit.training.train import Training
 
 
