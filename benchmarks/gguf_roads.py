@@ -41,7 +41,11 @@ ROADS: dict[str, dict[str, Any]] = {
     "lora nf4": {"method": "lora", "quantize": "nf4"},
     "blocks": {"method": "blocks", "quantize": "keep"},
 }
-RATES = {"lora keep": (1e-3, 2e-3), "blocks": (1e-3, 2e-3, 4e-3)}
+RATES = {
+    ("Q4_1", "lora keep"): (1e-3, 2e-3, 4e-3),
+    ("Q4_1", "blocks"): (1e-3, 2e-3),
+    ("Q8_0", "blocks"): (2e-3, 8e-3),
+}
 ROWS = {"train": 120, "validation": 40, "test": 60}
 LENGTH, BATCH = 128, 2
 PROMPTS, ANSWER = 100, 32  # of llama.cpp's greedy answers, in tokens
@@ -132,7 +136,7 @@ class Kept:
 
 
 def rate_of(file: str, road: str) -> float | None:
-    """The best of a search: on this file, else on one of `SEARCHED`; LoRA on nf4 takes that of LoRA on keep."""
+    """The best of a search: on this file, else on one of the others; LoRA on nf4 takes that of LoRA on keep."""
     for place, way in ((file, road), ("Q8_0", road), ("Q4_1", road), ("Q4_1", "lora keep")):
         found = {key: value for key, value in Kept(place, way).all.items() if key.startswith("rate ")}
         if found:
@@ -153,7 +157,7 @@ def one(file: str, road: str, seeds: int, search: bool) -> None:
     from adapters_kit.artifacts.record import record_base
 
     kept, way = Kept(file, road), ROADS[road]
-    wanted = [f"rate {rate:g}" for rate in RATES[road]] if search else [f"seed {seed}" for seed in range(seeds)]
+    wanted = [f"rate {rate:g}" for rate in RATES[file, road]] if search else [f"seed {seed}" for seed in range(seeds)]
     if all(key in kept.all for key in wanted):
         return
     source = file_of(file)
@@ -396,7 +400,7 @@ def main() -> None:
     for stage in chosen.stages:
         for file in chosen.files:
             for road in chosen.roads[:1] if stage == "llama" else chosen.roads:
-                if stage == "search" and (road not in RATES or (file, road) not in SEARCHED):
+                if stage == "search" and (file, road) not in RATES:
                     continue
                 command = [sys.executable, __file__, "--one", stage, file, road, "--seeds", str(chosen.seeds)]
                 subprocess.run(command, check=True)
@@ -405,7 +409,6 @@ def main() -> None:
 
 
 STAGES = ("search", "train", "ship", "llama")
-SEARCHED = (("Q4_1", "lora keep"), ("Q4_1", "blocks"), ("Q8_0", "blocks"))
 
 if __name__ == "__main__":
     main()

@@ -21,6 +21,7 @@ from torch import nn
 from adapters_kit import devices, system
 from adapters_kit.artifacts.record import record_base
 from adapters_kit.artifacts.staging import file_sha256
+from adapters_kit.merging.into_gguf import GgufReport
 from adapters_kit.merging.merge import merge
 from adapters_kit.methods import find_method
 from adapters_kit.recipe import Recipe
@@ -176,12 +177,19 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
 
 
 def _merged(model: nn.Module, recipe: Recipe, out: Path) -> dict[str, float] | None:
-    """Difference between the merged model and base + adapter, and what rounding alone makes; None where none merges."""
+    """Difference between the merged model and base + adapter, and what rounding alone makes; None where none merges.
+
+    Of what blocks store, the difference is that of the written .gguf file, in nats a token, beside the base's.
+    """
     name = recipe.method.name
     if not isinstance(name, str) or find_method(name).mergeable is not True:
         return None
     model.save_pretrained(out / "adapter")
     record_base(out / "adapter", recipe.model, model)
+    if name == "blocks":
+        written = merge(out / "adapter", out / "merged.gguf", base=recipe.model)
+        assert isinstance(written, GgufReport) and written.kl is not None and written.kl_base is not None
+        return {"kl": written.kl, "kl_base": written.kl_base}
     check = getattr(merge(out / "adapter", out / "merged", base=recipe.model), "check", None)
     return None if check is None else {"largest": check.largest, "floor": check.floor_largest}
 

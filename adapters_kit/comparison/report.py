@@ -68,7 +68,7 @@ def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += ["seconds", "tokens/s", "peak MB", "optimizer MB", "merged − trained"]
     body = []
     for row in document["methods"]:
-        cost, merge = row["costs"], row["merge"]
+        cost = row["costs"]
         spread = "" if row["spread"] is None else f" ± {shown(row['spread'], metric)}"
         body.append(
             [
@@ -82,10 +82,18 @@ def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{cost['tokens_per_second']:,.0f}",
                 f"{cost['peak_bytes'] / 1e6:,.0f}",
                 f"{cost['optimizer_bytes'] / 1e6:.1f}",
-                f"{merge['largest']:.0e} (rounding {merge['floor']:.0e})" if merge else "–",
+                _merged(row["merge"]),
             ]
         )
     return head, body
+
+
+def _merged(merge: Mapping[str, float] | None) -> str:
+    if merge is None:
+        return "–"
+    if "kl" in merge:  # of a .gguf file
+        return f"KL {merge['kl']:.0e} (base {merge['kl_base']:.0e})"
+    return f"{merge['largest']:.0e} (rounding {merge['floor']:.0e})"
 
 
 def text_table(document: Mapping[str, Any]) -> str:

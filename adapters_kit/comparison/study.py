@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from adapters_kit import system, tasks
+from adapters_kit.artifacts.source import find
 from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
 from adapters_kit.comparison.remaining import Remaining
@@ -22,8 +23,11 @@ from adapters_kit.comparison.summary import Row, summarize
 from adapters_kit.comparison.worker import worker
 from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
 from adapters_kit.loading import skeleton
+from adapters_kit.loading.gguf import lay_in_blocks
+from adapters_kit.loading.model import file_in_blocks
 from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.pages.verdict import LESS_IS_BETTER
+from adapters_kit.quantization import KEEP
 from adapters_kit.recipe import Recipe
 from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.assembly import method_options
@@ -170,7 +174,7 @@ class _Study:
     ) -> None:
         self.recipe, self.out, self.limits, self.console = recipe, out, limits, console
         self.begun = time.monotonic()
-        shapes = cache(skeleton)
+        shapes = cache(_shapes)
         self.variants = [
             _variant(recipe, label, changes, shapes) for label, changes in as_changes(recipe, methods).items()
         ]
@@ -317,7 +321,7 @@ def as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
 _SOME_STEPS = 10**9  # the rows, and so the length of a run, are not known yet; each run fills in its own
 
 
-def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callable[[str, str], nn.Module]) -> Variant:
+def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callable[..., nn.Module]) -> Variant:
     """Checks on the model's shapes that the method suits it: refused now, not after an hour."""
     if changes.get("method") == FULL:
         rest = {name: value for name, value in changes.items() if name != "method"}
@@ -329,8 +333,16 @@ def _variant(recipe: Recipe, label: str, changes: dict[str, Any], shapes: Callab
     assert resolved.learning_rate is not None  # that is what resolving is for
     changed = changed.changed(**{"training.base_dropout": resolved.base_dropout})
     options = method_options(changed, _SOME_STEPS)
-    config = build_config(shapes(changed.model, changed.head), changed.method.name, **options)
+    config = build_config(shapes(changed.model, changed.head, changed.quantize), changed.method.name, **options)
     return Variant(label, changed, "adapter", resolved.learning_rate, config)
+
+
+def _shapes(name: str, head: str, quantize: str | None) -> nn.Module:
+    """The model without weights; which of them lie in which blocks, where a .gguf file keeps them."""
+    model = skeleton(name, head)
+    if quantize == KEEP:
+        lay_in_blocks(model, file_in_blocks(find(name)), torch.float32)
+    return model
 
 
 def _metric(recipe: Recipe, metric: str | None) -> tuple[str, bool]:

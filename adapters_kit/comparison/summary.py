@@ -38,8 +38,8 @@ class Row:
         interval: 95 % confidence interval of the gap over the seeds (Student's t, paired), at least as wide as what the
             held-out rows can tell apart; None for one seed.
         costs: medians over the seeds.
-        merge: largest difference between merged model and base + adapter, and the rounding floor; None where the
-            method does not merge.
+        merge: largest difference between merged model and base + adapter, and the rounding floor; of `blocks`, which
+            merges into a .gguf file, kl and kl_base in nats. None where the method does not merge.
     """
 
     label: str

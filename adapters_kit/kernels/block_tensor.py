@@ -21,12 +21,12 @@ aten = torch.ops.aten
 
 
 class BlockTensor(torch.Tensor):
-    """`(out, in)` weights in blocks.
+    """`(out, in)` weights in blocks; `(experts, out, in)` where a layer holds those of all experts.
 
     Attributes:
-        raw: `(out, bytes)` uint8.
+        raw: `(..., out, bytes)` uint8.
         kind: ggml's number of the type, a key of `ggml.FORMATS`.
-        turned: shown transposed, `(in, out)`.
+        turned: shown with the last two dimensions the other way round, `(..., in, out)`.
     """
 
     raw: Tensor
@@ -37,9 +37,10 @@ class BlockTensor(torch.Tensor):
     def __new__(cls, raw: Tensor, kind: int, dtype: torch.dtype, turned: bool = False) -> "BlockTensor":
         """Over `raw`, which is not copied."""
         given = FORMATS[kind]
-        shape = (raw.shape[0], raw.shape[1] // given.nbytes * given.weights)
+        *lead, rows, nbytes = raw.shape
+        last = (rows, nbytes // given.nbytes * given.weights)
         made = torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if turned else shape, dtype=dtype, device=raw.device, requires_grad=False
+            cls, (*lead, *(last[::-1] if turned else last)), dtype=dtype, device=raw.device, requires_grad=False
         )
         made.raw, made.kind, made.turned = raw, kind, turned
         return made
@@ -71,8 +72,13 @@ class BlockTensor(torch.Tensor):
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a plain tensor of this shape, in `dtype` or its own."""
-        whole = dequantize(self.raw, self.kind, dtype or self.dtype)
-        return whole.t() if self.turned else whole
+        rows = self.raw.flatten(0, -2)
+        width = self.shape[-2 if self.turned else -1]
+        whole = torch.empty(len(rows), width, dtype=dtype or self.dtype, device=rows.device)
+        for part in _pieces(len(rows), width):
+            whole[part] = dequantize(rows[part], self.kind, whole.dtype)
+        whole = whole.view(*self.raw.shape[:-1], width)
+        return whole.transpose(-2, -1) if self.turned else whole
 
     def requires_grad_(self, requires_grad: bool = True) -> "BlockTensor":
         """As a tensor's; a parameter in blocks stays frozen: no optimizer could step to values that blocks can hold.
@@ -135,8 +141,25 @@ def _t(tensor: BlockTensor, *_: Any) -> BlockTensor:
     return BlockTensor(tensor.raw, tensor.kind, tensor.dtype, not tensor.turned)
 
 
-def _transpose(tensor: BlockTensor, first: int, second: int) -> BlockTensor:
-    return _same(tensor) if first % 2 == second % 2 else _t(tensor)
+def _transpose(tensor: BlockTensor, first: int, second: int) -> Tensor:
+    first, second = first % tensor.ndim, second % tensor.ndim
+    if first == second:
+        return _same(tensor)
+    return _t(tensor) if min(first, second) == tensor.ndim - 2 else tensor.unpack().transpose(first, second)
+
+
+def _select(tensor: BlockTensor, dim: int, index: int) -> Tensor:
+    if tensor.ndim < 3 or dim % tensor.ndim:
+        return tensor.unpack().select(dim, index)
+    return BlockTensor(tensor.raw[index], tensor.kind, tensor.dtype, tensor.turned)  # one expert
+
+
+def _index(tensor: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """Some rows, or the weights of some experts: only these are unpacked."""
+    first, *others = map(_plain, indices)
+    if not isinstance(tensor, BlockTensor) or others or first is None or (tensor.ndim == 2 and tensor.turned):
+        return aten.index(_plain(tensor), [first, *others])
+    return BlockTensor.unpack(BlockTensor(tensor.raw[first], tensor.kind, tensor.dtype, tensor.turned))
 
 
 def _embedding(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -146,9 +169,8 @@ def _embedding(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> Tensor:
     return dequantize(rows, weight.kind, weight.dtype).view(*indices.shape, -1)
 
 
-def _pieces(weight: BlockTensor) -> list[slice]:
-    """The rows of the stored weight in parts of about `AT_ONCE` values."""
-    rows, width = weight.shape[::-1] if weight.turned else weight.shape
+def _pieces(rows: int, width: int) -> list[slice]:
+    """The rows of a stored weight in parts of about `AT_ONCE` values."""
     step = max(1, AT_ONCE // max(1, width))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -157,7 +179,7 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
     """`x Wᵀ` and `dy W`: what a linear layer's two passes need, without the whole weight at once."""
     if not isinstance(right, BlockTensor) or isinstance(left, BlockTensor):
         return aten.mm(_plain(left), _plain(right))
-    parts = _pieces(right)
+    parts = _pieces(*(right.shape[::-1] if right.turned else right.shape))
     if len(parts) == 1:
         return aten.mm(left, right.unpack())
     if right.turned:
@@ -182,6 +204,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to,
     aten.t.default: _t,
     aten.transpose.int: _transpose,
+    aten.select.int: _select,
+    aten.index.Tensor: _index,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.embedding.default: _embedding,

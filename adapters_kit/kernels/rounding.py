@@ -3,23 +3,26 @@
 A small update is less than half a step of a 4-bit code nearly everywhere: rounding weight by weight gives the old file
 back. What counts is X W'ᵀ on inputs X like those of the model:
 
-1. Minima. Where a format stores one for each block, the change of all minima that comes closest in ‖X (W − W')ᵀ‖ is a
-   least-squares problem with one matrix for all rows.
+1. Numbers. The fp16 d and m of a row's blocks that come closest in ‖X (W − W')ᵀ‖ are a small least-squares problem.
 2. Codes. Column after column, each code moves to the value of its block's own grid that is best given all the others
-   (coordinate descent; Behdin et al. 2023, arXiv:2309.01885). The base lies on this grid exactly, so without an update
-   no code moves; every move makes the outputs' error smaller, so the result is never further off than plain rounding.
-   Quantizing once in column order with the error carried forward (GPTQ, arXiv:2210.17323) is worse here: its last
-   columns take half a step of noise, which is more than a small update.
-3. Minima again, on the codes as they are now.
+   (coordinate descent; Behdin et al. 2023, arXiv:2309.01885); every move makes the outputs' error smaller. Quantizing
+   once in column order with the error carried forward (GPTQ, arXiv:2210.17323) is worse here: its last columns take
+   half a step of noise, which is more than a small update.
+3. Numbers again, on the codes as they are now; and so on.
+
+Without an update the base is the best there is, and nothing moves.
 """
 
 import torch
 from torch import Tensor
 
-from adapters_kit.kernels.ggml import FORMATS, dequantize, read_field, write_field
+from adapters_kit.kernels.ggml import FORMATS, codes, dequantize, read_field, write_field
 
 DAMPING = 0.01  # of the mean of the Hessian's diagonal
 PASSES = 6  # over all columns; most of the gain is in the first three
+TURNS = 2  # codes, then the fp16 numbers for these codes
+COLUMNS = 64  # whose moves reach the other columns' slopes in one product
+AT_ONCE = 1 << 23  # numbers of the equations of some rows
 
 
 def _nibbles(blocks: Tensor, start: int, q: Tensor, run: int) -> None:
@@ -79,29 +82,45 @@ def rounded(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tensor:
         hessian: XᵀX `(in, in)` of the layer's inputs.
 
     Returns:
-        `(out, bytes)`: other codes, other minima where the format has them for every weight alike, the same scales.
+        `(out, bytes)`: other codes, and other fp16 numbers d and m.
     """
     hessian = hessian.double()
     hessian = hessian + DAMPING * hessian.diagonal().mean().clamp_min(1e-12) * torch.eye(len(hessian))
-    given = FORMATS[kind]
-    refit = given.minimum is not None and given.run == given.weights
-    if refit:
-        raw = _with_minima(raw, kind, target, hessian)
-    raw = with_codes(raw, kind, _best_codes(raw, kind, target.float(), hessian.float()))
-    return _with_minima(raw, kind, target, hessian) if refit else raw
+    target = target.float()
+    raw = _refit(raw, kind, target, hessian)
+    for _ in range(TURNS):
+        raw = with_codes(raw, kind, _best_codes(raw, kind, target, hessian.float()))
+        raw = _refit(raw, kind, target, hessian)
+    return raw
 
 
-def _with_minima(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tensor:
+def _refit(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tensor:
+    """The blocks with the d and m that come closest, their codes as they are.
+
+    W = Σ d·u + m·v is linear in the numbers z of a row: with what they multiply as the columns of Z `(in, 2 blocks)`,
+    ZᵀHZ Δz = ZᵀH e for the row's error e.
+    """
     given = FORMATS[kind]
-    assert given.minimum is not None  # asked for by `rounded`, where there is one
-    error = (target - dequantize(raw, kind, torch.float32)).double()  # (out, in)
-    blocks = error.shape[1] // given.weights
-    # P (in, blocks) adds a block's Δm to each of its weights: PᵀHP Δmᵀ = PᵀH Eᵀ.
-    ph = hessian.unflatten(0, (blocks, -1)).sum(1)  # (blocks, in)
-    php = ph.unflatten(1, (blocks, -1)).sum(2)  # (blocks, blocks)
-    change = torch.linalg.solve(php, ph @ error.t()).t()  # (out, blocks)
+    fields = [(place, minimum) for place, minimum in ((given.scale, False), (given.minimum, True)) if place is not None]
     made = raw.clone(memory_format=torch.contiguous_format)
-    write_field(made, kind, given.minimum, read_field(raw, kind, given.minimum).double() + change)
+    blocks = raw.shape[1] // given.nbytes
+    per_row = len(fields) * len(hessian) * blocks
+    for rows in torch.arange(len(raw)).split(max(1, AT_ONCE // per_row)):
+        part = raw[rows]
+        error = (target[rows] - dequantize(part, kind, torch.float32)).double()  # (rows, in)
+        units = torch.stack([codes(part, kind, minimum=minimum, dtype=torch.float64) for _, minimum in fields])
+        units = units.unflatten(2, (blocks, -1))  # (fields, rows, blocks, weights)
+        hz = torch.einsum("ibw,frbw->rifb", hessian.unflatten(1, (blocks, -1)), units).flatten(2)  # (rows, in, numbers)
+        wide = hz.unflatten(1, (blocks, -1))  # (rows, blocks, weights, numbers)
+        zhz = torch.einsum("frbw,rbwn->rfbn", units, wide).flatten(1, 2)
+        zhe = (error.unsqueeze(1) @ hz).squeeze(1)  # (rows, numbers)
+        # A block of zeros has no say: its equation is empty.
+        ridge = 1e-9 * zhz.diagonal(dim1=1, dim2=2).amax(1).clamp_min(1e-30)
+        change = torch.linalg.solve(zhz + torch.diag_embed(ridge.unsqueeze(1).expand_as(zhe)), zhe)
+        fresh = part.clone(memory_format=torch.contiguous_format)
+        for (place, _), delta in zip(fields, change.unflatten(1, (len(fields), blocks)).unbind(1), strict=True):
+            write_field(fresh, kind, place, read_field(part, kind, place).double() + delta)
+        made[rows] = fresh
     return made
 
 
@@ -113,14 +132,18 @@ def _best_codes(raw: Tensor, kind: int, target: Tensor, hessian: Tensor) -> Tens
     q = ((target - lowest) / safe).round().clamp_(0, top)
     slope = (target - lowest - q * step) @ hessian  # (out, in); zero where a weight is best as it is
     for _ in range(PASSES):
-        moved = False
-        for column in range(q.shape[1]):
-            wanted = slope[:, column] / (hessian[column, column] * safe[:, column])
-            new = (q[:, column] + wanted.round()).clamp_(0, top)
-            change = (new - q[:, column]) * step[:, column]
-            if change.any():
-                slope -= torch.outer(change, hessian[column])
-                q[:, column], moved = new, True
-        if not moved:
+        before = q.clone()
+        for first in range(0, q.shape[1], COLUMNS):
+            some = slice(first, first + COLUMNS)
+            old, inner = q[:, some].clone(), slope[:, some].clone()
+            for column in range(old.shape[1]):
+                at = first + column
+                wanted = inner[:, column] / (hessian[at, at] * safe[:, at])
+                new = (q[:, at] + wanted.round()).clamp_(0, top)
+                change = (new - q[:, at]) * step[:, at]
+                inner.addr_(change, hessian[at, some], alpha=-1)
+                q[:, at] = new
+            slope.addmm_((q[:, some] - old) * step[:, some], hessian[some], alpha=-1)
+        if torch.equal(q, before):
             break
     return q.to(torch.uint8)

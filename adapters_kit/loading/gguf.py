@@ -113,21 +113,35 @@ class GgufTensor:
 
 
 class Kept(NamedTuple):
-    """A weight of the model that is one tensor of the file, at most with its rows in another order.
+    """A weight of the model that is rows of the file's tensors, at most in another order.
 
     Attributes:
-        stored: where it lies.
-        order: row of the model -> row of the file, int64; None where they are the same.
+        parts: where they lie: one tensor, or those that experts' fused weights are put together from, of one kind.
+        shape: of the weight without its last dimension: `(out,)` or `(experts, out)`.
+        order: row of the model -> row of the file (of all parts, one after the other), int64; None where they are the
+            same.
     """
 
-    stored: Stored
+    parts: tuple[Stored, ...]
+    shape: tuple[int, ...]
     order: np.ndarray | None
 
+    @property
+    def stored(self) -> Stored:
+        """The tensor of the file, for a weight that is one."""
+        return self.parts[0]
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """Of the blocks as `read` gives them."""
+        return (*self.shape, self.stored.shape[-1])
+
     def read(self, file: str) -> torch.Tensor:
-        """The blocks as they are stored, rows in the model's order: `(rows, bytes)` uint8."""
-        raw = np.fromfile(file, np.uint8, count=int(np.prod(self.stored.shape)), offset=self.stored.offset)
-        raw = raw.reshape(self.stored.shape)
-        return torch.from_numpy(raw if self.order is None else raw[self.order])
+        """The blocks as they are stored, rows in the model's order: `(out, bytes)` or `(experts, out, bytes)` uint8."""
+        raw = np.concatenate(
+            [np.fromfile(file, np.uint8, count=int(np.prod(part.shape)), offset=part.offset) for part in self.parts]
+        ).reshape(-1, self.stored.shape[-1])
+        return torch.from_numpy(raw if self.order is None else raw[self.order]).view(self.raw_shape)
 
 
 class KeptTensor:
@@ -143,28 +157,37 @@ class KeptTensor:
 def _kept(skeleton: nn.Module, key: str, parts: list[Stored], convert: Any) -> Kept | None:
     """How the weight called `key` can stay in its blocks; None if it cannot.
 
-    What transformers does to the tensor on its way into the model is found by showing it numbered rows: it may order
-    rows (llama.cpp interleaves those of q and k), since blocks lie within them, and nothing else.
+    What transformers does to the tensors on their way into the model is found by showing it numbered rows: it may order
+    rows (llama.cpp interleaves those of q and k) and lay experts' weights together, since blocks lie within them, and
+    nothing else.
     """
     path, _, name = key.rpartition(".")
-    if name != "weight" or len(parts) > 1 or int(parts[0].kind) not in FORMATS:
+    shape = tuple(skeleton.get_parameter(key).shape[:-1])
+    in_a_layer = name == "weight" and type(skeleton.get_submodule(path)) in (nn.Linear, nn.Embedding)
+    kinds = {(int(part.kind), part.shape[-1]) for part in parts}
+    if len(kinds) > 1 or int(parts[0].kind) not in FORMATS or not (in_a_layer or len(shape) == 2):
         return None
-    if type(skeleton.get_submodule(path)) not in (nn.Linear, nn.Embedding):
-        return None
-    rows = parts[0].shape[0]
-    numbered = np.arange(rows, dtype=np.float64)[:, None] + np.array([0.0, 0.5])
     made: dict[str, torch.Tensor] = {}
-    try:
-        done = convert(weights=numbered, name=parts[0].name, parsed_parameters={"tensors": made})
-    except (ValueError, IndexError, RuntimeError):  # needs the true width
+    rows = 0
+    for part in parts:
+        count = int(np.prod(part.shape[:-1]))
+        numbered = np.arange(rows, rows + count, dtype=np.float64)[:, None] + np.array([0.0, 0.5])
+        rows += count
+        try:
+            done = convert(
+                weights=numbered.reshape(*part.shape[:-1], 2), name=part.name, parsed_parameters={"tensors": made}
+            )
+        except (ValueError, IndexError, RuntimeError):  # needs the true width
+            return None
+    if made.keys() - {key} or (len(parts) > 1 and not made):
         return None
-    shown = np.asarray(done.weights)
-    if made or shown.shape != (rows, 2) or not np.array_equal(shown[:, 1], shown[:, 0] + 0.5):
+    shown = np.asarray(made.get(key, done.weights))
+    if shown.shape != (*shape, 2) or not np.array_equal(shown[..., 1], shown[..., 0] + 0.5):
         return None
-    order = shown[:, 0].astype(np.int64)
+    order = shown[..., 0].astype(np.int64).reshape(-1)
     if not np.array_equal(np.sort(order), np.arange(rows)):
         return None
-    return Kept(parts[0], None if np.array_equal(order, np.arange(rows)) else order)
+    return Kept(tuple(parts), shape, None if np.array_equal(order, np.arange(rows)) else order)
 
 
 def kept_weights(file: str | os.PathLike, skeleton: nn.Module) -> dict[str, Kept]:
@@ -194,7 +217,7 @@ def lay_in_blocks(skeleton: nn.Module, file: str | os.PathLike, dtype: torch.dty
     """
     packed: dict[int, nn.Parameter] = {}
     for key, kept in kept_weights(file, skeleton).items():
-        raw = torch.empty(kept.stored.shape, dtype=torch.uint8, device="meta")  # (out, bytes)
+        raw = torch.empty(kept.raw_shape, dtype=torch.uint8, device="meta")
         made = BlockTensor(raw, int(kept.stored.kind), dtype)
         packed[id(skeleton.get_parameter(key))] = nn.Parameter(made, requires_grad=False)
     for module in skeleton.modules():
@@ -240,7 +263,7 @@ def read_gguf_lazily(
     """A state dict for `skeleton` whose tensors are read from `file` one at a time.
 
     Args:
-        keep: linears and embeddings stay in their blocks, where they can (`BlockTensor`).
+        keep: linears, embeddings and experts stay in their blocks, where they can (`BlockTensor`).
 
     None where transformers' mapping does not say, tensor by tensor, what the model's body is made of (gpt-oss), or has
     moved on to another one (Qwen3.5, LFM2): transformers has to read such files itself.

@@ -30,7 +30,7 @@ from adapters_kit.kernels.block_update import updated
 from adapters_kit.kernels.ggml import FORMATS
 from adapters_kit.loading import load, skeleton
 from adapters_kit.loading.gguf import Kept, kept_weights
-from adapters_kit.merging.lora_rounding import calibration_tokens, round_in
+from adapters_kit.merging.lora_rounding import calibration_tokens, round_in, takes_in
 from adapters_kit.methods.blocks.layer import BlocksLayer
 from adapters_kit.wrapping import wrap
 
@@ -213,20 +213,17 @@ def _rounded(
 ) -> tuple[dict[str, Tensor], Tensor, list[str]]:
     """Path -> new blocks for a LoRA adapter; tokens that were not used to choose them; notes."""
     model = _tuned(adapter, base)
+    fit, left = takes_in(model)
+    why = (
+        f"The update of {len(left)} of {len(fit) + len(left)} layers was left out, such as {', '.join(left[:1])}: "
+        "their weights lie in no blocks, or in a format whose codes are not evenly spaced."
+    )
+    if not fit:
+        raise ShippingError(f"None of the layers of {adapter.folder} lies in a format that takes in updates: {why}")
     tokens = calibration_tokens(model, base, calibration)
-    chosen_by, judged = tokens[::2], tokens[1::2]
-    new, left = round_in(model, chosen_by)
-    notes = []
-    if left:
-        notes.append(
-            f"The update of {len(left)} of {len(new) + len(left)} layers was left out, such as {left[0]}: their "
-            "weights lie in no blocks, or in a format whose codes are not evenly spaced."
-        )
-    if not new:
-        raise ShippingError(
-            f"None of the layers of {adapter.folder} lies in a format that takes in updates: {notes[0]}"
-        )
-    return new, judged, notes
+    judged = tokens[::4]
+    chosen_by = tokens[torch.arange(len(tokens)) % 4 != 0]
+    return round_in(model, chosen_by), judged, [why] if left else []
 
 
 def _tuned(adapter: Adapter, base: Path) -> PeftModel:

@@ -1,16 +1,16 @@
-"""LoRA into the blocks of a GGUF file: new codes and minima, layer by layer, on inputs like those of the model.
+"""LoRA into the blocks of a GGUF file: new codes and fp16 numbers, on texts like those of the model.
 
-Block after block of the model, the inputs of its linears are seen with all earlier blocks rounded already, so that each
-layer makes up for what those before it lost.
+Block after block of the model, the inputs of its linears are seen with all earlier blocks rounded already, and each
+linear is rounded for these inputs. At last the fp16 numbers of all of them learn together what is still missing.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -19,8 +19,10 @@ from adapters_kit.errors import ShippingError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.kernels.rounding import can_round, rounded
 from adapters_kit.loading import load_processor
+from adapters_kit.methods.blocks.config import BlocksConfig
 
-TEXTS, TOKENS = 32, 64  # of a calibration, half of it to choose by and half to judge by
+TEXTS, TOKENS = 48, 64  # of a calibration, three quarters of it to choose by and the rest to judge by
+EPOCHS, ROWS, RATE = 4, 4, 3e-4  # of settling in: passes over the texts, texts a step, Adam's learning rate
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +66,15 @@ class _Stop(Exception):
     """Raised when a forward pass has come far enough."""
 
 
-def round_in(model: PeftModel, tokens: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+def takes_in(model: PeftModel) -> tuple[dict[str, LoraLayer], list[str]]:
+    """The LoRA layers whose blocks take an update in; and the paths of the others: whose weight lies in no blocks, or
+    in a format with an uneven grid."""
+    layers = {path: layer for path, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    fit = {path: layer for path, layer in layers.items() if _fits(layer)}
+    return fit, [path for path in layers if path not in fit]
+
+
+def round_in(model: PeftModel, tokens: Tensor) -> dict[str, Tensor]:
     """Round the active LoRA adapter of `model` into the blocks of its base, in place.
 
     Args:
@@ -72,25 +82,67 @@ def round_in(model: PeftModel, tokens: Tensor) -> tuple[dict[str, Tensor], list[
         tokens: `(rows, tokens)` ids.
 
     Returns:
-        Path in the base model -> its new blocks; and the paths whose update was left out, since their weight lies in
-        no blocks, or in a format with an uneven grid.
+        Path in the base model -> its new blocks, for the layers that take them in.
     """
     base = model.get_base_model()
     (name,) = model.active_adapters
-    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
-    fit = {path: layer for path, layer in layers.items() if _fits(layer)}
+    fit, _ = takes_in(model)
+    expected = [log_probs(model, rows).half() for rows in tokens.split(ROWS)]
     made: dict[str, Tensor] = {}
-    for inside in _groups(base, fit):
-        hessians = _hessians(base, {path: fit[path] for path in inside}, tokens)
-        for path in inside:
-            layer, weight = fit[path], fit[path].get_base_layer().weight
+    chain = _Chain(base, tokens)
+    for block in (*blocks(base), ""):  # at last what lies outside of them
+        inside = {path: layer for path, layer in fit.items() if path.startswith(f"{block}." if block else "")}
+        inside = {path: layer for path, layer in inside.items() if path not in made}
+        hessians = _hessians(inside, chain.run(block)) if inside else {}
+        for path, layer in inside.items():
+            weight = layer.get_base_layer().weight
             target = weight.unpack(torch.float32) + layer.get_delta_weight(name).float()
             made[path] = rounded(weight.raw, weight.kind, target, hessians[path])
             new = BlockTensor(made[path], weight.kind, weight.dtype)
             layer.get_base_layer().weight = nn.Parameter(new, requires_grad=False)
             layer.lora_B[name].weight.data.zero_()
+        chain.leave(block)
         _log.info("rounded %d of %d layers", len(made), len(fit))
-    return made, [path for path in layers if path not in fit]
+    return _settled(model.unload(), list(made), tokens, expected)
+
+
+def log_probs(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Of every next token: `(rows, tokens, vocabulary)` float32."""
+    return model(input_ids=tokens).logits.float().log_softmax(-1)
+
+
+def _settled(base: nn.Module, paths: list[str], tokens: Tensor, expected: list[Tensor]) -> dict[str, Tensor]:
+    """The blocks after their fp16 numbers have learned to predict what base + adapter predict: codes were chosen layer
+    by layer, and what is left of their errors adds up over the layers.
+
+    Args:
+        base: with the new codes; changed in place.
+        paths: its layers that have them.
+        expected: log-probabilities of `tokens`, `ROWS` of them at a time.
+    """
+    config = BlocksConfig(train="both", r=None, target_modules=paths)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tuned = get_peft_model(base, config)
+        trained = [entry for entry in tuned.parameters() if entry.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=RATE)
+        batches = tokens.split(ROWS)
+        steps = EPOCHS * len(batches)
+        for step in range(steps):
+            which = step % len(batches)
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
+            got, wanted = log_probs(tuned, batches[which]), expected[which].float()
+            loss = (wanted.exp() * (wanted - got)).sum(-1).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            _log.info("settling in: step %d of %d, KL %.2e nats", step + 1, steps, loss)
+    made = {}
+    for path in paths:
+        layer = tuned.base_model.model.get_submodule(path)
+        layer.merge(safe_merge=True)
+        made[path] = layer.get_base_layer().weight.raw
+    return made
 
 
 def _fits(layer: LoraLayer) -> bool:
@@ -98,21 +150,67 @@ def _fits(layer: LoraLayer) -> bool:
     return isinstance(weight, BlockTensor) and can_round(weight.kind)
 
 
-def _groups(base: nn.Module, layers: dict[str, LoraLayer]) -> Iterator[list[str]]:
-    """The layers of each block of the model, in its order; then those outside."""
-    left = dict.fromkeys(layers)
-    for block in blocks(base):
-        inside = [path for path in left if path.startswith(f"{block}.")]
-        for path in inside:
-            del left[path]
-        if inside:
-            yield inside
-    if left:
-        yield list(left)
+class _Chain:
+    """The blocks of a model, run one after the other from what the one before gave, so that none runs for all others.
+
+    Where a model does something between its blocks, it runs from its beginning each time.
+    """
+
+    def __init__(self, base: nn.Module, tokens: Tensor) -> None:
+        self._base, self._tokens = base, tokens
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._hidden: Tensor | None = None  # what the next block is given
+        self._plain = True
+        last: Any = None
+
+        def before(path: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._calls[path] = args[1:], kwargs
+                if self._hidden is None and args:
+                    self._hidden = args[0]
+                else:
+                    self._plain &= bool(args) and args[0] is last
+
+            return hook
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            nonlocal last
+            last = _first(output)
+
+        handles = []
+        for path in blocks(base):
+            block = base.get_submodule(path)
+            handles.append(block.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(block.register_forward_hook(after))
+        try:
+            self._whole()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._plain &= self._hidden is not None
+
+    def _whole(self) -> None:
+        self._base(input_ids=self._tokens, use_cache=False)
+
+    def run(self, path: str) -> Callable[[], Any]:
+        """Runs a block, or what comes before it as well; without a path the whole model."""
+        if not path or not self._plain or path not in self._calls:
+            return self._whole
+        rest, kwargs = self._calls[path]
+        return lambda: self._base.get_submodule(path)(self._hidden, *rest, **kwargs)
+
+    def leave(self, path: str) -> None:
+        """The block is as it shall be: the next one gets what it gives now."""
+        if path and self._plain and path in self._calls:
+            self._hidden = _first(self.run(path)())
 
 
-def _hessians(base: nn.Module, layers: dict[str, LoraLayer], tokens: Tensor) -> dict[str, Tensor]:
-    """XᵀX of each layer's inputs, `(in, in)`; the model runs until all of them were seen."""
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _hessians(layers: dict[str, LoraLayer], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """XᵀX of each layer's inputs, `(in, in)`; the run ends when all of them were seen."""
     found: dict[str, Tensor] = {}
 
     def seen(path: str) -> Any:
@@ -126,7 +224,7 @@ def _hessians(base: nn.Module, layers: dict[str, LoraLayer], tokens: Tensor) -> 
 
     handles = [layer.register_forward_pre_hook(seen(path)) for path, layer in layers.items()]
     try:
-        base(input_ids=tokens)
+        run()
     except _Stop:
         pass
     finally:

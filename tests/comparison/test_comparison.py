@@ -334,3 +334,27 @@ def test_one_eta_counts_every_cell_that_is_planned():
     for _ in range(5):  # the search went on at the edge of its grid
         left.done("lora", 4.0)
     assert left.seconds() == 0
+
+
+@pytest.mark.slow
+def test_blocks_beside_lora_on_a_file_in_its_blocks(in_process, tmp_path):
+    """The file's own formats tell what `blocks` can train; what it ships is the .gguf file, compared in nats."""
+    pytest.importorskip("gguf")
+    from tests.support.gguf_files import write
+
+    write("llama", tmp_path / "model.gguf", "Q4_1")
+    rows = [{"text": f"{row['name']} {row['answer']}"} for row in small.questions(16)]
+    recipe = {
+        "model": str(tmp_path / "model.gguf"),
+        "quantize": "keep",
+        "task": "causal-lm",
+        "data": {"train": rows, "test_size": 4},
+        "training": {"max_steps": 2, "batch_size": 4},
+    }
+    kinds = {"lora": {"method": {"name": "lora", "r": 2}}, "blocks": {"method": "blocks"}}
+    found = ak.compare(recipe, kinds, 1, out=tmp_path / "out", grid=None, validation_size=2, quiet=True)
+    merged = {row.label: row.merge for row in found.rows}
+    assert merged["lora"]["largest"] < 1e-4 and merged["blocks"]["kl"] < 1e-3, merged
+    assert "KL " in str(found) and "(base " in str(found)
+    with pytest.raises(ak.AdapterError, match='quantize="keep"'):
+        ak.compare(recipe, {"blocks": {"method": "blocks", "quantize": None}}, 1, out=tmp_path / "other", quiet=True)

@@ -101,3 +101,16 @@ def test_it_is_a_parameter_like_any_other():
     assert torch.equal(table(index), linear.weight.unpack()[index])
     with pytest.raises(ModelError, match="Q4_1 blocks"):
         linear.weight.data.mul_(2)
+
+
+def test_experts_are_taken_one_by_one_or_turned():
+    packed = BlockTensor(raw(3, rows=12).view(3, 4, -1), 3, torch.float32)
+    whole = packed.unpack()
+    assert whole.shape == packed.shape == (3, 4, COLUMNS)
+    assert isinstance(packed[1], BlockTensor) and torch.equal(packed[1].unpack(), whole[1])
+    assert torch.equal(packed.transpose(-1, -2)[2].unpack(), whole[2].t())
+    chosen = torch.tensor([2, 0, 2])
+    assert torch.equal(packed[chosen], whole[chosen])
+    assert torch.equal(packed.transpose(0, 1), whole.transpose(0, 1))
+    assert torch.equal(packed.select(1, 2), whole[:, 2])
+    assert torch.equal(packed[:, 1:, chosen], whole[:, 1:, chosen])
