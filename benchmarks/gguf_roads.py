@@ -49,6 +49,7 @@ RATES = {
 ROWS = {"train": 120, "validation": 40, "test": 60}
 LENGTH, BATCH = 128, 2
 PROMPTS, ANSWER = 100, 32  # of llama.cpp's greedy answers, in tokens
+ROWS_AT_ONCE = 8
 
 
 def reviews(part: str) -> list[str]:
@@ -94,7 +95,7 @@ def perplexity(model: Any, rows: Any) -> float:
     import torch
 
     with torch.no_grad():
-        losses = [float(model(input_ids=each, labels=each).loss) * len(each) for each in rows.split(8)]
+        losses = [float(model(input_ids=each, labels=each).loss) * len(each) for each in rows.split(ROWS_AT_ONCE)]
     return math.exp(sum(losses) / len(rows))
 
 
@@ -276,34 +277,50 @@ def compared(ours: Any, file: Path, lora: Path | None, tokenizer: Any) -> dict[s
     )
 
     @torch.no_grad()
-    def both(ids: list[int]) -> tuple[Any, Any]:
-        other = torch.from_numpy(np.array(theirs.scores[: len(ids)])).log_softmax(-1)
-        return ours(torch.tensor([ids])).logits[0].float().log_softmax(-1), other
+    def both(ids: list[list[int]], others: list[Any]) -> Iterable[tuple[Any, Any]]:
+        longest = max(map(len, ids))
+        padded = torch.tensor([each + [0] * (longest - len(each)) for each in ids])  # to the right: nobody looks there
+        for each, logs, other in zip(ids, ours(input_ids=padded).logits, others, strict=True):
+            yield logs[: len(each)].float().log_softmax(-1), other.log_softmax(-1)
+
+    def scores(count: int) -> Any:
+        return torch.from_numpy(np.array(theirs.scores[:count]))
 
     sums = [0.0, 0.0]
     rows = rows_of(tokenizer, "test")
-    for row in rows.tolist():
-        theirs.reset()
-        theirs.eval(row)
-        for which, logs in enumerate(both(row)):
-            sums[which] -= float(logs[:-1].gather(1, torch.tensor(row[1:])[:, None]).mean())
+    for some in rows.split(ROWS_AT_ONCE):
+        others = []
+        for row in some.tolist():
+            theirs.reset()
+            theirs.eval(row)
+            others.append(scores(len(row)))
+        for row, pair in zip(some, both(some.tolist(), others), strict=True):
+            for which, logs in enumerate(pair):
+                sums[which] -= float(logs[:-1].gather(1, row[1:, None]).mean())
     moved, gaps, same = [], [], 0
-    for text in reviews("prompts"):
-        ids = tokenizer(text).input_ids[:12]
-        told = list(ids)
-        theirs.reset()
-        theirs.eval(ids)
-        for _ in range(ANSWER):
-            told.append(int(theirs.scores[len(told) - 1].argmax()))
-            theirs.eval(told[-1:])
-        logs, other = (each[len(ids) - 1 : -1] for each in both(told))
-        first, second = logs.topk(2).indices.unbind(1)
-        pick = torch.arange(len(logs))
-        gap, gap_other = (each[pick, first] - each[pick, second] for each in (logs, other))
-        moved += (gap - gap_other).tolist()
-        differs = (first != torch.tensor(told[len(ids) :])).nonzero().flatten()
-        same += not len(differs)
-        gaps += gap[differs].tolist()
+    texts = reviews("prompts")
+    for first_text in range(0, PROMPTS, ROWS_AT_ONCE):
+        talks, starts, others = [], [], []
+        for text in texts[first_text : first_text + ROWS_AT_ONCE]:
+            ids = tokenizer(text).input_ids[:12]
+            told = list(ids)
+            theirs.reset()
+            theirs.eval(ids)
+            for _ in range(ANSWER):
+                told.append(int(theirs.scores[len(told) - 1].argmax()))
+                theirs.eval(told[-1:])
+            talks.append(told)
+            starts.append(len(ids))
+            others.append(scores(len(told)))
+        for told, start, pair in zip(talks, starts, both(talks, others), strict=True):
+            logs, other = (each[start - 1 : -1] for each in pair)
+            first, second = logs.topk(2).indices.unbind(1)
+            pick = torch.arange(len(logs))
+            gap, gap_other = (each[pick, first] - each[pick, second] for each in (logs, other))
+            moved += (gap - gap_other).tolist()
+            differs = (first != torch.tensor(told[start:])).nonzero().flatten()
+            same += not len(differs)
+            gaps += gap[differs].tolist()
     top_two = {"rms": (sum(value**2 for value in moved) / len(moved)) ** 0.5, "largest": max(map(abs, moved))}
     return {
         "perplexity": math.exp(sums[0] / len(rows)),

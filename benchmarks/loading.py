@@ -1,4 +1,4 @@
-"""What a precision costs: SmolLM2-135M at fp32, bf16, nf4 and int8; a process for each case, since peaks only grow.
+"""What a precision costs: SmolLM2-135M at fp32, bf16, nf4, int8 and in its GGUF file's blocks; a process for each case, since peaks only grow.
 
     python benchmarks/loading.py                 # all cases, three rounds in turn, medians: a few minutes
     python benchmarks/loading.py --rounds 1
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 RESULTS = ROOT / "benchmarks" / "results" / "loading.json"
-FULL = ("fp32", "bf16", "nf4", "int8")
+FULL = ("fp32", "bf16", "nf4", "int8", "keep")
 CASES = (*FULL, "nf4 transformers", "int8 transformers", "nf4 from GGUF", "int8 from GGUF")
 BATCH, LENGTH = 2, 128
 MB = 1e6
@@ -49,6 +49,10 @@ def load(folder: Path, case: str) -> Any:
     import adapters_kit as ak
 
     kind, _, how = case.partition(" ")
+    if kind == "keep":
+        import assets
+
+        return ak.load(assets.smollm2(), quantize=kind)
     if not how:
         return ak.load(folder, dtype=kind) if kind in ("fp32", "bf16") else ak.load(folder, quantize=kind)
     if how == "from GGUF":

@@ -72,12 +72,7 @@ class BlockTensor(torch.Tensor):
 
     def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a plain tensor of this shape, in `dtype` or its own."""
-        rows = self.raw.flatten(0, -2)
-        width = self.shape[-2 if self.turned else -1]
-        whole = torch.empty(len(rows), width, dtype=dtype or self.dtype, device=rows.device)
-        for part in _pieces(len(rows), width):
-            whole[part] = dequantize(rows[part], self.kind, whole.dtype)
-        whole = whole.view(*self.raw.shape[:-1], width)
+        whole = dequantize(self.raw, self.kind, dtype or self.dtype)
         return whole.transpose(-2, -1) if self.turned else whole
 
     def requires_grad_(self, requires_grad: bool = True) -> "BlockTensor":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from transformers.integrations.gguf import dequant as of_transformers
 
 Q4_0, Q4_1, Q5_0, Q5_1, MXFP4 = 2, 3, 6, 7, 39  # ggml's own numbers
@@ -67,6 +68,8 @@ FORMATS: dict[int, Format] = {
 # Twice the values of the 4-bit floats of MXFP4 (OCP Microscaling Formats 1.0).
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
+AT_ONCE = 1 << 18  # weights unpacked at a time: 1 MB of float32, which stays in a processor's cache
+
 
 def dequantize(raw: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
     """The weights of some rows.
@@ -80,28 +83,45 @@ def dequantize(raw: Tensor, kind: int, dtype: torch.dtype) -> Tensor:
         `(rows, weights)`.
     """
     given = FORMATS[kind]
+    if isinstance(raw, FakeTensor):  # of shapes alone; transformers' tables of codes are real
+        return raw.new_empty(*raw.shape[:-1], raw.shape[-1] // given.nbytes * given.weights, dtype=dtype)
     blocks = raw.reshape(-1, given.nbytes)
+    values = torch.empty(len(blocks), given.weights, dtype=dtype, device=raw.device)
+    step = AT_ONCE // given.weights
+    for first in range(0, len(blocks), step):
+        values[first : first + step] = _values(blocks[first : first + step], kind)
+    return values.reshape(*raw.shape[:-1], -1)
+
+
+def _values(blocks: Tensor, kind: int) -> Tensor:
+    """`(blocks, bytes)` -> `(blocks, weights)` float32."""
     if kind in (Q4_0, Q4_1, Q5_0, Q5_1):
-        values = _plain(blocks, given, five=kind in (Q5_0, Q5_1))
-    elif kind == MXFP4:
-        values = _mxfp4(blocks)
-    else:
-        values = of_transformers.dequantize(blocks.reshape(-1), kind, torch.float32)
-    return values.reshape(*raw.shape[:-1], -1).to(dtype)
+        return _plain(blocks, FORMATS[kind], five=kind in (Q5_0, Q5_1))
+    if kind == MXFP4:
+        return _mxfp4(blocks)
+    return of_transformers.dequantize(blocks.reshape(-1), kind, torch.float32).view(len(blocks), -1)
 
 
 def _plain(blocks: Tensor, given: Format, *, five: bool) -> Tensor:
     """Half-bytes, after d and m; for five bits the fifth ones stand together in four bytes before them."""
     start = 2 if given.minimum is None else 4
-    packed = blocks[:, start + 4 * five :]
-    q = torch.cat([packed & 15, packed >> 4], dim=1)  # (blocks, 32)
+    packed = blocks[:, start + 4 * five :].contiguous()
     if five:
-        shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-        q = q | (blocks[:, start : start + 4, None] >> shifts & 1).reshape(-1, 32) << 4
-    d = blocks[:, :2].view(torch.float16).float()
+        places = torch.arange(8, device=blocks.device)
+        fifth = (
+            torch.arange(256, device=blocks.device)[:, None] >> places & 1
+        ) * 16.0  # byte -> 16 for each of its bits
+        q = fifth.index_select(0, blocks[:, start : start + 4].reshape(-1).int()).view(-1, 32)
+        q[:, :16] += packed & 15
+        q[:, 16:] += packed >> 4
+    else:
+        q = torch.empty(len(blocks), 32, device=blocks.device)
+        q[:, :16] = packed & 15
+        q[:, 16:] = packed >> 4
+    d = blocks[:, :2].contiguous().view(torch.float16).float()
     if given.minimum is None:
-        return d * (q.float() - (16 if five else 8))
-    return d * q + blocks[:, 2:4].view(torch.float16).float()
+        return q.sub_(16 if five else 8).mul_(d)
+    return q.mul_(d).add_(blocks[:, 2:4].contiguous().view(torch.float16).float())
 
 
 def _mxfp4(blocks: Tensor) -> Tensor:
