@@ -1,4 +1,6 @@
-"""What a precision costs: SmolLM2-135M at fp32, bf16, nf4, int8 and in its GGUF file's blocks; a process for each case, since peaks only grow.
+"""What a precision costs: SmolLM2-135M at fp32, bf16, nf4, int8 and in its GGUF file's blocks ("keep").
+
+A process for each case, since peaks only grow.
 
     python benchmarks/loading.py                 # all cases, three rounds in turn, medians: a few minutes
     python benchmarks/loading.py --rounds 1
