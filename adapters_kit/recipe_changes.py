@@ -76,6 +76,9 @@ def without_paths(recipe: Recipe) -> Recipe:
     fields["data"]["mix"] = mix
     if recipe.eval.keep is not None:
         fields["eval"]["keep"] = name(recipe.eval.keep)
+    if recipe.eval.judge is not None:
+        place, mark, function = recipe.eval.judge.rpartition(":")
+        fields["eval"]["judge"] = f"{name(place)}{mark}{function}"
     begun_from = recipe.method.name
     if isinstance(begun_from, str) and names.is_adapter_folder(begun_from):
         fields["method"]["name"] = _kind(Path(begun_from))

@@ -75,6 +75,8 @@ def cross_checks(fields: Mapping[str, Any], sections: Mapping[str, type[BaseMode
         lone = [("training", "keep_within")] if training.get("keep_within") is not None else []
         lone += [("eval", key) for key in ("keep_columns", "keep_limit") if part("eval").get(key)]
         problems += [(path, "needs rows that are to be kept: set eval.keep.") for path in lone]
+    if part("eval").get("judge_limit") not in (None, 64) and not part("eval").get("judge"):
+        problems.append((("eval", "judge_limit"), "needs somebody who judges: set eval.judge."))
     quantize = fields.get("quantize")
     if training.get("precision") == "fp32" and quantize in KINDS and not KINDS[quantize].computes_in_fp32:
         text = f"{quantize} weights compute in 16 bits: use auto, bf16 or fp16."

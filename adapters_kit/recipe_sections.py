@@ -354,6 +354,12 @@ class EvalSpec(BaseModel):
     """Role to column name in the rows of `keep`, where they are called otherwise than in the training data."""
     keep_limit: int | None = Field(None, ge=1)
     """Use at most so many rows of `keep` (drawn with the seed)."""
+    judge: PathText | None = None
+    """A function of yours that scores written answers, as module:function or file.py:function. It takes a list of rows
+    (dicts) and a list of answers, and gives a number for each, the higher the better. Asked before and after training;
+    its code runs."""
+    judge_limit: int = Field(64, ge=1)
+    """Judge at most so many held-out rows (drawn with the seed)."""
 
 
 class CardSpec(BaseModel):

@@ -2,7 +2,7 @@
 
     python benchmarks/starts.py [minilm] [smollm2] [minilm-nf4]
 
-Real models on 1,600 sentences of movie reviews: MiniLM tells good ones from bad ones, SmolLM2 writes them. Held out are
+Real models on 800 sentences of movie reviews: MiniLM tells good ones from bad ones, SmolLM2 writes them. Held out are
 others of the same source.
 """
 
@@ -30,17 +30,17 @@ def run(model: str, start: str | None, rate: float, folder: Path) -> dict[str, A
         "task": "text-classification" if labelled else "causal-lm",
         "data": {
             **{part: str(assets.reviews() / f"{part}.csv") for part in ("train", "test")},
-            "limit": 1600,
+            "limit": 800,
             "test_limit": 200 if labelled else 100,
         },
         "method": {"name": "lora", "r": 8},
         "quantize": "nf4" if model.endswith("nf4") else None,
         "training": {
             "max_steps": 100,
-            "batch_size": 16 if labelled else 4,
-            "max_length": 48,
+            "batch_size": 8 if labelled else 4,
+            "max_length": 32,
             "learning_rate": rate,
-            "evals_per_epoch": 4 if labelled else 16,
+            "evals_per_epoch": 4,
             "keep_best": False,
             "samples": 0,
             "init": start,

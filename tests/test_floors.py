@@ -24,6 +24,7 @@ FLOORS = {
     "recipe_text": 0,
     "recipe_changes": 0,
     "names": 0,
+    "named_function": 0,
     "task_table": 0,
     "quantization_table": 0,
     "noise": 0,

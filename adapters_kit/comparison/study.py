@@ -138,6 +138,8 @@ def compare(
     recipe = recipe_from(recipe, out / "data")
     if recipe.eval.keep is not None:
         raise RecipeError(["eval.keep: a comparison scores held-out rows alone; leave it and keep_within out."])
+    if recipe.eval.judge is not None:
+        raise RecipeError(["eval.judge: a comparison writes no answers; leave it out."])
     if recipe.training.init is not None:
         raise RecipeError(["training.init: a comparison starts every method as that method does; leave it out."])
     with (

@@ -66,10 +66,11 @@ def scores_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _kept(metrics: Mapping[str, Any]) -> str:
-    """What the rows of `eval.keep` are, and what was chosen for their sake."""
+    """What the rows of `eval.keep` are, what was chosen for their sake, and what the judge has found."""
     told = [metrics["kept"]["told"]] if "kept" in metrics else []
     if "keep_examples" in metrics:
         told.append(f"The scores that begin with keep_ are those on {metrics['keep_examples']:,} rows of eval.keep.")
+    told += [metrics["judged"]["told"]] if "judged" in metrics else []
     return "".join(f'<p class="soft">{escape(line)}</p>' for line in told)
 
 

@@ -84,6 +84,8 @@ def _scores(recipe: Recipe, metrics: Mapping[str, Any], metric: str, layers: str
     if "keep_examples" in metrics:
         name = without_paths(recipe).eval.keep
         lines += ["", f"The scores that begin with keep_ are those on {metrics['keep_examples']:,} rows of `{name}`."]
+    if "judged" in metrics:
+        lines += ["", scrub(metrics["judged"]["told"])]
     if layers:
         lines += ["", "How its layers computed while it was trained:", "", "```", layers, "```"]
     return "\n".join(lines)

@@ -41,6 +41,8 @@ from adapters_kit.training.assembly import add_adapter, load_base
 from adapters_kit.training.data import Splits
 from adapters_kit.training.details import details, majority, write_confusion
 from adapters_kit.training.inputs import Given, default_folder, recipe_from
+from adapters_kit.training.judged import Judged
+from adapters_kit.training.judged import told as judged_told
 from adapters_kit.training.kept import Kept, check, choose
 from adapters_kit.training.loop import AdapterTrainer, total_steps
 from adapters_kit.training.out_of_memory import evaluated, lower_what, restart
@@ -126,6 +128,7 @@ class Training:
         self.main = PartialState().is_main_process
         self.task, self.splits = prepare(recipe)
         self.kept = Kept.read(recipe, self.task)
+        self.judged = Judged.read(recipe, self.task, self.splits.test)
         self.model, self.processor = self.load(recipe)
         tell_head(self.model, self.task.labels or [], recipe.model, self.task.notes)
         recipe = filled_in(recipe, self.task)
@@ -176,6 +179,8 @@ class Training:
         )
         if self.kept is not None:
             self.tell(self.kept.told(metrics))
+        for line in judged_told(metrics):
+            self.tell(line)
         self._save(trainer, metrics)
         tuned = task.predict(trainer.model, shown, _eval_batch(recipe)) if len(shown) else []
         proof = self._proof(trainer.model)
@@ -201,6 +206,8 @@ class Training:
             before |= {f"base_keep_{name}": value for name, value in self.kept.before.items()}
             after |= self.kept.scores(trainer.model_wrapped)
             after["keep_examples"] = self.kept.rows
+        if self.judged is not None:
+            after |= self.judged.compare(trainer.model)
         return {**before, **after, "train_loss": trainer.meter.mean_loss()}
 
     def _costs(self, trainer: AdapterTrainer, trainable: int, total: int) -> dict[str, Any]:
@@ -226,6 +233,8 @@ class Training:
         write_text(self.path / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
         write_text(self.path / "README.md", text)
         write_text(self.path / "adapter" / "README.md", text)
+        if self.judged is not None:
+            self.judged.write(self.path)
         if proof is not None:
             proof.write(self.path / "adapter")
 
@@ -294,6 +303,8 @@ class Training:
             self.kept.score_base(self.model, self.processor)
             for note in task.notes.fresh():
                 self.tell(note)
+        if self.judged is not None:
+            self.judged.before = self.judged.ask(self.model)
         return _Base(results, scores, task.predict(self.model, shown, batch) if len(shown) else [])
 
     def _begin(self, fused: FuseReport) -> None:
