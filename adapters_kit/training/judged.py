@@ -79,8 +79,8 @@ class Judged:
         count, same = len(after), len(after) - better - worse
         rate = (better + same / 2) / count
         told = (
-            f"Of {count:,} held-out rows the judge prefers the answer of the adapter {better:,} times and that of the base "
-            f"{worse:,} times; {same:,} are as good as each other: a win rate of {rate:.2f}."
+            f"Of {count:,} held-out rows the judge prefers the answer of the adapter {better:,} times and that of the "
+            f"base {worse:,} times; {same:,} are as good as each other: a win rate of {rate:.2f}."
         )
         found = {"base_judge": sum(before) / count, "judge": sum(after) / count, "judge_win_rate": rate}
         return {**found, "judged": {"told": told, "examples": count}}
