@@ -25,6 +25,7 @@ from adapters_kit.recipe_checks import Problem, cross_checks
 from adapters_kit.recipe_sections import (
     DATA_SUFFIXES,
     STRICT,
+    AugmentSpec,
     CardSpec,
     DataSpec,
     EvalSpec,
@@ -296,6 +297,8 @@ def _choices(expected: str) -> list[str]:
 def _keys_at(path: tuple[str, ...]) -> list[str]:
     if path[:2] == ("data", "mix"):
         return list(MixSpec.model_fields)
+    if path[:2] == ("data", "augment"):
+        return list(AugmentSpec.model_fields)
     return list(_SECTIONS[path[0] if path else ""].model_fields)
 
 

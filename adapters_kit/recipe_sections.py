@@ -189,6 +189,32 @@ class MixSpec(BaseModel):
         return value if isinstance(value, Mapping | MixSpec) else {"weight": value}
 
 
+class AugmentSpec(BaseModel):
+    """What training rows go through, drawn anew each time they are seen; held-out rows never do."""
+
+    model_config = STRICT
+
+    token_dropout: float = Field(0.0, ge=0, lt=1)
+    """Text: the probability that a token is hidden behind the mask token, or the one for the unknown."""
+    token_deletion: float = Field(0.0, ge=0, lt=1)
+    """Text: the probability that a token is left out."""
+    token_swap: float = Field(0.0, ge=0, lt=1)
+    """Text: the probability that a token changes places with the next one."""
+    neftune: float | None = Field(None, gt=0)
+    """Text: the size of noise on the embeddings (NEFTune's alpha; 5 is usual)."""
+    spec_augment: float | None = Field(None, ge=0, lt=1)
+    """Recordings: the part of the time that the model's own SpecAugment masks; 0 turns it off."""
+    images: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
+    """Pictures: transforms of torchvision v2, in order: names, or with options {ColorJitter: {brightness: 0.2}}."""
+
+    @field_validator("images")
+    @classmethod
+    def _one_name_each(cls, value: list[Any]) -> list[Any]:
+        if any(isinstance(one, dict) and len(one) != 1 for one in value):
+            raise PydanticCustomError("transforms", "each transform is a name, or one name with its options")
+        return value
+
+
 class DataSpec(BaseModel):
     """Where the examples come from and which column is what."""
 
@@ -204,6 +230,8 @@ class DataSpec(BaseModel):
     mix: dict[str, MixSpec] = Field(default_factory=dict)
     """More training rows: name to weight, such as {chat.jsonl: 0.3, rules.csv: all}. Every row of `train` is used once
     in an epoch, and of the others as many as the weights say; rows are held out of `train` alone."""
+    augment: AugmentSpec | None = None
+    """What training rows go through each time they are seen, such as {token_deletion: 0.1} or {neftune: 5}."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Role to column name, such as {text: review, label: stars} or {text: body, spans: marks}; recognised by name where
     left out."""

@@ -20,6 +20,8 @@ class Row:
         own_head: whether the head belongs to the user's task, so that it is trained and saved with an adapter.
         labelled: whether the user's classes are the head's outputs, so that `labels` name them.
         keys: dotted keys of a recipe that this task has and others have not.
+        beside_tokens: features that hold one value a token, where a training row may lose tokens or change their order
+            (`data.augment`); None where every token has its place.
         example: a small model of the hub to begin with; any other of the kind will do. None: the user names one.
     """
 
@@ -31,6 +33,7 @@ class Row:
     own_head: bool = False
     labelled: bool = False
     keys: tuple[str, ...] = ()
+    beside_tokens: tuple[str, ...] | None = None
     example: str | None = None
     second_class: str | None = None
 
@@ -48,6 +51,7 @@ TASKS: dict[str, Row] = {
         task_type="CAUSAL_LM",
         pipeline="text-generation",
         keys=("training.packing", "objective"),
+        beside_tokens=("labels",),
         example="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "text-classification": Row(
@@ -59,6 +63,7 @@ TASKS: dict[str, Row] = {
         own_head=True,
         labelled=True,
         keys=("problem",),
+        beside_tokens=("token_type_ids",),
         example="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "token-classification": Row(
@@ -88,6 +93,7 @@ TASKS: dict[str, Row] = {
         task_type="SEQ_2_SEQ_LM",
         pipeline="text2text-generation",
         keys=("data.source_lang", "data.target_lang", "data.source_prefix"),
+        beside_tokens=(),
         example="google/flan-t5-small",
     ),
     "masked-lm": Row(

@@ -25,6 +25,7 @@ from adapters_kit.noise import without_vocabulary_guess
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, autocast
 from adapters_kit.training import checkpoints
+from adapters_kit.training.augment import augment_of
 from adapters_kit.training.callbacks import (
     Interruption,
     Meter,
@@ -40,7 +41,7 @@ from adapters_kit.training.optimizers import build_optimizer
 from adapters_kit.training.out_of_memory import evaluated
 from adapters_kit.training.resolve import processes
 from adapters_kit.training.rungs import Rung
-from adapters_kit.training.sampling import OrderedByEpoch
+from adapters_kit.training.sampling import OrderedByEpoch, own_draws
 from adapters_kit.training.trackers import OWN, trackers
 
 TOKENS = "tokens"  # of a batch: how many it trains on
@@ -104,6 +105,7 @@ class AdapterTrainer(Trainer):
         if OWN in training.log_to:
             callbacks.append(TensorBoard(out / OWN))
         callbacks += trackers(recipe, self.screen.console)
+        self.augment = augment_of(recipe, task, model)
         batch = task.collate_training([train_features[0]])
         sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
         if args.world_size > 1 and not sharded:
@@ -286,7 +288,9 @@ class AdapterTrainer(Trainer):
 
     def collate(self, features: Features) -> dict[str, Any]:
         """The task's batch, and the number of its tokens: counted here, where reading them waits for no device."""
-        batch: dict[str, Any] = self.task.collate_training(features)
+        with own_draws(features, self.recipe.training.seed, self.order.epoch):
+            features = self.augment(features) if self.augment else features
+            batch: dict[str, Any] = self.task.collate_training(features)
         return {**batch, TOKENS: token_count(batch)}
 
 
@@ -348,6 +352,7 @@ def arguments(recipe: Recipe, task: Task, out: Path, examples: int) -> TrainingA
         lr_scheduler_type=scheduler,
         warmup_steps=round(training.warmup * steps),
         weight_decay=training.weight_decay,
+        neftune_noise_alpha=recipe.data.augment.neftune if recipe.data.augment else None,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         use_cpu=processes()["cpu"],

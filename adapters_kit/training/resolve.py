@@ -28,6 +28,7 @@ from adapters_kit.task_table import OBJECTIVES
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training import data
+from adapters_kit.training.augment import check_augment
 from adapters_kit.training.inputs import rows_from
 from adapters_kit.training.optimizers import HEAD_RATE
 
@@ -45,6 +46,7 @@ def resolve(recipe: Recipe, *, trains: bool = True) -> Recipe:
         _check_objective(recipe)
         _check_method(recipe)
         _check_start(recipe)
+        check_augment(recipe, tasks.of(recipe))
         _check_precision(recipe)
         _check_devices()
     training = recipe.training

@@ -1,6 +1,9 @@
 """The order of the examples: a function of seed and epoch alone, so that a resumed run sees the same batches."""
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +48,19 @@ class OrderedByEpoch(Sampler[int]):
             batches[: longest + 1] = batches[: longest + 1].roll(1, 0)
             order[: full * self.batch_size] = batches.flatten()
         return one_by_one(order)
+
+
+@contextmanager
+def own_draws(features: Sequence[Mapping[str, Any]], seed: int, epoch: int) -> Iterator[None]:
+    """Draws of torch's generator on the CPU that hang on these rows, the seed and the epoch, and on nothing else.
+
+    A batch is made while the step before it runs, whose draws a checkpoint keeps: a resumed run makes it anew, and has
+    to draw the same.
+    """
+    told = b"".join(np.asarray(one.get("input_ids", one.get("row", 0))).tobytes() for one in features)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed((seed << 32) + zlib.crc32(told, epoch))
+        yield
 
 
 def one_by_one(order: torch.Tensor) -> Iterator[int]:

@@ -74,6 +74,8 @@ def _alone(recipe: Recipe) -> list[str]:
         told.append("training.auto_batch: a pass of many has no batch that could be halved; choose training.batch_size")
     if recipe.eval.keep is not None:
         told.append("eval.keep: a pass of many scores held-out rows alone; train this one by itself, or leave it out")
+    if recipe.data.augment is not None:
+        told.append("data.augment: a pass of many takes rows as they are; train this one by itself, or leave it out")
     if recipe.eval.judge is not None:
         told.append("eval.judge: a pass of many writes no answers; train this one by itself, or leave it out")
     if recipe.training.init is not None:
