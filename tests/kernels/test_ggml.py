@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from adapters_kit.errors import ModelError
 from adapters_kit.kernels import block_tensor
@@ -114,3 +115,12 @@ def test_experts_are_taken_one_by_one_or_turned():
     assert torch.equal(packed.transpose(0, 1), whole.transpose(0, 1))
     assert torch.equal(packed.select(1, 2), whole[:, 2])
     assert torch.equal(packed[:, 1:, chosen], whole[:, 1:, chosen])
+
+
+@pytest.mark.parametrize("kind", named(FORMATS))
+def test_a_plan_asks_for_shapes_alone(kind):
+    """transformers' tables of codes are real tensors, which fake ones do not meet."""
+    packed = raw(kind)
+    with FakeTensorMode():
+        made = dequantize(torch.empty(packed.shape, dtype=torch.uint8), kind, torch.bfloat16)
+    assert made.shape == (ROWS, COLUMNS) and made.dtype == torch.bfloat16

@@ -14,6 +14,11 @@ from adapters_kit.kernels.block_update import ScalesOutput, minima_codes, minima
 from adapters_kit.kernels.ggml import FORMATS
 from adapters_kit.methods.blocks.config import BlocksConfig
 
+FIX = (
+    'Load a .gguf file with quantize="keep"; a model folder becomes one by adapters-kit export FOLDER model.gguf '
+    "--format gguf --dtype q4_1."
+)
+
 
 class Change(nn.Module):
     """A matrix `(out, blocks)` that starts at zero: B A of rank r, or every value by itself.
@@ -154,7 +159,6 @@ def blocks_of(layer: nn.Module) -> BlockTensor:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, BlockTensor):
         raise AdapterError(
-            "The method 'blocks' trains what a GGUF file's blocks store, and this layer's weight lies in none. Load a "
-            '.gguf file with quantize="keep".'
+            f"The method 'blocks' trains what a GGUF file's blocks store, and this layer's weight lies in none. {FIX}"
         )
     return weight

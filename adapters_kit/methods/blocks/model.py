@@ -13,7 +13,7 @@ from adapters_kit.anatomy import block_linears
 from adapters_kit.errors import AdapterError
 from adapters_kit.kernels.block_tensor import BlockTensor
 from adapters_kit.methods.blocks.config import BlocksConfig
-from adapters_kit.methods.blocks.layer import BlocksLayer, blocks_of
+from adapters_kit.methods.blocks.layer import FIX, BlocksLayer, blocks_of
 from adapters_kit.registry import Method
 
 
@@ -63,8 +63,7 @@ def _fill_in_targets(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
     packed = {path: weight for path, weight in layers.items() if isinstance(weight, BlockTensor)}
     if not packed:
         raise AdapterError(
-            "The method 'blocks' trains what a GGUF file's blocks store, and no linear of this model lies in blocks. "
-            'Load a .gguf file with quantize="keep".'
+            f"The method 'blocks' trains what a GGUF file's blocks store, and no linear of this model lies in blocks. {FIX}"
         )
     wanted = [path for path, weight in packed.items() if config.fields(weight.kind)]
     if not wanted:
