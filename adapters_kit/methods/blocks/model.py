@@ -63,7 +63,8 @@ def _fill_in_targets(model: nn.Module, options: dict[str, Any]) -> dict[str, Any
     packed = {path: weight for path, weight in layers.items() if isinstance(weight, BlockTensor)}
     if not packed:
         raise AdapterError(
-            f"The method 'blocks' trains what a GGUF file's blocks store, and no linear of this model lies in blocks. {FIX}"
+            "The method 'blocks' trains what a GGUF file's blocks store, and no linear of this model lies in blocks. "
+            + FIX
         )
     wanted = [path for path, weight in packed.items() if config.fields(weight.kind)]
     if not wanted:
