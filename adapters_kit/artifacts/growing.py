@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import tempfile
 from array import array
 from typing import IO, Any
 
 import numpy as np
 
-from adapters_kit.artifacts.mapped_table import keep_mapped
+from adapters_kit.artifacts.mapped_table import keep_mapped, temporary, writing_rows
 
 _IN_MEMORY = 1 << 22  # bytes of one column
 
@@ -32,10 +31,9 @@ class Growing:
 
     def extend(self, values: np.ndarray) -> None:
         """Adds numbers to the end; at two bytes each only while all of them fit."""
-        cast = values.astype(self.dtype)
-        if self.dtype.itemsize == 2 and (cast != values).any():
+        if self.dtype.itemsize == 2 and len(values) and not 0 <= values.min() <= values.max() < 1 << 16:
             self._widen()
-            cast = values.astype(self.dtype)
+        cast = values.astype(self.dtype, copy=False)
         self._tail.frombytes(cast.tobytes())
         self._spill()
 
@@ -54,11 +52,11 @@ class Growing:
     def _spill(self) -> None:
         if len(self._tail) * self.dtype.itemsize < _IN_MEMORY:
             return
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="adapters_kit_rows_")  # noqa: SIM115 - as long as the rows
-        self._file.seek(0, 2)
-        self._tail.tofile(self._file)
-        self._file.flush()
+        with writing_rows():
+            self._file = self._file or temporary()
+            self._file.seek(0, 2)
+            self._tail.tofile(self._file)
+            self._file.flush()
         self._written += len(self._tail)
         self._tail, self._mapped = array(self._tail.typecode), None
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
+from typing import IO
 
 import pyarrow as pa
+
+from adapters_kit.errors import WriteError
+from adapters_kit.system import reason
 
 _PIECE = 1 << 22  # bytes
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
@@ -23,7 +29,7 @@ def on_disk(batches: Iterable[pa.Table]) -> list[pa.Table]:
     first = next(batches, None)
     if first is None:
         return []
-    with tempfile.TemporaryFile(prefix="adapters_kit_rows_") as file:
+    with writing_rows(), temporary() as file:
         places = []
         for batch in chain([first], batches):
             start = file.tell()
@@ -53,6 +59,37 @@ def _pieces(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
             some = []
     if some:
         yield pa.concat_tables(some).combine_chunks()
+
+
+def temporary() -> IO[bytes]:
+    """A file without a name, where `tempfile` puts such files; the system deletes it with the last reference."""
+    with writing_rows():
+        return tempfile.TemporaryFile(prefix="adapters_kit_rows_")
+
+
+@contextmanager
+def writing_rows() -> Iterator[None]:
+    """A failure to write such a file becomes one sentence.
+
+    Raises:
+        WriteError: with the folder, and how to name another.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = reason(error) or str(error)
+        raise WriteError(
+            f"Rows that are more than memory should hold are kept in a file without a name in {_folder()}, and it "
+            f"cannot be written: {why}. Or name another folder, of a disk with twice the size of the rows free: "
+            "TMPDIR=FOLDER before the command."
+        ) from error
+
+
+def _folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # none of those that there usually are
+        return os.environ.get("TMPDIR", "the system's folder for temporary files")
 
 
 def keep_mapped(mapped: mmap.mmap) -> None:

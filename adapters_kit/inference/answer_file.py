@@ -22,12 +22,14 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from adapters_kit.artifacts.files import replacing
+from adapters_kit.artifacts.mapped_table import release_pages
 from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
 from adapters_kit.inference.subject import Subject, ask_for, describe, load_subject, make_task
 from adapters_kit.system import writing
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import each_row
 from adapters_kit.training.resolve import rows_of
 
 PIECE = 1024
@@ -229,7 +231,7 @@ Answers = Callable[[], Iterator[dict[str, Any]]]
 
 def _write_jsonl(path: Path, rows: Dataset, answers: Answers) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row, answer in zip(rows, answers(), strict=True):
+        for (_, row), answer in zip(each_row(rows), answers(), strict=True):
             file.write(json.dumps({**row, **answer}, ensure_ascii=False, default=str) + "\n")
 
 
@@ -241,7 +243,7 @@ def _write_csv(path: Path, rows: Dataset, answers: Answers, delimiter: str = ","
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
         writer.writerow(names)
-        for row, answer in zip(rows, answers(), strict=True):
+        for (_, row), answer in zip(each_row(rows), answers(), strict=True):
             whole = {**row, **answer}
             writer.writerow([cell(whole.get(name)) for name in names])
 
@@ -261,6 +263,7 @@ def _write_parquet(path: Path, rows: Dataset, answers: Answers) -> None:
             columns = [*(given[name] for name in own.names), *piece.cast(added).columns]
             writer.write_table(pa.table(columns, schema=pa.schema([*own, *added])))
             done += len(piece)
+            release_pages()
 
 
 _WRITERS: dict[str, Callable[[Path, Dataset, Answers], None]] = {

@@ -14,6 +14,7 @@ from adapters_kit.errors import ModelError
 
 _NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type of a value -> its bytes
 _STRING, _ARRAY, _DIMENSIONS, _DEEPEST = 8, 9, 8, 4
+_MOST = 1 << 22  # entries of all arrays; the largest vocabularies have 2**18, and readers make an object of each
 _ALIGNMENT = b"general.alignment"
 
 
@@ -21,7 +22,7 @@ class _Walk:
     """A place in the header that only moves on, and never past the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+        self.data, self.at, self.entries = data, 0, 0
 
     def skip(self, count: int) -> int:
         start = self.at
@@ -45,6 +46,9 @@ class _Walk:
             self.skip(self.number("Q"))
         elif kind == _ARRAY and depth < _DEEPEST:
             inner, count = self.number("I"), self.number("Q")
+            self.entries += count
+            if self.entries > _MOST:
+                raise ValueError(f"its arrays have {self.entries:,} entries, and {_MOST:,} are the most that is read")
             if inner in _NUMBERS:
                 self.skip(_NUMBERS[inner] * count)
             else:

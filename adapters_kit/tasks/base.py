@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Value
+from datasets import Dataset
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from adapters_kit.artifacts.files import write_json
-from adapters_kit.errors import DataError, ModelError
+from adapters_kit.errors import ModelError
 from adapters_kit.recipe import Recipe
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.generation import positions
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded, in_parts, one_row
+from adapters_kit.tasks.rows import one_row, texts_in_parts
 from adapters_kit.tasks.sparse_attention import attend_fully
 from adapters_kit.tasks.special_ids import check_special
 from adapters_kit.tasks.streaming import answer, pieces
@@ -101,7 +102,7 @@ class Task:
         """One class per row for a stratified split, or None."""
         return None
 
-    def groups(self, data: Dataset) -> Sequence[Any] | None:
+    def groups(self, data: Dataset) -> Sequence[Any] | np.ndarray | None:
         """What rows have in common that are held out together or not at all, one per row; None: each by itself."""
         return None
 
@@ -280,7 +281,7 @@ class Task:
 
     def lengths(self, features: Features) -> np.ndarray:
         """`length` of every example, (examples,) int32."""
-        if isinstance(features, Encoded) and type(self).length is Task.length and "input_ids" in features.ends:
+        if isinstance(features, Encoded) and type(self).length is Task.length and features.holds("input_ids"):
             return features.lengths("input_ids")
         return np.fromiter((self.length(feature) for feature in features), np.int32, len(features))
 
@@ -295,20 +296,8 @@ def strings(data: Dataset, column: str, role: str) -> Iterator[str]:
     Raises:
         DataError: numbers, lists or missing values, with the first row concerned.
     """
-    kind = data.features[column]
-    if isinstance(kind, Value) and kind.dtype not in ("string", "large_string", "null"):
-        raise DataError(
-            f"Column {column!r} should be the {role}, but holds {kind.dtype} (first row: {data[0][column]!r}). "
-            f"Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(data.column_names)}."
-        )
-    for start, part in in_parts(data, [column]):
-        for index, value in enumerate(part[column], start):
-            if not isinstance(value, str):
-                raise DataError(
-                    f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r} "
-                    f"({type(value).__name__}), not a string."
-                )
-            yield value
+    for _, texts in texts_in_parts(data, column, role):
+        yield from texts
 
 
 def outputs_of(model: nn.Module) -> list[str]:

@@ -27,6 +27,7 @@ from adapters_kit.tasks.conversation import (
     system_text,
     with_input,
 )
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.generation import (
     Limits,
     n_best,
@@ -38,7 +39,7 @@ from adapters_kit.tasks.generation import (
     written,
 )
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded
+from adapters_kit.tasks.rows import each_row, texts_in_parts
 from adapters_kit.tasks.template import Answer, ChatTemplate
 from adapters_kit.tasks.turns import shortened, spelled_turns, written_out
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples, whole
@@ -91,7 +92,7 @@ class CausalLM(Task):
             for role in ("prompt", "completion"):
                 if role in self.columns and isinstance(data.features[self.columns[role]], Value):
                     deque(self.texts(data, role), maxlen=0)
-            for index, row in enumerate(data):
+            for index, row in each_row(data):
                 conversation(row, self.columns, index, answer="completion" in self.columns)
             for sentence in how_read(data[0], self.columns):
                 self.notes.say(sentence)
@@ -134,11 +135,11 @@ class CausalLM(Task):
         if not answers:
             return self._prompts(data)
         cuts, features, useless = Cuts(), Encoded(small=("input_ids",)), np.ones(len(data), dtype=bool)
-        for row, (ids, learned) in self._samples(data, cuts):
+        for number, (ids, learned) in self._samples(data, cuts):
             if any(learned[1:]):
-                numbers = compact(ids)
-                features.append({"row": row, "input_ids": numbers, "labels": np.where(learned, numbers, IGNORED)})
-                useless[row] = False
+                labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
+                features.append({"row": number, "input_ids": ids, "labels": labels})
+                useless[number] = False
         if not len(features):
             raise DataError(
                 "None of the rows has anything to learn: no text, assistant turn or completion, or nothing left of it "
@@ -160,13 +161,14 @@ class CausalLM(Task):
     def _samples(self, data: Dataset, cuts: Cuts) -> Iterator[tuple[int, Sample]]:
         """(row, sample); a long text gives several pieces, a conversation as many samples as its template asks for."""
         if "text" in self.columns:
-            for row, text in enumerate(self.texts(data, "text")):
-                ids = self._ended(self._begun(text, cuts))
-                for start in range(0, len(ids), self.max_length):
-                    piece = ids[start : start + self.max_length]
-                    yield row, (piece, [True] * len(piece))
+            for start, texts in texts_in_parts(data, self.columns["text"], "text"):
+                for number, ids in enumerate(self.processor(texts)["input_ids"], start):
+                    ids = self._ended(self._begun(ids, cuts))
+                    for first in range(0, len(ids), self.max_length):
+                        piece = ids[first : first + self.max_length]
+                        yield number, (piece, [True] * len(piece))
             return
-        for index, row in enumerate(data):
+        for index, row in each_row(data):
             if self.template is None:
                 if not self._said(row, "completion", index).strip():
                     cuts["empty_answers"] += 1
@@ -184,9 +186,9 @@ class CausalLM(Task):
             for ids, learned in made:
                 yield index, (ids, learned if self.recipe.answer_only else [True] * len(ids))
 
-    def _begun(self, text: str, cuts: Cuts) -> list[int]:
+    def _begun(self, ids: Sequence[int], cuts: Cuts) -> list[int]:
         """Ids of a text, with one token for its start where the text has written that out too."""
-        ids, start = list(self.processor(text)["input_ids"]), self.processor.bos_token_id
+        ids, start = list(ids), self.processor.bos_token_id
         if start is not None and ids[:2] == [start, start]:
             cuts["starts_written_twice"] += 1
             cuts.first["starts_written_twice"] = self.processor.bos_token
@@ -226,7 +228,7 @@ class CausalLM(Task):
 
     def _prompt_ids(self, text: str, cuts: Cuts) -> list[int]:
         """Ids of a text that the model is to write on from."""
-        ids = self._begun(text, cuts)
+        ids = self._begun(self.processor(text)["input_ids"], cuts)
         ids = ids[:-1] if ids[-1:] == [self.processor.eos_token_id] else ids
         return ids or [first_token(self.processor)]  # a model continues something
 
@@ -236,7 +238,7 @@ class CausalLM(Task):
 
     def _prompts(self, data: Dataset) -> Features:
         cuts, features = Cuts(), Encoded(small=("input_ids",))
-        for index, row in enumerate(data):
+        for index, row in each_row(data):
             if self.template is not None and "text" not in self.columns:
                 talk = self._asked(row, index)
                 ids = prompt(self.template, talk, self.limits.prompt, index, cuts)

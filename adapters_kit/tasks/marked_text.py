@@ -15,11 +15,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from adapters_kit.errors import DataError
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import check_text, in_parts
+from adapters_kit.tasks.rows import check_text, in_parts, made
 from adapters_kit.tasks.text_scores import stands_alone
 from adapters_kit.tasks.turns import shortened, written_out
 
@@ -135,25 +135,32 @@ def sentences(data: Dataset, text: str, spans: str | None, notes: Notes) -> Data
     Raises:
         DataError: with the first row whose spans cannot be tags.
     """
-    made: dict[str, list[Any]] = {"tokens": [], **({"tags": []} if spans else {})}
+    names = ["tokens", *(["tags"] if spans else [])]
     mended: Mended = Counter()
     empty = 0
-    for start, part in in_parts(data, [text, *([spans] if spans else [])]):
-        texts = check_text(part[text], start, text, "text", data.column_names)
-        for row, value in enumerate(texts, start):
-            words = words_of(value)
-            made["tokens"].append([value[a:b] for a, b in words])
-            if spans:
-                where = f"Row {row + 1}, column {spans!r}"
-                found = spans_of(part[spans][row - start], value, where, mended)
-                empty += not found
-                made["tags"].append(tags_of(value, words, found, where))
+
+    def parts() -> Iterator[dict[str, list[list[str]]]]:
+        nonlocal empty
+        for start, part in in_parts(data, [text, *([spans] if spans else [])]):
+            texts = check_text(part[text], start, text, "text", data.column_names)
+            rows: dict[str, list[list[str]]] = {name: [] for name in names}
+            for row, value in enumerate(texts, start):
+                words = words_of(value)
+                rows["tokens"].append([value[a:b] for a, b in words])
+                if spans:
+                    where = f"Row {row + 1}, column {spans!r}"
+                    found = spans_of(part[spans][row - start], value, where, mended)
+                    empty += not found
+                    rows["tags"].append(tags_of(value, words, found, where))
+            yield rows
+
+    whole = made(parts(), Features({name: List(Value("string")) for name in names}))
     if empty:
         notes.say(f"{empty:,} of {len(data):,} rows have no span: each of their words is O.", rows_without_spans=empty)
     for name, count in mended.items():
         if count:
             notes.say(_MENDED[name].format(f"{count:,}"), **{name: count})
-    return Dataset.from_dict(made)
+    return whole
 
 
 def marked(text: str, tags: Sequence[str]) -> list[dict[str, Any]]:

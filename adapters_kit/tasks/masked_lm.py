@@ -13,7 +13,8 @@ from torch import nn
 
 from adapters_kit.errors import DataError, ModelError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts
+from adapters_kit.tasks.encoded import Encoded
+from adapters_kit.tasks.rows import check_text, in_parts
 from adapters_kit.tasks.slow_tokens import is_slow
 
 _MASKED = 0.15  # of the tokens; of these 80 % become [MASK], 10 % a random token, 10 % stay (BERT)

@@ -6,7 +6,8 @@ The pairs are made from running text: half of them as they stand, half with a se
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, pad_inputs
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts, number_cut
+from adapters_kit.tasks.encoded import Encoded
+from adapters_kit.tasks.rows import check_text, in_parts, number_cut
 
 NAMES = ["next", "random"]  # the order of the outputs, as BERT was pretrained
 _ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\s*\n\s*")
@@ -35,7 +37,7 @@ class NextSentence(Task):
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that there are texts of two sentences to take others' sentences for. Raises DataError."""
         for data in (train,) if test is None else (train, test):
-            if sum(len(sentences) > 1 for sentences in self._sentences(data)) < 2:
+            if sum(len(row["sentences"]) > 1 for row in self._sentences(data)) < 2:
                 part = "training data" if data is train else "held-out data"
                 raise DataError(
                     f"{part}: next-sentence needs two texts of several sentences at least, in the column "
@@ -51,33 +53,38 @@ class NextSentence(Task):
         super().bind(processor, model)
         self.labels = model.saved_labels = list(NAMES)
 
-    def _sentences(self, data: Dataset) -> list[list[str]]:
-        """The sentences of each row."""
-        column, found = self.columns["text"], []
+    def _sentences(self, data: Dataset) -> Encoded:
+        """The `sentences` of each row."""
+        column, found = self.columns["text"], Encoded()
         for start, part in in_parts(data, [column]):
             for text in check_text(part[column], start, column, "text", data.column_names):
-                found.append([one for one in (piece.strip() for piece in _ENDS.split(text)) if one])
+                found.append({"sentences": tuple(one for one in map(str.strip, _ENDS.split(text)) if one)})
         return found
+
+    def _pairs(self, documents: Encoded, useful: np.ndarray, answers: bool) -> Iterator[tuple[int, str, str, int]]:
+        """(row, sentence, what follows it or is said to, which of `NAMES` it is), of the rows of several sentences."""
+        number = 0
+        for row in useful.tolist():
+            own = documents[row]["sentences"]
+            for first, second in pairwise(own):
+                kind = 0
+                if answers:
+                    draw = np.random.default_rng([self.recipe.training.seed, number])
+                    if number % 2:
+                        place = int(draw.integers(len(useful) - 1))
+                        other = documents[int(useful[place + (useful[place] >= row)])]["sentences"]
+                        kind, second = 1, other[int(draw.integers(len(other)))]
+                number += 1
+                yield row, first, second, kind
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids and token types of each pair and, with `answers`, which of `NAMES` it is."""
         documents = self._sentences(data)
-        useful = [row for row, sentences in enumerate(documents) if len(sentences) > 1]
-        pairs: list[tuple[int, str, str, int]] = []
-        for row in useful:
-            for first, second in zip(documents[row], documents[row][1:], strict=False):
-                kind = 0
-                if answers:
-                    draw = np.random.default_rng([self.recipe.training.seed, len(pairs)])
-                    if len(pairs) % 2:
-                        place = int(draw.integers(len(useful) - 1))
-                        other = documents[useful[place + (useful[place] >= row)]]
-                        kind, second = 1, other[int(draw.integers(len(other)))]
-                pairs.append((row, first, second, kind))
+        several = np.fromiter((len(row["sentences"]) > 1 for row in documents), bool, len(documents))
+        pairs = self._pairs(documents, np.flatnonzero(several), answers)
         features = Encoded(small=("input_ids", "token_type_ids"))
         cut = 0
-        for start in range(0, len(pairs), 1000):
-            part = pairs[start : start + 1000]
+        while part := list(islice(pairs, 1000)):
             texts = [pair[1] for pair in part], [pair[2] for pair in part]
             encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
             cut += number_cut(self.processor, texts, encoded["input_ids"], self.max_length)
@@ -86,11 +93,13 @@ class NextSentence(Task):
                 if "token_type_ids" in encoded:
                     feature["token_type_ids"] = compact(encoded["token_type_ids"][place])
                 features.append({**feature, "labels": kind} if answers else feature)
-        if answers and len(useful) < len(documents):
-            alone = len(documents) - len(useful)
+        if answers and not several.all():
+            alone = int((~several).sum())
             self.notes.say(f"{alone:,} of {len(documents):,} texts have one sentence: left out.", rows_left_out=alone)
         if cut:
-            self.notes.say(f"{cut:,} of {len(pairs):,} pairs were cut to max_length {self.max_length}.", texts_cut=cut)
+            self.notes.say(
+                f"{cut:,} of {len(features):,} pairs were cut to max_length {self.max_length}.", texts_cut=cut
+            )
         return features
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

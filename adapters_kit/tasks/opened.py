@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Audio, Dataset, Image
 
-from adapters_kit.tasks.rows import MadeRows
+from adapters_kit.tasks.encoded import MadeRows
 
 
 def undecoded(data: Dataset, column: str) -> Dataset:

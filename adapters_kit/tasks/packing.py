@@ -7,8 +7,8 @@ block-diagonal mask from them. A model that does not is found by comparing logit
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,19 +16,21 @@ from torch import nn
 
 from adapters_kit.errors import ModelError
 from adapters_kit.tasks.base import IGNORED, Features, pad
+from adapters_kit.tasks.encoded import Encoded
 
 
-def pack(features: Features, capacity: int) -> list[dict[str, Any]]:
+def pack(features: Features, capacity: int) -> Encoded:
     """Joins features (input_ids, labels, row) to rows of at most `capacity` tokens."""
-    packed = []
-    for members in best_fit([len(feature["input_ids"]) for feature in features], capacity):
+    packed = Encoded(small=("input_ids",))
+    lengths = np.fromiter((len(feature["input_ids"]) for feature in features), np.int32, len(features))
+    for members in best_fit(lengths, capacity):
         parts = [features[i] for i in members]
-        labels = [part["labels"].copy() for part in parts]
+        labels = [np.array(part["labels"]) for part in parts]
         for first in labels:
             first[0] = IGNORED  # it would be predicted from the last token of the example before
         packed.append(
             {
-                "row": [part["row"] for part in parts],
+                "row": np.asarray([part["row"] for part in parts]),
                 "input_ids": np.concatenate([part["input_ids"] for part in parts]),
                 "labels": np.concatenate(labels),
                 "position_ids": np.concatenate([np.arange(len(part["input_ids"])) for part in parts]),
@@ -37,20 +39,25 @@ def pack(features: Features, capacity: int) -> list[dict[str, Any]]:
     return packed
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> Iterator[list[int]]:
     """Bins of indices, longest first, each put where the least room is left."""
-    bins: list[list[int]] = []
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    places = np.empty(len(order), dtype=np.int32)  # the bin of each, in this order
     rooms: list[tuple[int, int]] = []  # (room left, bin), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(rooms, (lengths[index], -1))
+    bins = 0
+    for at_order, index in enumerate(order):
+        length = int(lengths[index])
+        at = bisect_left(rooms, (length, -1))
         if at == len(rooms):
-            bins.append([])
-            room, number = capacity, len(bins) - 1
+            room, number, bins = capacity, bins, bins + 1
         else:
             room, number = rooms.pop(at)
-        bins[number].append(index)
-        insort(rooms, (room - lengths[index], number))
-    return bins
+        places[at_order] = number
+        if room > length:
+            insort(rooms, (room - length, number))
+    order = order[np.argsort(places, kind="stable")]
+    ends = np.cumsum(np.bincount(places, minlength=bins))
+    return (order[start:end].tolist() for start, end in pairwise([0, *ends]))
 
 
 def collate(features: Features, pad_token: int) -> dict[str, torch.Tensor]:

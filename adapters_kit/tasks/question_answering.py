@@ -13,8 +13,9 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_inputs
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts
+from adapters_kit.tasks.rows import check_text, in_parts
 from adapters_kit.tasks.slow_tokens import encode_pair, is_slow
 from adapters_kit.tasks.text_scores import exact_match, overlap_of
 from adapters_kit.tasks.turns import written_out
@@ -127,7 +128,7 @@ class QuestionAnswering(Task):
                     feature["token_type_ids"] = compact(window.types)
                 if answers:
                     spans = found[window.row]
-                    feature["answers"] = [text for _, text in spans]
+                    feature["answers"] = tuple(text for _, text in spans)
                     feature["span"] = first, last = _token_span(feature, spans)
                     if (first, last) != (feature["cls"],) * 2:
                         held.add(window.row)

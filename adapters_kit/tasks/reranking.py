@@ -14,12 +14,14 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, check_text, digest, in_parts, number_cut
+from adapters_kit.tasks.rows import cells, check_text, digest, in_parts, number_cut, numbers_of_texts
 from adapters_kit.tasks.text_classification import TextClassification
 
 RELEVANCE = "relevance"
+_CHARACTERS = 1 << 20  # of pairs tokenized in one call
 
 
 class Reranking(TextClassification):
@@ -51,26 +53,27 @@ class Reranking(TextClassification):
         """The column of labels, or of the relevant documents."""
         return self.columns.get("label") or self.columns["positive"]
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> np.ndarray:
         """Rows that say of no document whether it is relevant."""
         if "label" in self.columns:
-            return [row for row, value in enumerate(self._labels(data)) if np.isnan(value)]
+            return np.flatnonzero(np.isnan(self._labels(data)))
         empty: tuple[Any, ...] = (None, "", [])
-        cells = zip(data[self.columns["positive"]][:], data[self.columns["negative"]][:], strict=True)
-        return [row for row, (right, wrong) in enumerate(cells) if right in empty and wrong in empty]
+        both = zip(cells(data, self.columns["positive"]), cells(data, self.columns["negative"]), strict=True)
+        none = (right in empty and wrong in empty for right, wrong in both)
+        return np.flatnonzero(np.fromiter(none, bool, len(data)))
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks texts and labels. Raises DataError."""
         parts = (train,) if test is None else (train, test)
         highest: list[float] = []
         for data in parts:
-            labels = [label for _, _, _, label in self._pairs(data)]
-            if data is train and len(set(labels)) < 2:
+            labels = np.fromiter((label for _, _, _, label in self._pairs(data)), np.float64)
+            if data is train and labels.min() == labels.max():
                 raise DataError(
                     f"All {len(labels):,} pairs of the training data are {'relevant' if labels[0] else 'not relevant'}"
                     f" (column {self.target!r}): a reranker learns from both."
                 )
-            highest.append(max(labels))
+            highest.append(float(labels.max()))
         self.most = max(highest)
         if self.most > 1:
             self.notes.say(
@@ -80,13 +83,13 @@ class Reranking(TextClassification):
             )
         self.labels = [RELEVANCE]
 
-    def strata(self, data: Dataset) -> list[Any] | None:
+    def strata(self, data: Dataset) -> Sequence[Any] | None:
         """None: rows of one query stay together, see `groups`."""
         return None
 
-    def groups(self, data: Dataset) -> list[Any] | None:
-        """The query of each row: held out are whole queries, or there would be no list to rank."""
-        return data[self.columns["query"]][:] if "label" in self.columns else None
+    def groups(self, data: Dataset) -> np.ndarray | None:
+        """The query of each row, by number: held out are whole queries, or there would be no list to rank."""
+        return numbers_of_texts(cells(data, self.columns["query"])) if "label" in self.columns else None
 
     def found(self) -> dict[str, Any]:
         """What the same run needs again."""
@@ -123,7 +126,7 @@ class Reranking(TextClassification):
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """Ids and token types of each pair; `query` (2,) int32 tells equal queries."""
         features = Encoded(small=("input_ids", "token_type_ids"))
-        cut = count = 0
+        cut = count = size = 0
         pairs: list[tuple[int, str, str, float]] = []
 
         def write() -> int:
@@ -140,8 +143,9 @@ class Reranking(TextClassification):
 
         for pair in self._pairs(data, answers=answers):
             pairs.append(pair)
-            if len(pairs) == 1000:
-                cut, count, pairs = cut + write(), count + len(pairs), []
+            size += len(pair[1]) + len(pair[2])
+            if len(pairs) == 1000 or size > _CHARACTERS:
+                cut, count, pairs, size = cut + write(), count + len(pairs), [], 0
         if pairs:
             cut, count = cut + write(), count + len(pairs)
         if cut:
@@ -151,7 +155,10 @@ class Reranking(TextClassification):
                 texts_cut=cut,
             )
         if answers:
-            self.metric = "ndcg@10" if len(self._rankings(np.zeros(len(features)), features)) else "average_precision"
+            queries, labels = features.values("query").view(np.int64), features.values("labels")
+            order = np.argsort(queries, kind="stable")
+            same, other = np.diff(queries[order]) == 0, np.diff(labels[order]) != 0
+            self.metric = "ndcg@10" if (same & other).any() else "average_precision"
         return features
 
     def collate(self, features: Features) -> dict[str, torch.Tensor]:

@@ -1,65 +1,62 @@
-"""Rows in and features out, a part at a time: a whole data set of texts or of token lists need not be in memory.
-
-rows = Encoded()
-for start, part in in_parts(data, ["text"]):
-    for offset, ids in enumerate(processor(part["text"])["input_ids"]):
-        rows.append({"row": start + offset, "input_ids": ids})
-rows[3]   # {"row": 3, "input_ids": array([...])}
-"""
+"""Rows, a part at a time: a whole data set of texts need not be in memory. What is made of them: see `encoded`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, DatasetInfo, Value
 from datasets import Features as RowFeatures
+from datasets.formatting import get_formatter
 from datasets.table import InMemoryTable
 
-from adapters_kit.artifacts.growing import Growing
-from adapters_kit.artifacts.mapped_table import kept, release_pages
+from adapters_kit.artifacts.mapped_table import kept, on_disk, release_pages
 from adapters_kit.errors import DataError
 
 _AT_ONCE = 1000  # rows tokenized in one call; the tokenizer holds them whole, cut or not
 _BYTES = 1 << 20  # of a part, where rows are long
-_APART = 50  # numbers, of which a selection has one: further apart, rows are taken one by one
+_APART = 50  # numbers, of which a selection has one: further apart, rows are taken one by one,
+_FAR_APART = 100  # so many at once
+_NUMBERS = 1 << 16  # of rows, of a selection that stays in memory
 _FAR = 12  # characters a token, behind which a text is looked at only if its tokens do not fill the row
 
 
 def in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     """(number of the first row, columns of some rows), over all of `data`."""
-    info = DatasetInfo(features=data.select_columns(list(dict.fromkeys(columns))).features)
+    python = get_formatter(None, features=data.select_columns(list(dict.fromkeys(columns))).features)
     for start, table in tables_in_parts(data, columns):
-        yield start, Dataset(table, info, fingerprint="part")[:]
+        yield start, python.format_batch(table)
 
 
 def tables_in_parts(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     """As `in_parts`, as Arrow has them."""
     rows = data.select_columns(list(dict.fromkeys(columns)))
-    start, size = 0, 100
+    start = 0
     while start < len(rows):
-        part = _table(rows, start, min(start + size, len(rows)))
+        part = _table(rows, start, min(start + _AT_ONCE, len(rows)))
         yield start, part
         release_pages()
         start += len(part)
-        size = int(min(max(_BYTES * len(part) / max(part.nbytes, 1), 10), _AT_ONCE))
 
 
 def _table(rows: Dataset, start: int, stop: int) -> pa.Table:
-    """Some rows; `datasets` takes those of a selection one by one, which takes ten times as long."""
+    """Some rows, fewer where they are long; `datasets` takes those of a selection one by one, ten times as slowly."""
     if rows._indices is None:
-        return rows.data.table.slice(start, stop - start)
+        near = rows.data.table.slice(start, stop - start)
+        return near if near.nbytes <= _BYTES or len(near) == 1 else _table(rows, start, start + -(-len(near) // 4))
     numbers = rows._indices.table.column(0).slice(start, stop - start).to_numpy()
     first, last = int(numbers.min()), int(numbers.max())
     if last - first >= _APART * len(numbers):
-        return rows.with_format("arrow")[start:stop]
-    return rows.data.table.slice(first, last + 1 - first).take(pa.array(numbers - first))
+        return rows.with_format("arrow")[start : min(stop, start + _FAR_APART)]
+    near = rows.data.table.slice(first, last + 1 - first)
+    if near.nbytes * len(numbers) > _BYTES * len(near) and len(numbers) > 1:
+        return _table(rows, start, start + -(-len(numbers) // 4))
+    return near.take(pa.array(numbers - first))
 
 
 def cells(data: Dataset, column: str) -> Iterator[Any]:
@@ -81,7 +78,7 @@ def chosen(data: Dataset, rows: np.ndarray) -> Dataset:
         return data.select(range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else [])
     numbers = rows if data._indices is None else data._indices.table.column(0).to_numpy()[rows]
     every = pa.table({"indices": pa.array(numbers.astype(np.uint64, copy=False))})
-    tables = kept(every.slice(start, _AT_ONCE * _AT_ONCE) for start in range(0, len(rows), _AT_ONCE * _AT_ONCE))
+    tables = on_disk([every]) if len(rows) > _NUMBERS else [every]
     return Dataset(data.data, data.info.copy(), data.split, InMemoryTable(pa.concat_tables(tables)), uuid4().hex)
 
 
@@ -130,6 +127,28 @@ class Numbered(Sequence[Any]):
     def __getitem__(self, row: Any) -> Any:
         found = self.places[row]
         return [self.values[place] for place in found] if isinstance(row, slice) else self.values[found]
+
+
+def texts_in_parts(data: Dataset, column: str, role: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of the first row, texts of some rows) of a column of text.
+
+    Raises:
+        DataError: numbers, lists or missing values, with the first row concerned.
+    """
+    kind = data.features[column]
+    if isinstance(kind, Value) and kind.dtype not in ("string", "large_string", "null"):
+        raise DataError(
+            f"Column {column!r} should be the {role}, but holds {kind.dtype} (first row: {data[0][column]!r}). "
+            f"Name the right column: data.columns: {{{role}: NAME}}. There are: {', '.join(data.column_names)}."
+        )
+    for start, part in in_parts(data, [column]):
+        for index, value in enumerate(part[column], start):
+            if not isinstance(value, str):
+                raise DataError(
+                    f"Column {column!r} should be the {role}, but row {index + 1} holds {value!r} "
+                    f"({type(value).__name__}), not a string."
+                )
+        yield start, part[column]
 
 
 def check_text(values: Sequence[Any], start: int, column: str, role: str, names: Sequence[str]) -> list[str]:
@@ -201,105 +220,13 @@ def digest(text: str) -> np.ndarray:
     return np.frombuffer(found, dtype=np.int32)
 
 
-class MadeRows(Sequence[dict[str, Any]], ABC):
-    """Features of rows that are put together when they are asked for, by number or by slice."""
-
-    @overload
-    def __getitem__(self, row: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, row: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(row, slice):
-            return [self[index] for index in range(*row.indices(len(self)))]
-        return self._made(self._place(row))
-
-    def _place(self, row: int) -> int:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        return row
-
-    @abstractmethod
-    def _made(self, row: int) -> dict[str, Any]:
-        """The features of one row that there is."""
-
-
-class Encoded(MadeRows):
-    """Features of many rows, each key in one array: as dictionaries of arrays they take ten times the memory.
-
-    A numpy array may have another length in every row. Its whole numbers are kept as int32 (a token id at 4 bytes;
-    with `small` at 2, while all fit), truth values at a byte, others as float32. Numbers stay Python's; everything else
-    is kept as it is.
-
-    Attributes:
-        columns: key to its values, one after the other.
-        ends: key of arrays to the place behind each row's values.
-    """
-
-    def __init__(self, small: Sequence[str] = ()) -> None:
-        """`small`: keys of arrays whose numbers are mostly below 65,536: at two bytes each until one is not."""
-        self.columns: dict[str, Growing | list[Any]] = {}
-        self.ends: dict[str, Growing] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._small = set(small)
-        self._rows = self._read = 0
-
-    def append(self, feature: Mapping[str, Any]) -> None:
-        """One row; every row has the same keys."""
-        for key, value in feature.items():
-            if isinstance(value, np.ndarray):
-                self._extend(key, value)
-            else:
-                self._put(key, value)
-        self._rows += 1
-
-    def _extend(self, key: str, value: np.ndarray) -> None:
-        if key not in self.ends:
-            self.ends[key] = Growing("q")
-            code = "H" if key in self._small else {"f": "f", "b": "b"}.get(value.dtype.kind, "i")
-            self.columns[key] = Growing(code)
-            self._shapes[key] = value.shape[1:]
-        column = self.columns[key]
-        assert isinstance(column, Growing)
-        column.extend(value)
-        self.ends[key].append(len(column))
-
-    def _put(self, key: str, value: Any) -> None:
-        if key not in self.columns:
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.columns[key] = Growing("q") if whole else Growing("d") if isinstance(value, float) else []
-        self.columns[key].append(value)
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def _place(self, row: int) -> int:
-        return super()._place(row + len(self) if row < 0 else row)
-
-    def _made(self, row: int) -> dict[str, Any]:
-        self._read += 1
-        if self._read % _AT_ONCE == 0:
-            release_pages()
-        found: dict[str, Any] = {}
-        for key, column in self.columns.items():
-            if not isinstance(column, Growing):
-                found[key] = column[row]
-            elif key not in self.ends:
-                found[key] = column[row : row + 1].item()
-            else:
-                ends = self.ends[key][max(row - 1, 0) : row + 1]
-                start, stop = (int(ends[0]) if row else 0), int(ends[-1])
-                values = column[start:stop].reshape(-1, *self._shapes[key])
-                found[key] = values.view(bool) if column.dtype.itemsize == 1 else values
-        return found
-
-    def lengths(self, key: str) -> np.ndarray:
-        """How many values each row has under a key of lists, (rows,) int32."""
-        found, ends = np.empty(len(self), dtype=np.int32), self.ends[key]
-        for start in range(0, len(self), _AT_ONCE):
-            part = ends[max(start - 1, 0) : start + _AT_ONCE]
-            found[start : start + _AT_ONCE] = np.diff(part) if start else np.diff(part, prepend=0)
-        release_pages()
-        return found
+def numbers_of_texts(texts: Iterable[str | None]) -> np.ndarray:
+    """A number for each text, (rows,) int64: equal ones of equal texts, in the order in which they come."""
+    names = np.fromiter((digest(text or "").view(np.int64).item() for text in texts), np.int64)
+    _, first, places = np.unique(names, return_index=True, return_inverse=True)
+    ranks = np.empty(len(first), dtype=np.int64)
+    ranks[np.argsort(first)] = np.arange(len(first))
+    return ranks[places]
 
 
 def one_row(row: Mapping[str, Any]) -> Dataset:

@@ -22,9 +22,10 @@ from adapters_kit.errors import DataError, ModelError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, of_the_text, pad_inputs
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, check_text, digest, in_parts, number_cut, truncated_ids
+from adapters_kit.tasks.rows import cells, check_text, digest, in_parts, number_cut, truncated_ids
 from adapters_kit.tasks.sentence_layers import SentenceLayers, losses
 
 _RANKED_AT_ONCE = 512  # anchors compared with all texts
@@ -53,15 +54,15 @@ class SentenceEmbedding(Task):
         self.metric = "spearman" if "score" in columns else self.metric
         self.layers: SentenceLayers | None = None
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> Sequence[int] | np.ndarray:
         """Rows without a second text, or without a score."""
         if "positive" not in self.columns:
             return []
         empty: tuple[Any, ...] = (None, "", [])
-        found = {row for row, value in enumerate(data[self.columns["positive"]][:]) if value in empty}
+        found = np.fromiter((value in empty for value in cells(data, self.columns["positive"])), bool, len(data))
         if "score" in self.columns:
-            found |= set(np.flatnonzero(np.isnan(self._scores(data))).tolist())
-        return sorted(found)
+            found |= np.isnan(self._scores(data))
+        return np.flatnonzero(found)
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks texts and scores; what is learned from one text alone, or from one score, is nothing."""
@@ -82,7 +83,7 @@ class SentenceEmbedding(Task):
                     self._texts(part, offset, start)
         if "score" in self.columns:
             scores = self._scores(train)
-            if len(set(scores)) < 2:
+            if (scores == scores[0]).all():
                 raise DataError(f"Column {self.columns['score']!r} holds one score only ({scores[0]:g}).")
         elif "negative" not in self.columns and self.recipe.training.batch_size == 1:
             raise DataError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from datasets import Dataset
 from torch import nn
 
 from adapters_kit.errors import DataError
-from adapters_kit.tasks.base import IGNORED, Features, Task, compact, pad, pad_inputs
+from adapters_kit.tasks.base import IGNORED, Features, Task, pad, pad_inputs
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.generation import n_best, positions, set_stops, tell_endless, tell_settings, written
 from adapters_kit.tasks.languages import set_languages
+from adapters_kit.tasks.rows import texts_in_parts
 from adapters_kit.tasks.text_scores import how_counted, text_scores
 
 
@@ -72,28 +75,36 @@ class Seq2Seq(Task):
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """input_ids of the source behind `source_prefix`; with `answers` also `labels` and the text of the target."""
         prefix = self.recipe.data.source_prefix or ""
-        sources = self._cut([prefix + text for text in self.texts(data, "source")], "sources", "text")
-        features: list[dict[str, Any]] = [{"row": row, "input_ids": compact(ids)} for row, ids in enumerate(sources)]
-        if answers:
-            texts = list(self.texts(data, "target"))
-            empty = sum(not text.strip() for text in texts)
-            if empty:
-                self.notes.say(
-                    f"{empty:,} of {len(texts):,} targets are empty: from them the model learns to write nothing.",
-                    empty_targets=empty,
-                )
-            targets = self._targets(texts)
-            for feature, ids, text in zip(features, targets, texts, strict=True):
-                feature["labels"], feature["target"] = compact(ids), text
+        features, targets = Encoded(small=("input_ids",)), self.texts(data, "target") if answers else iter(())
+        cut, empty = Counter[str](), 0
+        for start, texts in texts_in_parts(data, self.columns["source"], "source"):
+            made: dict[str, Sequence[Any]] = {"row": range(start, start + len(texts))}
+            made["input_ids"] = self._cut([prefix + text for text in texts], "sources", cut)
+            if answers:
+                wanted = list(islice(targets, len(texts)))
+                empty += sum(not text.strip() for text in wanted)
+                made |= {"labels": self._targets(wanted, start, cut), "target": wanted}
+            features.extend(made)
+        if empty:
+            self.notes.say(
+                f"{empty:,} of {len(data):,} targets are empty: from them the model learns to write nothing.",
+                empty_targets=empty,
+            )
+        for what, count in cut.items():
+            self.notes.say(
+                f"{count:,} of {len(data):,} {what} are longer than max_length {self.max_length}: their end was cut. "
+                "A higher training.max_length keeps more.",
+                **{f"{what}_cut": count},
+            )
         return features
 
-    def _targets(self, texts: list[str]) -> list[list[int]]:
+    def _targets(self, texts: list[str], start: int, cut: Counter[str]) -> list[list[int]]:
         """Targets' ids with the token that ends a text; tokenizers made for decoders (T5Gemma's) leave it out."""
         end = self.processor.eos_token_id
         if end is not None and end not in self.processor(text_target="a")["input_ids"]:
-            return [[*ids, end] for ids in self._cut(texts, "targets", "text_target", room=self.max_length - 1)]
-        targets = self._cut(texts, "targets", "text_target")
-        for row, ids in enumerate(targets):
+            return [[*ids, end] for ids in self._cut(texts, "targets", cut, room=self.max_length - 1)]
+        targets = self._cut(texts, "targets", cut)
+        for row, ids in enumerate(targets, start):
             if not ids:
                 raise DataError(
                     f"Row {row + 1}: the target is empty, and {self.recipe.model} has no token for the end of a text, "
@@ -102,20 +113,16 @@ class Seq2Seq(Task):
                 )
         return targets
 
-    def _cut(self, texts: list[str], what: str, keyword: str, room: int | None = None) -> list[list[int]]:
-        """Token ids of texts; how many of these were longer than `room` (`max_length`) is said."""
+    def _cut(self, texts: list[str], what: str, counts: Counter[str], room: int | None = None) -> list[list[int]]:
+        """Token ids of texts; counts those that are longer than `room` (`max_length`)."""
         room = self.max_length if room is None else room
+        keyword = "text" if what == "sources" else "text_target"
         cut = self.processor(**{keyword: texts}, truncation=True, max_length=room)["input_ids"]
         full = [row for row, ids in enumerate(cut) if len(ids) >= room]
         whole = self.processor(**{keyword: [texts[row] for row in full]})["input_ids"] if full else []
-        count = sum(len(ids) > room for ids in whole)
-        if count:
-            self.notes.say(
-                f"{count:,} of {len(texts):,} {what} are longer than max_length {self.max_length}: their end was cut. "
-                "A higher training.max_length keeps more.",
-                **{f"{what}_cut": count},
-            )
-        return cut
+        if count := sum(len(ids) > room for ids in whole):
+            counts[what] += count
+        return [list(ids) for ids in cut]
 
     def length(self, feature: Mapping[str, Any]) -> int:
         """Tokens of source and target together."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -21,6 +22,7 @@ from adapters_kit.tasks.base import IGNORED, Features, compact, pad
 from adapters_kit.tasks.generation import tokenizer_of
 from adapters_kit.tasks.hearing import HearingTask
 from adapters_kit.tasks.opened import Opened
+from adapters_kit.tasks.rows import cells
 
 Result = tuple[float, int, str]
 """Negative log-likelihood of the transcript (nats), its tokens, and what the model hears."""
@@ -39,9 +41,10 @@ class SpeechRecognition(HearingTask):
     targets = ("transcript",)
     metric = "cer"  # finer than words: these are all wrong for long
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> np.ndarray:
         """Rows without words."""
-        return [row for row, text in enumerate(data[self.columns["transcript"]][:]) if text is None or text == ""]
+        none = (text is None or text == "" for text in cells(data, self.columns["transcript"]))
+        return np.flatnonzero(np.fromiter(none, bool, len(data)))
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that transcripts are text, and opens every recording. Raises DataError, MissingPackageError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
-from adapters_kit.tasks.base import Features, Task, compact, outputs_of, pad_inputs, same_padding
+from adapters_kit.tasks.base import Features, Task, outputs_of, pad_inputs, same_padding
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.labels import class_names, declared_names, lists_of, named_labels, places, separated
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
-from adapters_kit.tasks.rows import Encoded, cells, check_text, in_parts, number_cut, truncated_ids
+from adapters_kit.tasks.rows import cells, check_text, in_parts, number_cut, truncated_ids
 
 _LOSSES = {  # transformers chooses the loss by this field; left empty it would guess from the labels' dtype
     "single-label": "single_label_classification",
@@ -199,13 +201,12 @@ class TextClassification(Task):
             else:
                 encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
             cut += number_cut(self.processor, texts, encoded["input_ids"], self.max_length)
-            for offset, ids in enumerate(encoded["input_ids"]):
-                feature = {"row": start + offset, "input_ids": compact(ids)}
-                if "token_type_ids" in encoded:
-                    feature["token_type_ids"] = compact(encoded["token_type_ids"][offset])
-                if targets is not None:
-                    feature["labels"] = next(targets)
-                features.append(feature)
+            rows = range(start, start + len(texts[0]))
+            made: dict[str, Any] = {
+                "row": rows,
+                **{key: encoded[key] for key in ("input_ids", "token_type_ids") if key in encoded},
+            }
+            features.extend(made if targets is None else {**made, "labels": list(islice(targets, len(rows)))})
         if ends:
             self.notes.say(
                 f"{ends:,} of {len(data):,} texts hold {self._end!r}, by which the model's head finds the end of a "

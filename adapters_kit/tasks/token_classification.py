@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
+from datasets import Features as RowFeatures
 from torch import nn
 
 from adapters_kit.errors import DataError, MissingPackageError
 from adapters_kit.tasks.base import IGNORED, Features, Task, compact, of_the_text, outputs_of, pad, pad_inputs
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.labels import class_names, declared_names, from_brackets, label_reader, lists_of
 from adapters_kit.tasks.marked_text import marked, sentences, words_of
 from adapters_kit.tasks.notes import Notes
-from adapters_kit.tasks.rows import Encoded, in_parts
+from adapters_kit.tasks.rows import cells, in_parts, made
 from adapters_kit.tasks.slow_tokens import encode_words, is_slow
 
 _OWN = ("tokens", "tags")  # the columns of a text that was taken apart here
@@ -44,20 +46,25 @@ class TokenClassification(Task):
                 "line behind each sentence, name the file NAME.conll: then it is read so."
             )
 
-        answers = data["answer"][:] if "answer" in data.column_names else []
-        rejected = [row + 1 for row, answer in enumerate(answers) if answer != "accept"]
-        if rejected and {"accept", "reject", "ignore"} >= set(answers):  # Prodigy's
+        rejected, first = 0, (0, "")
+        for row, answer in enumerate(cells(data, "answer") if "answer" in data.column_names else ()):
+            if answer not in ("accept", "reject", "ignore"):
+                return
+            if answer != "accept":  # Prodigy's
+                rejected, first = rejected + 1, first if rejected else (row + 1, answer)
+        if rejected:
             raise DataError(
-                f"{len(rejected):,} of {len(data):,} rows were not accepted by their annotator, by the column 'answer' "
-                f"(first: row {rejected[0]}, {answers[rejected[0] - 1]!r}). Keep the rows of 'accept'."
+                f"{rejected:,} of {len(data):,} rows were not accepted by their annotator, by the column 'answer' "
+                f"(first: row {first[0]}, {first[1]!r}). Keep the rows of 'accept'."
             )
 
-    def unlabelled(self, data: Dataset) -> list[int]:
+    def unlabelled(self, data: Dataset) -> np.ndarray:
         """Rows whose tags, or one of them, are missing, or whose list of spans is."""
         if "spans" in self.columns:
-            return [row for row, cell in enumerate(data[self.columns["spans"]][:]) if cell is None or cell == ""]
+            none = (cell is None or cell == "" for cell in cells(data, self.columns["spans"]))
+            return np.flatnonzero(np.fromiter(none, bool, len(data)))
         rows = lists_of(as_lists(data, [self.columns["tags"]]), self.columns["tags"], self.recipe.labels)
-        return [row for row, names in enumerate(rows) if names is None or None in names]
+        return np.flatnonzero(np.fromiter((names is None or None in names for names in rows), bool, len(data)))
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:
         """Checks that words and tags are lists of equal length; learns the tags."""
@@ -219,7 +226,12 @@ def as_lists(data: Dataset, columns: Sequence[str]) -> Dataset:
     data = data.select_columns(list(dict.fromkeys(columns)))
     if not any(getattr(kind, "dtype", "") in ("string", "large_string") for kind in data.features.values()):
         return data
-    return Dataset.from_dict({name: [_as_list(value) for value in data[name][:]] for name in data.column_names})
+    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    parts = (
+        {**part, **{name: [_as_list(value) for value in part[name]] for name in texts}}
+        for _, part in in_parts(data, data.column_names)
+    )
+    return made(parts, RowFeatures({**data.features, **{name: List(Value("string")) for name in texts}}))
 
 
 def _as_list(value: Any) -> Any:

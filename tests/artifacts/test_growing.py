@@ -1,5 +1,8 @@
 """Columns of numbers that move to a file: what is read is what was written; features of many rows are small."""
 
+import errno
+import os
+import tempfile
 import tracemalloc
 
 import numpy as np
@@ -9,9 +12,11 @@ from datasets import Dataset
 from adapters_kit.artifacts import growing
 from adapters_kit.artifacts.growing import Growing
 from adapters_kit.artifacts.mapped_table import release_pages
+from adapters_kit.errors import WriteError
+from adapters_kit.recipe_sections import DataSpec
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.labels import labels_of, named_labels
-from adapters_kit.tasks.rows import Encoded
-from adapters_kit.training.data import split
+from adapters_kit.training.data import read, row_file, split
 from adapters_kit.training.sampling import OrderedByEpoch
 
 
@@ -71,3 +76,20 @@ def test_rows_take_as_many_bytes_as_their_numbers(monkeypatch):
         tracemalloc.stop()
     assert features[rows - 1]["input_ids"].tolist() == ids.tolist()
     assert (features[7]["row"], features[7]["labels"]) == (7, 1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_folder_for_rows_that_cannot_be_written_is_told(number, monkeypatch, tmp_path):
+    def no_file(**_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(growing, "_IN_MEMORY", 64)
+    monkeypatch.setattr(row_file, "_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_file)
+    told = r"in a file without a name in .*cannot be written: .*TMPDIR=FOLDER"
+    with pytest.raises(WriteError, match=told):
+        Growing("q").extend(np.arange(100))
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' * 10)
+    with pytest.raises(WriteError, match=told):
+        read(DataSpec(train=str(path)))

@@ -33,6 +33,10 @@ CLAIMS = {
     "a text": head(0, 1) + struct.pack("<Q", 1 << 63),
     "an array": head(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 8, 1 << 60),
     "an array of numbers": head(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 62),
+    "more entries than any vocabulary": head(0, 1)
+    + text(b"a")
+    + struct.pack("<IIQ", 9, 0, 5_000_000)
+    + bytes(5_000_000),
     "arrays in arrays": head(0, 1) + text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9 + bytes(64),
     "a type": head(0, 1) + text(b"a") + struct.pack("<I", 99),
     "dimensions": head(1, 0) + text(b"a") + struct.pack("<I", 1 << 31),

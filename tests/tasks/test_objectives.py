@@ -162,7 +162,7 @@ def sums(model, task, batch) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_that_of_the_paper_and_every_trained_number_gets_a_gradient(method):
     task, rows, base = bound(small.preferences(4))
-    features = list(task.encode(rows))
+    features = task.encode(rows)
     task.refer(base, features, 2)
     batch = task.collate(features)
     reference = sums(base, task, batch).detach()
@@ -189,7 +189,7 @@ def test_lazy_logits_and_whole_ones_give_the_same_gradients():
     found = []
     for lazily in (False, True):
         task, rows, base = bound(small.preferences(4))
-        features = list(task.encode(rows))
+        features = task.encode(rows)
         task.refer(base, features, 4)
         torch.manual_seed(0)
         model = wrap(base, "lora", r=4, init_lora_weights=False).train()
@@ -210,7 +210,7 @@ def judged(count: int, seed: int = 0) -> list[dict]:
 def prepared(method, rows, objective):
     """Task, features, and the base with an adapter of random numbers."""
     task, rows, base = bound(rows, objective)
-    features = list(task.encode(rows))
+    features = task.encode(rows)
     task.refer(base, features, 4)
     model = wrap(base, method)
     for parameter in model.parameters():
@@ -344,7 +344,7 @@ def test_the_reference_of_a_quantized_base_is_that_base(kind):
     folder = str(small.model("llama"))
     base = ak.load(folder, "causal-lm", quantize=kind)
     task, rows, _ = bound(small.preferences(4), chat=False)
-    features = list(task.encode(rows))
+    features = task.encode(rows)
     task.refer(base, features, 2)
     model = wrap(base, "lora", r=4, init_lora_weights=False)
     assert task.score(task.run(model, features, 2), features)["rewards_margin"] != 0
@@ -358,7 +358,7 @@ def test_distilling_is_the_divergence_from_the_teacher(method, chunked):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in small.preferences(4)]
     teacher = str(small.model("llama", chat=True, num_hidden_layers=1))
     task, data, base = bound(rows, {"name": "distill", "teacher": teacher, "temperature": 2.0})
-    features = list(task.encode(data))
+    features = task.encode(data)
     task.refer(base, features, 4)
     model = wrap(base, method).train()
     if chunked:

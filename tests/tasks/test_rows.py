@@ -17,7 +17,8 @@ from adapters_kit.errors import DataError
 from adapters_kit.loading import load_processor
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import rows
-from adapters_kit.tasks.rows import Encoded, check_text, in_parts, truncated_ids
+from adapters_kit.tasks.encoded import Encoded
+from adapters_kit.tasks.rows import check_text, in_parts, truncated_ids
 from tests.support import small, tiny
 
 

@@ -284,7 +284,7 @@ def test_a_model_that_mixes_packed_examples_is_refused():
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 32), min_size=1, max_size=200))
 def test_bins_hold_everything_once_and_never_too_much(lengths):
-    bins = packing.best_fit(lengths, 32)
+    bins = list(packing.best_fit(lengths, 32))
     assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
     loads = [sum(lengths[index] for index in members) for members in bins]
     assert max(loads) <= 32

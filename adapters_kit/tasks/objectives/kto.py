@@ -15,13 +15,16 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from adapters_kit.artifacts.growing import Growing
 from adapters_kit.errors import DataError
 from adapters_kit.kernels.token_scores import lazy_logits, log_probabilities
 from adapters_kit.tasks.base import Features
 from adapters_kit.tasks.conversation import Conversation
+from adapters_kit.tasks.encoded import Encoded
 from adapters_kit.tasks.objectives import trl_losses
 from adapters_kit.tasks.objectives.pairs import Said, read
 from adapters_kit.tasks.objectives.preference import Left, Preference, labelled
+from adapters_kit.tasks.rows import each_row
 from adapters_kit.tasks.windows import Cuts
 
 _WORDS = {"true": True, "false": False}
@@ -53,7 +56,7 @@ class KTO(Preference):
 
     def _judged(self, data: Dataset) -> Iterator[tuple[int, bool, Said]]:
         """(row, whether it is good, answer) of every answer."""
-        for number, row in enumerate(data):
+        for number, row in each_row(data):
             if "label" not in self.columns:
                 for good, said in zip((True, False), self._pair(row, number), strict=True):
                     yield number, good, said
@@ -78,24 +81,28 @@ class KTO(Preference):
         """
         if not answers:
             return self._prompts(data)
-        cuts, left = Cuts(), Left(len(data))
-        made: list[tuple[int, bool, Said]] = []
-        features: list[dict[str, Any]] = []
+        cuts, left, features = Cuts(), Left(len(data)), Encoded(small=("input_ids", "rejected_ids"))
+        before: Said | None = None  # the last answer stands before the first
+        empty = Growing("b")
         for number, good, said in self._judged(data):
-            if (sample := self.sample(said, number, cuts)) is None:
+            sample = self.sample(said, number, cuts)
+            empty.append(sample is None)
+            if sample is None:
                 left.out("have an empty answer", number)
                 continue
             features.append({"row": number, **labelled(sample), "good": good})
-            made.append((number, good, said))
+            before = said
         left.tell(self.notes)
-        if not features:
+        if before is None:
             raise DataError(f"None of the {len(data):,} rows has an answer: {left.told()}")
         cuts.tell(self.notes, self.max_length)
-        for place, feature in enumerate(features):
-            other = self._with_answer_of(made[place][2], made[place - 1][2])
-            sample = self.sample(other, made[place][0], Cuts())
+        for place, (number, _, said) in enumerate(self._judged(data)):
+            if empty[place : place + 1].item():
+                continue
+            sample = self.sample(self._with_answer_of(said, before), number, Cuts())
             assert sample is not None  # both had an answer
-            feature |= labelled(sample, "rejected_", "rejected_ids")
+            features.add({key: [value] for key, value in labelled(sample, "rejected_", "rejected_ids").items()})
+            before = said
         return features
 
     @staticmethod

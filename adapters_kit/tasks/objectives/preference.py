@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,11 +20,15 @@ from adapters_kit.recipe import Recipe
 from adapters_kit.tasks.base import IGNORED, Features, compact, pad, pad_inputs
 from adapters_kit.tasks.causal_lm import CausalLM
 from adapters_kit.tasks.conversation import Conversation
+from adapters_kit.tasks.encoded import AT_ONCE, Encoded
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.objectives import trl_losses
 from adapters_kit.tasks.objectives.pairs import Said, read
+from adapters_kit.tasks.rows import each_row
 from adapters_kit.tasks.template import Answer
 from adapters_kit.tasks.windows import Cuts, Sample, fitted, prompt, samples
+
+_SMALL = ("input_ids", "rejected_ids")
 
 
 class Preference(CausalLM):
@@ -52,13 +58,14 @@ class Preference(CausalLM):
         _ = self.trl_loss  # which refuses options
         self.tell_reference()
         for data in (train, test) if test is not None else (train,):
-            plain = [row for row, (chosen, _) in enumerate(self.pairs(data)) if chosen.running]
-            if plain:
-                shown = self._pair(data[plain[0]], plain[0])[0].text
-                assert shown is not None
+            plain: tuple[int, tuple[str, str]] | None = None  # the first; every row is read
+            for row, (chosen, _) in self.pairs(data):
+                if chosen.running and chosen.text is not None and plain is None:
+                    plain = row, chosen.text
+            if plain is not None:
                 self.notes.say(
                     f"No column is a prompt: what {self.columns['chosen']!r} and {self.columns['rejected']!r} "
-                    f"begin with alike is taken for it (row {plain[0] + 1}: {shown[0][-80:]!r})."
+                    f"begin with alike is taken for it (row {plain[0] + 1}: {plain[1][0][-80:]!r})."
                 )
 
     def tell_reference(self) -> None:
@@ -76,10 +83,10 @@ class Preference(CausalLM):
         chosen = read(row, self.columns, number, "chosen", ["rejected"])
         return chosen, read(row, self.columns, number, "rejected", ["chosen"])
 
-    def pairs(self, data: Dataset) -> Iterator[tuple[Said, Said]]:
-        """Both answers of every row. Raises DataError."""
-        for number, row in enumerate(data):
-            yield self._pair(row, number)
+    def pairs(self, data: Dataset) -> Iterator[tuple[int, tuple[Said, Said]]]:
+        """(number, both answers) of every row. Raises DataError."""
+        for number, row in each_row(data):
+            yield number, self._pair(row, number)
 
     def encode(self, data: Dataset, *, answers: bool = True) -> Features:
         """`input_ids` and `labels` of the chosen answer, `rejected_ids` and `rejected_labels` of the other.
@@ -89,8 +96,8 @@ class Preference(CausalLM):
         """
         if not answers:
             return self._prompts(data)
-        cuts, features, left = Cuts(), [], Left(len(data))
-        for number, row in enumerate(data):
+        cuts, features, left = Cuts(), Encoded(small=_SMALL), Left(len(data))
+        for number, row in each_row(data):
             chosen, rejected = self._pair(row, number)
             if chosen.answer == rejected.answer and chosen.prompt == rejected.prompt:
                 left.out("have the same text as chosen and rejected", number)
@@ -105,7 +112,7 @@ class Preference(CausalLM):
             else:
                 features.append({"row": number, **labelled(one), **labelled(other, "rejected_", "rejected_ids")})
         left.tell(self.notes)
-        if not features:
+        if not len(features):
             raise DataError(f"None of the {len(data):,} rows has two answers to compare: {left.told()}")
         cuts.tell(self.notes, self.max_length)
         return features
@@ -144,8 +151,8 @@ class Preference(CausalLM):
         """What the model is to answer; without a column for it, what stands before the chosen answer."""
         if "prompt" in self.columns or "chosen" not in self.columns:
             return super()._prompts(data)
-        cuts, features = Cuts(), []
-        for number, row in enumerate(data):
+        cuts, features = Cuts(), Encoded(small=_SMALL)
+        for number, row in each_row(data):
             said = read(row, self.columns, number, "chosen", ["rejected"])
             if said.running or self.template is None:
                 ids = self._prompt_ids(self._text(said, number)[0], cuts)
@@ -161,7 +168,7 @@ class Preference(CausalLM):
 
     def asked(self, data: Dataset) -> list[Any]:
         """The prompt of every row without a column for it: a text, or turns."""
-        found = [read(row, self.columns, number, "chosen", ["rejected"]) for number, row in enumerate(data)]
+        found = [read(row, self.columns, number, "chosen", ["rejected"]) for number, row in each_row(data)]
         return [said.text[0] if said.running and said.text else said.prompt for said in found]
 
     def length(self, feature: Mapping[str, Any]) -> int:
@@ -187,8 +194,11 @@ class Preference(CausalLM):
         """Writes into every feature what the model, as it is now, says of its answers: the reference, if any."""
         if not self.asks_base:
             return
-        for feature, found in zip(features, self.run(model, features, batch_size), strict=True):
-            feature["reference"] = np.asarray([-nll for nll, _ in found], dtype=np.float64)
+        assert isinstance(features, Encoded)
+        features.drop("reference")
+        found = ([-nll for nll, _ in one] for one in self.run(model, features, batch_size))
+        while some := list(islice(found, AT_ONCE)):
+            features.add({"reference": [np.asarray(one, dtype=np.float64) for one in some]})
 
     @cached_property
     def trl_loss(self) -> trl_losses.Loss:
@@ -250,23 +260,26 @@ class Left:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.found: dict[str, list[int]] = {}
+        self.found: Counter[str] = Counter()
+        self.first: dict[str, list[int]] = {}
 
     def out(self, reason: str, number: int) -> None:
         """Notes a row."""
-        self.found.setdefault(reason, []).append(number + 1)
+        self.found[reason] += 1
+        if self.found[reason] <= 5:
+            self.first.setdefault(reason, []).append(number + 1)
 
     def told(self) -> str:
         """All reasons in one sentence."""
-        return "; ".join(f"{len(rows):,} {reason}" for reason, rows in self.found.items()) + "."
+        return "; ".join(f"{count:,} {reason}" for reason, count in self.found.items()) + "."
 
     def tell(self, notes: Notes) -> None:
         """A sentence each."""
-        for reason, rows in self.found.items():
-            first = ", ".join(map(str, rows[:5])) + (", …" if rows[5:] else "")
+        for reason, count in self.found.items():
+            first = ", ".join(map(str, self.first[reason])) + (", …" if count > 5 else "")
             notes.say(
-                f"{len(rows):,} of {self.rows:,} rows {reason}, and were left out (rows {first}).",
-                rows_left_out=len(rows),
+                f"{count:,} of {self.rows:,} rows {reason}, and were left out (rows {first}).",
+                rows_left_out=count,
             )
 
 

@@ -17,6 +17,7 @@ from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.objectives import trl_losses
 from adapters_kit.tasks.objectives.pairs import read
 from adapters_kit.tasks.objectives.preference import Preference, of_pairs
+from adapters_kit.tasks.rows import each_row
 from adapters_kit.tasks.windows import Cuts
 
 REWARD = "reward"
@@ -79,7 +80,7 @@ class Reward(Preference):
         columns = {role: name for role, name in self.columns.items() if name in data.column_names}
         roles = [role for role in _ANSWERS if role in columns]
         cuts, features, whose = Cuts(), [], []
-        for number, row in enumerate(data):
+        for number, row in each_row(data):
             for role in roles:
                 sample = self.sample(read(row, columns, number, role, [r for r in roles if r != role]), number, cuts)
                 if sample is None:
@@ -87,7 +88,7 @@ class Reward(Preference):
                 features.append({"row": number, "input_ids": compact(sample[0]), "labels": compact([])})
                 whose.append((number, role if len(roles) > 1 else ""))
         cuts.tell(self.notes, self.max_length)
-        told: list[dict[str, Any]] = [{role: row[name] for role, name in columns.items()} for row in data]
+        told: list[dict[str, Any]] = [{role: row[name] for role, name in columns.items()} for _, row in each_row(data)]
         for (number, role), found in zip(whose, self.run(model, features, batch_size), strict=True):
             told[number][f"score_{role}" if role else "score"] = round(float(found), 6)
         return told

@@ -38,7 +38,7 @@ def unlike(table: pa.Table, column: str, *, nested: bool = False) -> str | None:
 def written(table: pa.Table, column: str) -> pa.Table:
     """The table with a column of lists and objects as JSON's text."""
     name = f"Column {column!r} holds objects without any field."
-    return marked(_written(table, column), {column: {_UNLIKE: name.encode(), _NESTED: b"1"}})
+    return marked(_written(table, [column]), {column: {_UNLIKE: name.encode(), _NESTED: b"1"}})
 
 
 def tables(rows: Iterable[tuple[str, Row, int]], path: Path, notes: Notes) -> Iterator[pa.Table]:
@@ -92,6 +92,7 @@ def together(parts: Sequence[pa.Table]) -> pa.Table:
     A column that is of one kind here and of another there becomes JSON's text, and its field says so.
     """
     reasons: dict[str, dict[bytes, bytes]] = {}
+    odd: list[str] = []
     held = [dict.fromkeys(part.column_names) for part in parts]  # pyarrow makes the list anew each time it is asked
     for name in {name: None for names in held for name in names}:
         fields = [part.schema.field(name) for part, names in zip(parts, held, strict=True) if name in names]
@@ -102,9 +103,10 @@ def together(parts: Sequence[pa.Table]) -> pa.Table:
             nested = {_NESTED: b"1"} if all(pa.types.is_nested(field.type) for field in fields) else {}
             told = told or [{_UNLIKE: _several(name, [str(field.type) for field in fields]).encode(), **nested}]
         if told and len({field.type for field in fields}) > 1:
-            parts = [_written(part, name) for part in parts]
+            odd.append(name)
         if told:
             reasons[name] = told[0] if all(_NESTED in one for one in told) else {_UNLIKE: told[0][_UNLIKE]}
+    parts = [_written(part, [name for name in odd if name in names]) for part, names in zip(parts, held, strict=True)]
     return marked(pa.concat_tables(parts, promote_options="permissive"), reasons)
 
 
@@ -113,12 +115,16 @@ def _several(column: str, kinds: Sequence[str]) -> str:
     return f"Column {column!r} holds {here:.80} in one part of the rows and {there:.80} in another. Write them alike."
 
 
-def _written(table: pa.Table, column: str) -> pa.Table:
-    """The table with one column as JSON's text."""
-    if column not in table.column_names or pa.types.is_string(table.schema.field(column).type):
-        return table
-    values = pa.array(_texts(table.column(column).to_pylist()), pa.string())
-    return table.set_column(table.column_names.index(column), column, values)
+def _written(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The table with some columns as JSON's text."""
+    texts = {
+        name: pa.array(_texts(table.column(name).to_pylist()), pa.string())
+        for name in columns
+        if not pa.types.is_string(table.schema.field(name).type)
+    }
+    fields = [pa.field(field.name, pa.string()) if field.name in texts else field for field in table.schema]
+    made = [texts.get(field.name, column) for field, column in zip(table.schema, table.columns, strict=True)]
+    return pa.Table.from_arrays(made, schema=pa.schema(fields, table.schema.metadata)) if texts else table
 
 
 def _table(part: Sequence[tuple[str, Row]], keys: Sequence[str], path: Path, notes: Notes) -> pa.Table:

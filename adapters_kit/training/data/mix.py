@@ -16,6 +16,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe_sections import DataSpec, MixSpec
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
+from adapters_kit.tasks.rows import chosen
 from adapters_kit.training.data.columns import recognise
 from adapters_kit.training.data.joined import together_rows
 from adapters_kit.training.data.labelled import of_roles, refuse_unlabelled
@@ -143,7 +144,7 @@ def _drawn(rows: Dataset, count: int, seed: int, number: int) -> Dataset:
     """So many rows: all of them as often as they fit, and the rest drawn."""
     times, rest = divmod(count, len(rows))
     drawn = np.sort(np.random.default_rng([seed, number]).permutation(len(rows))[:rest])
-    return rows.select(np.concatenate([np.tile(np.arange(len(rows)), times), drawn]))
+    return chosen(rows, np.concatenate([np.tile(np.arange(len(rows)), times), drawn]))
 
 
 def _told(name: str, count: int, size: int, total: int) -> str:

@@ -12,8 +12,8 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from pyarrow import parquet
 
-from adapters_kit.artifacts.mapped_table import on_disk
-from adapters_kit.errors import DataError, gist
+from adapters_kit.artifacts.mapped_table import on_disk, writing_rows
+from adapters_kit.errors import AdapterError, DataError, gist
 from adapters_kit.recipe_sections import PACKED_SUFFIXES, rows_suffix
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.training.data.delimited import read_delimited
@@ -121,7 +121,7 @@ def read_file(path: Path, form: Format) -> Parts:
             raise DataError(f"{path} is empty.")
         large = path.stat().st_size > _IN_MEMORY
         return {name: _data_set(tables, large) for name, tables in reader(path, form).items()}
-    except DataError:
+    except AdapterError:
         raise
     except RecursionError:
         raise DataError(f"Cannot read {path}: lists or objects are nested too deep.") from None
@@ -132,12 +132,16 @@ def read_file(path: Path, form: Format) -> Parts:
 
 def _unpacked(path: Path, form: Format) -> Parts:
     """The parts of a compressed file, which is unpacked beside the system's other temporary files while it is read."""
-    with tempfile.TemporaryDirectory() as folder:
+    with writing_rows():
+        unpacked = tempfile.TemporaryDirectory()
+    with unpacked as folder:
         plain = Path(folder) / path.stem
         try:
             with pa.input_stream(str(path), compression="detect") as packed, plain.open("wb") as file:
                 while piece := packed.read(_PIECE):
-                    file.write(piece)
+                    with writing_rows():
+                        file.write(piece)
+                        file.flush()
                     if file.tell() > max(_DENSEST * path.stat().st_size, _PIECE):
                         raise DataError(
                             f"{path} unpacks to more than {_DENSEST} times its size, which rows of data do not. Unpack "

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from datasets import Audio, Dataset, DatasetDict, Translation, Value, config, load_dataset
+from datasets import Audio, Dataset, DatasetDict, Features, Translation, Value, config, load_dataset
 from huggingface_hub import constants
 
 from adapters_kit.artifacts.hub_ping import endpoint, reachable
-from adapters_kit.errors import DataError, did_you_mean
+from adapters_kit.errors import AdapterError, DataError, did_you_mean
 from adapters_kit.names import looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.opened import undecoded
+from adapters_kit.tasks.rows import in_parts, made
 from adapters_kit.training.data.folders import read_folder
 from adapters_kit.training.data.media import located, medium
 from adapters_kit.training.data.row_file import Format, Parts, read_file
@@ -115,7 +117,7 @@ def _source(name: str, subset: str | None, form: Format) -> Source:
     except PermissionError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, AdapterError):
             raise
         raise DataError(f"No data file {name!r}: {error}.") from error  # a name too long, or with a zero byte
     if looks_like_file(name):
@@ -213,9 +215,19 @@ def _languages(rows: Dataset) -> Dataset:
             continue
         if isinstance(kind, dict) and not all(getattr(field, "dtype", "") == "string" for field in kind.values()):
             continue
-        cells = rows[name][:]
-        for language in fields:
-            texts = [None if cell is None else cell[language] for cell in cells]
-            rows = rows.add_column(f"{name}.{language}", texts, feature=Value("string"))
-        rows = rows.remove_columns(name)
+        rows = _by_language(rows, name, fields)
     return rows
+
+
+def _by_language(rows: Dataset, name: str, languages: Iterable[str]) -> Dataset:
+    kinds = {key: kind for key, kind in rows.features.items() if key != name}
+    kinds |= {f"{name}.{language}": Value("string") for language in languages}
+
+    def parts() -> Iterator[dict[str, list[Any]]]:
+        for _, part in in_parts(rows, rows.column_names):
+            cells = part.pop(name)
+            for language in languages:
+                part[f"{name}.{language}"] = [None if cell is None else cell[language] for cell in cells]
+            yield part
+
+    return made(parts(), Features(kinds))

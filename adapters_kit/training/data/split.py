@@ -56,7 +56,7 @@ def split(
     seed: int,
     classes: Sequence[Any] | None = None,
     notes: Notes | None = None,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | np.ndarray | None = None,
 ) -> Splits:
     """Sets aside a held-out part, of the same mixture of classes where `classes` (one per row) is given.
 
@@ -65,7 +65,8 @@ def split(
 
     Args:
         size: a fraction below 1, or a number of rows.
-        groups: one per row: rows of one group go to the same part, of which there are `size` rows or some more.
+        groups: one per row, or its number: rows of one group go to the same part, of which there are `size` rows or
+            some more.
         notes: told of classes that the held-out part lacks, and of parts that are the same.
 
     Raises:
@@ -79,7 +80,8 @@ def split(
         raise DataError(f"Cannot set {count} of {rows} rows aside: lower data.test_size or give data.test.")
     named = Numbered.of(classes) if classes is not None else None
     if groups is not None:
-        held_out = _whole_groups(Numbered.of(groups), count, seed)
+        numbers = groups if isinstance(groups, np.ndarray) else Numbered.of(groups).places
+        held_out = _whole_groups(numbers, count, seed)
     else:
         held_out = _any_rows(rows, count, seed) if named is None else _stratified(named, count, seed)
     if named is not None and notes is not None and len(held_out):
@@ -114,14 +116,14 @@ def _any_rows(rows: int, count: int, seed: int) -> np.ndarray:
     return np.random.RandomState(seed).permutation(rows)[:count]
 
 
-def _whole_groups(groups: Numbered, count: int, seed: int) -> np.ndarray:
+def _whole_groups(groups: np.ndarray, count: int, seed: int) -> np.ndarray:
     """At least `count` rows in whole groups; none if that would be all groups."""
-    sizes = np.bincount(groups.places, minlength=len(groups.values))
+    sizes = np.bincount(groups)
     order = np.random.default_rng(seed).permutation(len(sizes))[:-1]
     before = np.cumsum(sizes[order]) - sizes[order]
     held_out = np.zeros(len(sizes), dtype=bool)
     held_out[order[before < count]] = True
-    return np.flatnonzero(held_out[groups.places])
+    return np.flatnonzero(held_out[groups])
 
 
 def _stratified(classes: Numbered, count: int, seed: int) -> np.ndarray:
