@@ -18,7 +18,7 @@ from torch import nn
 from adapters_kit.errors import DataError
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact, pad_inputs
-from adapters_kit.tasks.encoded import Encoded
+from adapters_kit.tasks.encoded import AT_ONCE, Encoded
 from adapters_kit.tasks.rows import check_text, in_parts, number_cut
 
 NAMES = ["next", "random"]  # the order of the outputs, as BERT was pretrained
@@ -84,7 +84,7 @@ class NextSentence(Task):
         pairs = self._pairs(documents, np.flatnonzero(several), answers)
         features = Encoded(small=("input_ids", "token_type_ids"))
         cut = 0
-        while part := list(islice(pairs, 1000)):
+        while part := list(islice(pairs, AT_ONCE)):
             texts = [pair[1] for pair in part], [pair[2] for pair in part]
             encoded = self.processor(*texts, truncation=True, max_length=self.max_length)
             cut += number_cut(self.processor, texts, encoded["input_ids"], self.max_length)

@@ -14,7 +14,7 @@ from adapters_kit.errors import DataError
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import metrics
 from adapters_kit.tasks.base import Features, Task, compact
-from adapters_kit.tasks.encoded import Encoded
+from adapters_kit.tasks.encoded import AT_ONCE, Encoded
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.numbers import numbers_of
 from adapters_kit.tasks.rows import cells, check_text, digest, in_parts, number_cut, numbers_of_texts
@@ -144,7 +144,7 @@ class Reranking(TextClassification):
         for pair in self._pairs(data, answers=answers):
             pairs.append(pair)
             size += len(pair[1]) + len(pair[2])
-            if len(pairs) == 1000 or size > _CHARACTERS:
+            if len(pairs) == AT_ONCE or size > _CHARACTERS:
                 cut, count, pairs, size = cut + write(), count + len(pairs), [], 0
         if pairs:
             cut, count = cut + write(), count + len(pairs)

@@ -18,7 +18,7 @@ from adapters_kit.artifacts import growing, mapped_table
 from adapters_kit.loading import load_processor, skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.task_table import TASKS
-from adapters_kit.tasks import encoded, rows
+from adapters_kit.tasks import encoded, next_sentence, reranking, rows
 from adapters_kit.training.data import json_tables, row_file, split
 from adapters_kit.training.resolve import prepare
 from adapters_kit.training.sampling import OrderedByEpoch
@@ -97,7 +97,7 @@ def little_memory(monkeypatch):
         (mapped_table, "_PIECE", 1 << 14),
         (rows, "_AT_ONCE", 40),
         (rows, "_NUMBERS", 40),
-        (encoded, "AT_ONCE", 40),
+        *((module, "AT_ONCE", 40) for module in (encoded, next_sentence, reranking)),
         (json_tables, "_AT_ONCE", 1 << 14),
         (row_file, "_IN_MEMORY", 0),
     ]:
@@ -108,10 +108,9 @@ def little_memory(monkeypatch):
 def test_bytes_a_row(kind, tmp_path):
     task, family, made, keys = KINDS[kind]
     folder = small.model(family, chat=kind == "talks")
-    held, most, length = [], [], 0
+    held, most = [], []
     for count in (FEW, FEW, MANY):
         path = small.write_jsonl(tmp_path / f"{count}.jsonl", list(islice(cycle(made), count)))
-        length = path.stat().st_size // count
         recipe = Recipe(model=str(folder), task=task, data=str(path), **keys)
         arrow = pa.total_allocated_bytes()
         tracemalloc.start()
@@ -130,7 +129,6 @@ def test_bytes_a_row(kind, tmp_path):
         held.append(kept + pa.total_allocated_bytes() - arrow)
         most.append(peak)
     kept, peak = ((found[2] - found[1]) / (MANY - FEW) for found in (held, most))
-    print(f"BYTES {kind}: file {length}, kept {kept:.0f}, peak {peak:.0f}")
     assert len(features)
     assert kept < 30
     assert peak < 90
