@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import os
 import re
 import sys
@@ -67,14 +68,24 @@ def _run(options: argparse.Namespace, verb: Parser) -> int:
         return 0
     except SystemExit:
         raise
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return _broke(options.verb, error)
+        named = os.fsdecode(error.filename)[:60] if isinstance(error.filename, str | bytes) else "it"
+        sys.stderr.write(f"adapters-kit: {named} … is no name of a file: it is too long.\n")
+        return MISTAKE
     except BaseException as error:  # a library in Rust that panics raises what is no Exception
-        gist = next((line for line in str(error).splitlines() if line.strip()), "")
-        where = _write_trace()
-        sys.stderr.write(
-            f"adapters-kit: {options.verb} broke: {type(error).__name__}{': ' if gist else ''}{gist[:300]}\n"
-            f"That is a fault of ours, not of yours. The whole trace is in {where}: please report it.\n"
-        )
-        return OURS
+        return _broke(options.verb, error)
+
+
+def _broke(verb: str, error: BaseException) -> int:
+    gist = next((line for line in str(error).splitlines() if line.strip()), "")
+    where = _write_trace()
+    sys.stderr.write(
+        f"adapters-kit: {verb} broke: {type(error).__name__}{': ' if gist else ''}{gist[:300]}\n"
+        f"That is a fault of ours, not of yours. The whole trace is in {where}: please report it.\n"
+    )
+    return OURS
 
 
 @contextmanager

@@ -4,10 +4,13 @@ import os
 import re
 from pathlib import Path
 
+from adapters_kit.errors import AdapterError
+
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder an adapter folder."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.\-]*(/[A-Za-z0-9_][\w.\-]*)?", re.ASCII)
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, as systems have it
 _SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
 
 
@@ -36,9 +39,31 @@ def looks_like_file(name: str | os.PathLike[str]) -> bool:
     return looks_like_path(name) or bool(_SUFFIX.fullmatch(Path(name).suffix))
 
 
+def check_name(name: str | os.PathLike[str], error: type[AdapterError]) -> None:
+    """Refuse what no disk and no hub has a name for; asked whether it exists, the system would answer with an error.
+
+    Raises:
+        AdapterError: of the type given.
+    """
+    text = os.fspath(name)
+    wrong = None
+    try:
+        parts = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError as half:
+        wrong = f"the character at {half.start} is half of one"
+    else:
+        if b"\0" in os.fsencode(text):
+            wrong = "it holds a zero byte"
+        elif max(map(len, parts)) > _LONGEST_NAME or len(text) > _LONGEST_PATH:
+            wrong = f"it has {len(text):,} characters, where {_LONGEST_NAME} between two slashes are the most"
+    if wrong is not None:
+        shown = ascii(text[:60]) + (" …" if len(text) > 60 else "")
+        raise error(f"{shown} is no name of a file, a folder or a model: {wrong}.")
+
+
 def is_adapter_folder(path: str | os.PathLike[str]) -> bool:
     """Whether an adapter is saved in that folder, by whichever library."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
+    return os.path.isfile(os.path.join(path, ADAPTER_CONFIG))  # of a name that nothing can have: no
 
 
 def adapter_inside(name: str) -> str:

@@ -19,7 +19,8 @@ from pydantic import (
     ValidationError,
 )
 
-from adapters_kit.errors import RecipeError, did_you_mean, nearest
+from adapters_kit.errors import RecipeError, UnknownNameError, did_you_mean, nearest
+from adapters_kit.names import check_name
 from adapters_kit.quantization_table import Quantization
 from adapters_kit.recipe_checks import Problem, cross_checks
 from adapters_kit.recipe_sections import (
@@ -116,6 +117,7 @@ class Recipe(BaseModel):
         places: dict[tuple[str, ...], Place] = {}
         problems: list[tuple[Place, str]] = []
         if path is not None:
+            check_name(path, UnknownNameError)
             path = Path(path)
             if (path / RECIPE).is_file():
                 path = path / RECIPE

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters_kit.errors import WriteError
+from adapters_kit.names import check_name
 
 # elsewhere none of the calls below are there
 _LIBC: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
@@ -118,6 +119,7 @@ def lock(path: str | os.PathLike) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    check_name(path, WriteError)
     target = Path(os.path.abspath(path))
     file = target.parent / f".{target.name}.lock"
     with writing(target):

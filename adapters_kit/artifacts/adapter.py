@@ -24,7 +24,7 @@ from adapters_kit.artifacts.option_types import lora_types, types_of, unfit
 from adapters_kit.artifacts.record_reader import read_record
 from adapters_kit.artifacts.unread import PICKLE, WEIGHTS, check_all_read
 from adapters_kit.errors import ShippingError, did_you_mean
-from adapters_kit.names import ADAPTER_CONFIG
+from adapters_kit.names import ADAPTER_CONFIG, check_name
 from adapters_kit.recipe_text import parse_yaml
 
 CONFIG = ADAPTER_CONFIG
@@ -63,6 +63,7 @@ class Adapter:
 
 def adapter_folder(folder: str | os.PathLike[str]) -> Path:
     """The adapter in a folder: the folder itself, or `adapter` inside it where it is a run folder."""
+    check_name(folder, ShippingError)
     folder = Path(folder)
     inside = folder / "adapter"
     return inside if not (folder / CONFIG).is_file() and (inside / CONFIG).is_file() else folder
@@ -74,7 +75,10 @@ def named_base(folder: Path, name: str | None) -> str | None:
     What is shipped names a base on a disk without telling whose disk it is: by the path from the adapter's folder on,
     or by its last name alone. In a run folder the recipe beside the adapter knows where it lies.
     """
-    if not name or Path(name).is_absolute():
+    if not name or not isinstance(name, str):
+        return name
+    check_name(name, ShippingError)
+    if Path(name).is_absolute():
         return name
     recipe = folder.parent / "recipe.yaml"
     if folder.name == "adapter" and recipe.is_file():

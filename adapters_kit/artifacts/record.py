@@ -22,6 +22,7 @@ from adapters_kit.artifacts.record_reader import CONFIG_KEYS, FORMAT, OURS, RECO
 from adapters_kit.artifacts.source import locate, locate_here, portable_base
 from adapters_kit.artifacts.staging import file_sha256
 from adapters_kit.errors import AdapterError, ShippingError
+from adapters_kit.names import check_name
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("adapters-kit", "peft", "transformers", "torch", "bitsandbytes")
@@ -79,6 +80,7 @@ def record_base(
     Raises:
         ShippingError: no adapter there, or no such base.
     """
+    check_name(adapter, ShippingError)
     folder = Path(adapter)
     if not (folder / CONFIG).is_file():
         read_raw(folder)  # refuses it

@@ -9,7 +9,7 @@ from adapters_kit.artifacts.adapter import Adapter
 from adapters_kit.artifacts.checkpoint import INDEX, SINGLE
 from adapters_kit.artifacts.hub_ping import copy_without_hub
 from adapters_kit.errors import MissingPackageError, ModelError, ShippingError, UnknownNameError, did_you_mean
-from adapters_kit.names import is_adapter_folder, looks_like_path
+from adapters_kit.names import check_name, is_adapter_folder, looks_like_path
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".ot"}
@@ -26,6 +26,7 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
         ShippingError: nothing of that name, here or on the hub.
     """
+    check_name(name, ShippingError)
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -54,6 +55,7 @@ def locate(name: str | os.PathLike, revision: str | None = None) -> Path:
 
 def locate_here(name: str | os.PathLike, revision: str | None = None) -> Path | None:
     """As `locate`, without the network: None where the model is not on this machine."""
+    check_name(name, ShippingError)
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -175,6 +177,7 @@ def find(name: str | os.PathLike) -> Source:
     Raises:
         UnknownNameError: it looks like a path and nothing is there.
     """
+    check_name(name, UnknownNameError)
     text = os.fspath(name)
     path = Path(text).expanduser()
     if path.is_file():

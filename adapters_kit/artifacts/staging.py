@@ -15,6 +15,7 @@ from pathlib import Path
 
 from adapters_kit import system
 from adapters_kit.errors import ShippingError
+from adapters_kit.names import check_name
 
 MANIFEST = "manifest.json"
 _OTHER = "Choose another folder."
@@ -118,6 +119,7 @@ def staged_file(out: Path, *, overwrite: bool = False, beside: Sequence[str] = (
 
 def check_file(out: Path, overwrite: bool) -> None:
     """Refuse a folder, and to write over a file unless `overwrite`."""
+    check_name(out, ShippingError)
     if out.is_dir():
         raise ShippingError(f"{out} is a folder; name the file to write.")
     if out.exists() and not overwrite:
@@ -126,6 +128,7 @@ def check_file(out: Path, overwrite: bool) -> None:
 
 def _check(out: Path, overwrite: bool, keep: Sequence[Path]) -> None:
     """Refuse to write over anything but what was written here before."""
+    check_name(out, ShippingError)
     for source in keep:
         path = Path(os.path.realpath(source))
         if path.is_relative_to(os.path.realpath(out)):

@@ -15,7 +15,8 @@ from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.comparison.halving import Rung, cost, rungs
 from adapters_kit.comparison.space import Candidate, grid
-from adapters_kit.errors import RecipeError, TrainingError
+from adapters_kit.errors import RecipeError, TrainingError, WriteError
+from adapters_kit.names import check_name
 from adapters_kit.pages.comparison_page import write_search_page
 from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.recipe import Recipe
@@ -95,6 +96,7 @@ def search(
         TrainingError: `out` holds another search, or no candidate could be trained.
         WriteError: `out` cannot be written, or another process writes there.
     """
+    check_name(out, WriteError)
     out = Path(out)
     recipe = recipe_from(recipe, out / "data")
     if recipe.eval.keep is not None:

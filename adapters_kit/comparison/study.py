@@ -21,10 +21,11 @@ from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of
 from adapters_kit.comparison.remaining import Remaining
 from adapters_kit.comparison.summary import Row, summarize
 from adapters_kit.comparison.worker import worker
-from adapters_kit.errors import RecipeError, TrainingError, did_you_mean
+from adapters_kit.errors import RecipeError, TrainingError, WriteError, did_you_mean
 from adapters_kit.loading import skeleton
 from adapters_kit.loading.gguf import lay_in_blocks
 from adapters_kit.loading.model import file_in_blocks
+from adapters_kit.names import check_name
 from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.quantization import KEEP
@@ -128,6 +129,7 @@ def compare(
         TrainingError: none of the cells gave a result.
         WriteError: `out` cannot be written, or another process writes there.
     """
+    check_name(out, WriteError)
     out = Path(out)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):

@@ -26,6 +26,7 @@ from adapters_kit.artifacts.mapped_table import release_pages
 from adapters_kit.errors import DataError
 from adapters_kit.inference.answers import Name
 from adapters_kit.inference.subject import Subject, ask_for, describe, load_subject, make_task
+from adapters_kit.names import check_name
 from adapters_kit.system import writing
 from adapters_kit.tasks.base import Task
 from adapters_kit.tasks.notes import Notes
@@ -92,6 +93,7 @@ def predict_file(
         WriteError: `out` cannot be written: no space, no permission.
     """
     begun = time.perf_counter()
+    check_name(out, DataError)
     out = Path(out)
     if out.suffix.lower() not in FORMATS:
         raise DataError(f"{out}: predictions are written as {', '.join(FORMATS)}; give the file one of these suffixes.")

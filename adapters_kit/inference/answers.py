@@ -196,7 +196,7 @@ def _names_data(text: str) -> bool:
     if not one_word:
         return False
     path = Path(text).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # a word may be longer than any name
         return True
     if rows_suffix(path) in DATA_SUFFIXES or text.startswith(("./", "../", "/", "~")):
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []

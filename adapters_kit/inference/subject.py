@@ -22,7 +22,7 @@ from adapters_kit.artifacts.identity import check_base
 from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.errors import DataError, ModelError, UnknownNameError, did_you_mean
 from adapters_kit.methods.adapterhub.folder import is_adapterhub
-from adapters_kit.names import looks_like_path
+from adapters_kit.names import check_name, looks_like_path
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_sections import DATA_SUFFIXES, rows_suffix
 from adapters_kit.serving.prove import replay
@@ -54,9 +54,10 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
         ModelError: the task cannot be told.
         UnknownNameError: it looks like a path, and nothing is there.
     """
+    check_name(name, UnknownNameError)
     path = Path(name)
     if not path.exists() and not looks_like_path(name):
-        _check_name(name, path)
+        _check_there(name, path)
         path = described_on_hub(os.fspath(name), CONFIG) or path
     folder = adapter_folder(path)
     if (folder / CONFIG).is_file():
@@ -73,7 +74,7 @@ def describe(name: str | os.PathLike[str], **recipe_keys: Any) -> tuple[Recipe, 
         if "task" not in recipe_keys and found is None:
             raise ModelError(f"{folder} has no recipe.yaml beside it: say which task it is for, task=TASK. {_TASKS}")
         return _bare(str(recipe_keys.get("model", base)), {**({"task": found} if found else {}), **recipe_keys}), folder
-    _check_name(name, path)
+    _check_there(name, path)
     if path.is_dir():
         foreign.check_either(path)
     if "task" not in recipe_keys:
@@ -140,7 +141,7 @@ def task_of_model(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _check_name(name: str | os.PathLike[str], path: Path) -> None:
+def _check_there(name: str | os.PathLike[str], path: Path) -> None:
     text = os.fspath(name)
     if path.exists():
         if path.is_dir() and (path / "recipe.yaml").is_file() and not (path / "config.json").is_file():

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from adapters_kit.anatomy import blocks, embeddings, expert_parameters
 from adapters_kit.artifacts.base_config import check_config
 from adapters_kit.artifacts.dtypes import as_dtype
+from adapters_kit.artifacts.json_file import read_json
 from adapters_kit.artifacts.record_reader import OURS
 from adapters_kit.artifacts.source import Source, find
 from adapters_kit.errors import ModelError, UnknownNameError, did_you_mean, gist
@@ -46,6 +48,7 @@ from adapters_kit.quantization_table import KINDS
 from adapters_kit.task_table import TASKS, labelled
 
 _log = logging.getLogger(__name__)
+_GENERATION = "generation_config.json"
 
 
 def load(
@@ -297,6 +300,8 @@ def _read_config(source: Source, revision: str | None, trust_remote_code: bool) 
             return read_config(source.location, source.gguf_file)
         raw, _ = PreTrainedConfig.get_config_dict(source.location, **options)
         check_config(raw, f"The config of {source.name}", ModelError)
+        if source.local and (Path(source.location) / _GENERATION).is_file():
+            read_json(Path(source.location) / _GENERATION)  # transformers would go on without a damaged one
         with trusted(source):
             return AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **options)
     except ModelError:
@@ -371,8 +376,13 @@ def _saved_kind(config: PreTrainedConfig) -> str | None:
     if saved is None:
         return None
     saved = saved if isinstance(saved, dict) else saved.to_dict()
-    known = (name for name, kind in KINDS.items() if kind.is_saved_as(saved))
-    return next(known, str(saved.get("quant_method", "unknown")))
+    known = next((name for name, kind in KINDS.items() if kind.is_saved_as(saved)), None)
+    method = str(saved.get("quant_method", "unknown"))
+    # transformers would go on as if the weights were not quantized.
+    if known is None and not {method, f"{method}_4bit"} & AUTO_QUANTIZATION_CONFIG_MAPPING.keys():
+        hint = did_you_mean(method, AUTO_QUANTIZATION_CONFIG_MAPPING)
+        raise ModelError(f"The config says that the weights are quantized by {method!r}, which is not known. {hint}")
+    return known or method
 
 
 def _device_type(device_map: Any) -> str:

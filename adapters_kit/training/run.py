@@ -16,6 +16,7 @@ from adapters_kit import devices, tasks
 from adapters_kit.artifacts.adapter import CONFIG, named_base
 from adapters_kit.artifacts.json_file import read_json, read_json_lines
 from adapters_kit.errors import TrainingError
+from adapters_kit.names import check_name
 from adapters_kit.pages.run_page import PAGE, scores_table
 from adapters_kit.pages.verdict import verdict
 from adapters_kit.recipe import Recipe
@@ -54,6 +55,7 @@ class Run:
             TrainingError: there is none, or it has not finished.
             ShippingError, RecipeError: its files are damaged.
         """
+        check_name(path, TrainingError)
         path = Path(path)
         if not (path / "metrics.json").is_file():
             started = (path / "recipe.yaml").is_file()

@@ -9,7 +9,8 @@ from typing import Literal
 
 from adapters_kit import system
 from adapters_kit.artifacts.files import write_json
-from adapters_kit.errors import TrainingError
+from adapters_kit.errors import TrainingError, WriteError
+from adapters_kit.names import check_name
 from adapters_kit.pages.comparison_page import write_table_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import differences, left_open
@@ -44,6 +45,7 @@ def sweep(
         ManyError: some of those that went together failed, once the others have finished.
         WriteError: `out` cannot be written, or another process writes there.
     """
+    check_name(out, WriteError)
     out = Path(out)
     recipe = recipe_from(recipe, out / "data")
     recipes = {}

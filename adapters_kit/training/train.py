@@ -28,9 +28,10 @@ from adapters_kit.artifacts.dtypes import name_of
 from adapters_kit.artifacts.files import write_json, write_text
 from adapters_kit.artifacts.proof import PROOF, Proof, make_proof, runner
 from adapters_kit.artifacts.record import record_base
-from adapters_kit.errors import TrainingError
+from adapters_kit.errors import TrainingError, WriteError
 from adapters_kit.kernels.fuse import FuseReport, fuse_report
 from adapters_kit.methods.starts import standing_still
+from adapters_kit.names import check_name
 from adapters_kit.pages.run_page import DETAILS, write_run_page
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
@@ -85,6 +86,7 @@ def train(
         KeyboardInterrupt: the run was stopped; what it had trained is saved.
     """
     out = Path(out) if out is not None else default_folder(recipe)
+    check_name(out, WriteError)
     state = PartialState(**processes())
     console = Console(stderr=True, quiet=quiet or not state.is_main_process)
     return train_until(recipe_from(recipe, out.parent / "rows-in-memory"), out, None, resume, overwrite, console)

@@ -145,6 +145,48 @@ def test_architectures_of_a_wrong_type(value, base, adapter, tmp_path):
             use()
 
 
+@pytest.mark.parametrize("saved", [{"quant_method": "evil"}, {"bits": 4}])
+def test_a_quantization_that_nobody_knows_is_not_ignored(saved, base):
+    change(base / "config.json", quantization_config=saved)
+    with pytest.raises(ModelError, match=r"quantized by '(evil|unknown)', which is not known|Cannot read the config"):
+        ak.load(base)
+
+
+def test_a_damaged_generation_config_is_told(base):
+    """transformers goes on without it: the model would not know where its answers end."""
+    (base / "generation_config.json").write_text('{"eos_token_id": 1')
+    with pytest.raises(ModelError, match=r"generation_config\.json is not valid JSON"):
+        ak.load(base)
+
+
+LONG = "a/" + "b" * 5000
+
+
+@pytest.mark.parametrize("name", [LONG, "a\0b", "a\ud800b", "x/" * 3000], ids=["long", "zero", "half", "deep"])
+def test_names_that_nothing_has_are_told_by_all_that_take_one(name, adapter, base, tmp_path):
+    change(adapter / "adapter_config.json", base_model_name_or_path=name)
+    for use in (
+        lambda: ak.merge(adapter, tmp_path / "merged"),
+        lambda: ak.load(name),
+        lambda: ak.wrap(ak.load(base), f"./{name}"),
+        lambda: ak.check(name),
+        lambda: ak.merge(name, tmp_path / "merged"),
+        lambda: ak.merge(adapter, tmp_path / name, base=base),
+        lambda: ak.export(name, tmp_path / "x"),
+        lambda: ak.Run.open(name),
+        lambda: ak.compare_runs([name, name]),
+        lambda: ak.evaluate(name, task="causal-lm"),
+        lambda: ak.train(name, tmp_path / "run", quiet=True),
+        lambda: ak.train({"model": "m", "task": "causal-lm", "data": name}, tmp_path / "run", quiet=True),
+        lambda: ak.sweep({"model": "m", "task": "causal-lm", "data": "d.jsonl"}, name, learning_rates=[1e-3]),
+        lambda: ak.compare({"model": "m", "task": "causal-lm", "data": "d.jsonl"}, ["lora"], 1, out=name),
+    ):
+        with pytest.raises(AdapterError, match=r"is no name of a file") as told:
+            use()
+        assert len(str(told.value)) < 300
+    assert [cli.main([verb, name]) for verb in ("plan", "compare", "check")] == [2, 2, 2]
+
+
 def test_a_pickle_with_code_is_no_base(base):
     class Bomb:
         def __reduce__(self):

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from adapters_kit.artifacts.hub_ping import endpoint, reachable
 from adapters_kit.errors import AdapterError, DataError, did_you_mean
-from adapters_kit.names import looks_like_file
+from adapters_kit.names import check_name, looks_like_file
 from adapters_kit.recipe_sections import DataSpec
 from adapters_kit.tasks.notes import Notes
 from adapters_kit.tasks.opened import undecoded
@@ -100,6 +100,7 @@ def read_rows(source: str | Path, spec: DataSpec | None = None, notes: Notes | N
 def _source(name: str, subset: str | None, form: Format) -> Source:
     if address := _ADDRESS.match(name):
         raise DataError(f"{name} is an address, and no file here. {_to_fetch(name, address['scheme'])}")
+    check_name(name, DataError)
     path = Path(name).expanduser()
     try:
         if subset is not None and path.exists():
@@ -119,7 +120,7 @@ def _source(name: str, subset: str | None, form: Format) -> Source:
     except (OSError, ValueError) as error:
         if isinstance(error, AdapterError):
             raise
-        raise DataError(f"No data file {name!r}: {error}.") from error  # a name too long, or with a zero byte
+        raise DataError(f"No data file {name!r}: {error}.") from error
     if looks_like_file(name):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings) if siblings else f"The folder {path.parent} does not exist either."

@@ -17,8 +17,9 @@ from rich.console import Console
 from torch import nn
 
 from adapters_kit import system
-from adapters_kit.errors import ManyError, RecipeError, TrainingError
+from adapters_kit.errors import ManyError, RecipeError, TrainingError, WriteError
 from adapters_kit.kernels.recompute import recompute_cheap
+from adapters_kit.names import check_name
 from adapters_kit.quantization import keep_layout
 from adapters_kit.recipe import RECIPE, Recipe
 from adapters_kit.tasks.base import Features
@@ -74,6 +75,7 @@ def train_many(
         ManyError: some failed, once the others have finished.
         KeyboardInterrupt: all were stopped; what they had trained is saved.
     """
+    check_name(out, WriteError)
     out = Path(out)
     PartialState(**processes())
     given = [recipe_from(recipe, out / "data") for recipe in recipes]
