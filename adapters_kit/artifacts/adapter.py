@@ -157,6 +157,9 @@ def read_raw(folder: Path) -> dict[str, Any]:
     if (told := foreign.told(folder, raw)) is not None:
         raise ShippingError(told)
     raw.pop("runtime_config", None)  # about the run that wrote it
+    for key in ("rank_pattern", "alpha_pattern", "loftq_config"):
+        if raw.get(key, ...) is None:  # some tools write null for an empty table
+            raw.pop(key, None)
     return raw
 
 

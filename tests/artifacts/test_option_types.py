@@ -103,6 +103,16 @@ def test_what_others_write_is_taken():
     assert unfit(lora_types(), given) is None
 
 
+def test_a_table_that_is_null_is_empty(base, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    nothing = {"rank_pattern": None, "alpha_pattern": None, "loftq_config": None, "layers_pattern": None}
+    (folder / "adapter_config.json").write_text(json.dumps(config | nothing))
+    assert ak.check(folder, "vllm").ok == ak.check(saved, "vllm").ok
+    ak.wrap(ak.load(base), folder)
+    ak.merge(folder, tmp_path / "merged", base=base)
+
+
 @pytest.mark.parametrize(
     ("method", "said"),
     [
