@@ -14,6 +14,7 @@ from adapters_kit.quantization_table import KINDS
 from adapters_kit.recipe_sections import ObjectiveSpec
 from adapters_kit.task_table import OBJECTIVES, TASKS, roles_of, tasks_with
 
+_LONGEST, _LARGEST = 10**15, 3.4e38  # counts; other numbers, which float32 has to hold
 Problem = tuple[tuple[str, ...], str]  # dotted path, sentence
 
 
@@ -45,10 +46,7 @@ def cross_checks(fields: Mapping[str, Any], sections: Mapping[str, type[BaseMode
             reason = missing if names.looks_like_folder(name) else did_you_mean(name, known)
             problems.append((("method",), f"there is no method {name!r}: {reason}"))
 
-    for key, value in part("method").items():
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append((("method", str(key)), f"{value!r} does not fit: give a finite number."))
-
+    problems += _number_checks({"": fields, **{name: part(name) for name in sections if name}})
     row = TASKS.get(task) if isinstance(task, str) else None
     objective = fields.get("objective")
     objective = objective if isinstance(objective, str) else part("objective").get("name")
@@ -81,6 +79,23 @@ def cross_checks(fields: Mapping[str, Any], sections: Mapping[str, type[BaseMode
     if training.get("precision") == "fp32" and quantize in KINDS and not KINDS[quantize].computes_in_fp32:
         text = f"{quantize} weights compute in 16 bits: use auto, bf16 or fp16."
         problems.append((("training", "precision"), text))
+    return problems
+
+
+def _number_checks(sections: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    problems: list[Problem] = []
+    for section, values in sections.items():
+        for key, value in values.items():
+            path = (section, str(key)) if section else (str(key),)
+            most = _LARGEST if type(value) is float and key != "epochs" else _LONGEST
+            if section == "method" and isinstance(value, float) and not math.isfinite(value):
+                problems.append((path, f"{value!r} does not fit: give a finite number."))
+            elif type(value) in (int, float) and math.inf > abs(value) > most:
+                problems.append((path, f"is more than any run has: {most:.0e} is the most."))
+    size = sections.get("data", {}).get("test_size")
+    if isinstance(size, float) and math.inf > size > 1 and size != int(size):
+        text = f"{size!r} is no number of rows: below 1 it is a fraction, else whole."
+        problems.append((("data", "test_size"), text))
     return problems
 
 

@@ -223,9 +223,13 @@ BEGINNING = "model: m\ntask: causal-lm\ndata: d.jsonl\n"
         BEGINNING + "x: !!python/object/apply:os.getcwd []\n",
         BEGINNING + "max_length: " + "9" * 5000 + "\n",
         *(BEGINNING + f"training:\n  {key}: {value}\n" for key, value in [("seed", 2**32), ("seed", -1)]),
-        *(BEGINNING + f"training:\n  learning_rate: {value}\n" for value in (".inf", "-.inf", ".nan", "1e400")),
+        *(BEGINNING + f"training:\n  learning_rate: {value}\n" for value in (".inf", "-.inf", ".nan", "1e400", "1e39")),
+        *(BEGINNING + f"training:\n  {key}\n" for key in ("max_steps: 1" + "0" * 30, "epochs: 1e300")),
+        BEGINNING + "max_new_tokens: 1000000000000000000\n",
+        BEGINNING.replace("d.jsonl", "{train: d.jsonl, test_size: 2.5}"),
+        BEGINNING + "method: {name: lora, r: 1" + "0" * 400 + "}\n",
     ],
-    ids=range(14),
+    ids=range(20),
 )
 def test_a_hostile_recipe_is_told_soon(tmp_path, text):
     (tmp_path / "a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -120,7 +120,7 @@ def test_a_table_that_is_null_is_empty(base, saved, tmp_path):
         ({"name": "lora", "peft_type": "IA3"}, "no option 'peft_type'"),
         ({"name": "lora", "bias": ["all"]}, r"lora: bias is \['all'\]; it has to be one of"),
         ({"name": "lora", "lora_alpha": 0}, "lora_alpha is 0"),
-        ({"name": "lora", "lora_alpha": 1e39}, "float32"),
+        ({"name": "lora", "lora_alpha": 1e39}, "more than any run has"),
         ({"name": "lora", "init_lora_weights": "eva"}, "set training.init: eva"),
         ({"name": "houlsby", "reduction_factor": "x"}, "reduction_factor is 'x'"),
         ({"name": "mam", "parts": ["x"]}, "parts is"),
