@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 import comparison
+import gguf_roads
 import loading
 import memory
 import merging
@@ -31,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language": lambda: comparison.language_table(comparison.read()),
     "rank": lambda: comparison.curve_table(comparison.read(), "rank"),
     "rate": lambda: comparison.curve_table(comparison.read(), "rate"),
+    "gguf roads": lambda: gguf_roads.table(gguf_roads.read()),
     "loading": lambda: loading.table(loading.read()),
     "memory": lambda: memory.table(memory.read()["cases"]),
     "step time": lambda: step_time.table(common.read("step_time")["cases"]),

@@ -354,7 +354,9 @@ def _mean(values: Iterable[float], digits: int = 1) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """One line a file and a road, as Markdown."""
-    head = ("", "file MB", "weights MB", "train peak MB", "tokens/s", "rate", "before", "trained", "shipped", "kept")
+    # Of processor time, one thread: other work on the machine counts less.
+    head = ("", "file MB", "weights MB", "peak MB", "tokens / CPU s", "seeds", "rate", "before", "trained")
+    head += ("shipped", "kept")
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for file, roads in results["files"].items():
         for road in ROADS:
@@ -364,7 +366,8 @@ def table(results: dict[str, Any]) -> str:
                 continue
             first = next(iter(seeds.values()))
             cells = [f"{first[name] / 1e6:.0f}" for name in ("file", "weights", "train_peak")]
-            cells += [_mean((each["tokens_per_s"] for each in seeds.values()), 0), f"{first['rate']:g}"]
+            cells += [_mean((each["tokens_per_cpu_s"] for each in seeds.values()), 0)]
+            cells += [str(len(seeds)), f"{first['rate']:g}"]
             cells += [f"{found['before']:.1f}", _mean(each["after"] for each in seeds.values())]
             for way, said in (("shipped", ""), ("beside", ", beside the file")):
                 there = {key: found[f"{way} {key}"]["perplexity"] for key in seeds if f"{way} {key}" in found}

@@ -12,6 +12,7 @@ from adapters_kit.errors import ShippingError
 from adapters_kit.merging import lora_rounding
 
 gguf = pytest.importorskip("gguf")
+from tests.support import tiny  # noqa: E402
 from tests.support.gguf_files import write  # noqa: E402
 
 
@@ -86,3 +87,24 @@ def test_what_a_file_cannot_take_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ShippingError, match=r"no-such.txt is no text file"):
         ak.merge("adapter", "tuned.gguf", calibration="no-such.txt")
     assert not (tmp_path / "tuned.gguf").exists() and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["one after the other", "something between"])
+def test_blocks_are_run_once_and_see_what_they_would_see(between):
+    """Each block's inputs are those of the whole model, with the blocks before it as they are by then."""
+    base = tiny.build("llama").eval().requires_grad_(False)
+    layers = base.model.layers
+    if between:
+        layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+    tokens = torch.arange(3, 35).view(4, 8)
+    chain = lora_rounding._Chain(base, tokens)
+    assert chain._plain is not between
+    for number, layer in enumerate(layers):
+        inside = {name: layer.get_submodule(name) for name in ("self_attn.q_proj", "mlp.down_proj")}
+        path = f"model.layers.{number}"
+        expected = lora_rounding._hessians(inside, lambda: base(input_ids=tokens))
+        got = lora_rounding._hessians(inside, chain.run(path))
+        for name in inside:
+            torch.testing.assert_close(got[name], expected[name])
+        layer.mlp.down_proj.weight.data *= 1.2  # as if rounded
+        chain.leave(path)
