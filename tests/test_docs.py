@@ -16,6 +16,7 @@ import adapters_kit as ak
 from adapters_kit import cli, registry
 from adapters_kit.arguments import flags_of, make_parser
 from adapters_kit.recipe import known_flags
+from tests.journeys import newcomers
 from tests.support import small
 
 ROOT = Path(__file__).parents[1]
@@ -276,6 +277,18 @@ def test_every_table_is_the_measured_one():
         assert figures.filled(page) == page
     for name, table in figures.TABLES.items():
         assert table().count("\n") >= 3, name
+
+
+@pytest.mark.parametrize("number", range(1, len(newcomers.TEN) + 1))
+def test_newcomers_type_what_stands_on_their_page(number):
+    journey = newcomers.TEN[number - 1]
+    page = f"docs/{journey.page}"
+    written, programs = list(commands(page)), len(blocks(page, "python"))
+    for step in journey.steps:
+        if step.startswith(newcomers.PYTHON):
+            assert 1 <= int(step.removeprefix(newcomers.PYTHON)) <= programs
+        else:
+            assert shlex.split(step)[1:] in written, f"{page} does not say: {step}"
 
 
 @pytest.mark.slow
