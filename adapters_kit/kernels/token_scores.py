@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapters_kit.anatomy import base_model
-from adapters_kit.kernels.cross_entropy import LAZY, LazyLogits, tokens_at_once
+from adapters_kit.anatomy import base_model, output_embeddings
+from adapters_kit.kernels.base_layers import is_plain
+from adapters_kit.kernels.cross_entropy import LAZY, ChunkedHead, LazyLogits, tokens_at_once
 
 IGNORED = -100
 
@@ -28,6 +29,30 @@ def lazy_logits(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del base.__dict__[LAZY]
+
+
+@contextmanager
+def lazy_head(model: nn.Module) -> Iterator[bool]:
+    """Inside, a causal model that is only asked returns `LazyLogits`, whatever is trained of it; without gradients.
+
+    Gives whether it does: an output head of its own kind, a hooked or a sharded one makes its logits as ever.
+    """
+    base = base_model(model)
+    path = output_embeddings(base)
+    head = base if path is None else base.get_submodule(path)
+    lazy = (
+        type(head) in (nn.Linear, ChunkedHead)
+        and not (head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__)
+        and all(is_plain(parameter) for parameter in head.parameters())
+    )
+    if lazy:
+        assert isinstance(head, nn.Linear)
+        head.forward = lambda hidden: LazyLogits(hidden, head)  # type: ignore[assignment,return-value]
+    try:
+        yield lazy
+    finally:
+        if lazy:
+            del head.forward
 
 
 def log_probabilities(logits: Tensor | LazyLogits, labels: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from datasets import Dataset, Value
 from torch import nn
 
 from adapters_kit.errors import DataError
+from adapters_kit.kernels.token_scores import lazy_head, log_probabilities
 from adapters_kit.recipe import Recipe
 from adapters_kit.tasks import packing
-from adapters_kit.tasks.base import IGNORED, Features, Task, compact, first_token, of_the_text, pad, pad_inputs
+from adapters_kit.tasks.base import IGNORED, Features, Task, compact, first_token, pad, pad_inputs
 from adapters_kit.tasks.conversation import (
     Conversation,
     as_text,
@@ -278,17 +279,15 @@ class CausalLM(Task):
         """Negative log-likelihood (nats, summed) and number of counted tokens of each example."""
         labels = batch.pop("labels")
         rows, length = labels.shape
-        at_once = max(LOGITS_AT_ONCE // (length * model.config.get_text_config().vocab_size), 1)
         found: list[tuple[float, int]] = []
-        for start in range(0, rows, at_once):
-            part = {key: value[start : start + at_once] for key, value in batch.items()}
-            logits = of_the_text(model(**part, use_cache=False).logits, length)[:, :-1]
-            target = labels[start : start + at_once, 1:]
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            sums = loss.view(target.shape).double().sum(-1).tolist()
-            found += zip(sums, (target != IGNORED).sum(-1).tolist(), strict=True)
+        with lazy_head(model) as lazy:
+            at_once = rows if lazy else max(LOGITS_AT_ONCE // (length * model.config.get_text_config().vocab_size), 1)
+            for start in range(0, rows, at_once):
+                part = {key: value[start : start + at_once] for key, value in batch.items()}
+                target = labels[start : start + at_once]
+                scores = log_probabilities(model(**part, use_cache=False).logits, target)
+                sums = (-scores).double().sum(-1).tolist()
+                found += zip(sums, (target[:, 1:] != IGNORED).sum(-1).tolist(), strict=True)
         return found
 
     def score(self, results: Sequence[tuple[float, int]], features: Features) -> dict[str, float]:

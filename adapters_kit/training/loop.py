@@ -42,6 +42,7 @@ from adapters_kit.training.out_of_memory import evaluated
 from adapters_kit.training.resolve import processes
 from adapters_kit.training.rungs import Rung
 from adapters_kit.training.sampling import OrderedByEpoch, own_draws
+from adapters_kit.training.sharding import prepare_shards, shard, wants_fsdp
 from adapters_kit.training.trackers import OWN, trackers
 
 TOKENS = "tokens"  # of a batch: how many it trains on
@@ -107,7 +108,9 @@ class AdapterTrainer(Trainer):
         callbacks += trackers(recipe, self.screen.console)
         self.augment = augment_of(recipe, task, model)
         batch = task.collate_training([train_features[0]])
-        sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
+        if wants_fsdp():
+            prepare_shards(model)
+        sharded = wants_fsdp() or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
         if args.world_size > 1 and not sharded:
             args.ddp_find_unused_parameters = leaves_some_out(model, batch, task)
         super().__init__(
@@ -125,6 +128,12 @@ class AdapterTrainer(Trainer):
         # multiplied by the number of processes and of accumulation steps.
         passes = self.model_accepts_loss_kwargs and not task.own_loss
         self.model_accepts_loss_kwargs = passes and divides_by_items(model, batch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; and FSDP where accelerate would leave it out."""
+        super().create_accelerator_and_postprocess()
+        shard(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def go(self, checkpoint: Path | None) -> None:
         """Trains, from a checkpoint or from the start.

@@ -21,10 +21,9 @@ from adapters_kit.anatomy import base_model, block_linears, blocks, fake, output
 from adapters_kit.anatomy.structure import unwrap
 from adapters_kit.errors import UnknownNameError, did_you_mean
 from adapters_kit.kernels.block_tensor import BlockTensor
-from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked
+from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked, tokens_at_once
 from adapters_kit.quantization import KEEP
 from adapters_kit.quantization_table import KINDS
-from adapters_kit.tasks.causal_lm import LOGITS_AT_ONCE
 from adapters_kit.training.gpu_rules import AllCount, GpuRules
 
 Batch = dict[str, torch.Tensor]
@@ -274,9 +273,8 @@ class StepMemory:
         if output_embeddings(base) is not None and "labels" in batch and batch["labels"].ndim == 2:
             rows, length = batch["labels"].shape
             vocabulary = base.config.get_text_config().vocab_size
-            # The logits, a copy of them in a row, one in float32, their logarithms: 12 bytes each in 16 bit too.
-            scored = max(length * vocabulary, min(LOGITS_AT_ONCE, 2 * rows * length * vocabulary))
-            evaluation = 12 * scored
+            # A few tokens' logits, the same in float32, and what is made of them: 12 bytes each in 16 bit too.
+            evaluation = 12 * vocabulary * min(2 * rows * length, tokens_at_once(vocabulary, self.on_gpu))
             if is_chunked(self.model):
                 loss = chunk_bytes(rows * length, vocabulary, gpu=self.on_gpu)
         return replace(

@@ -1,10 +1,12 @@
 """Two CPU processes (gloo) under accelerate launch: the same losses as one process on the same global batch."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,14 +16,16 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DeepSpeedPlugin
 
 import adapters_kit as ak
+from adapters_kit.errors import TrainingError
 from adapters_kit.recipe import Recipe
-from tests.support import small
+from adapters_kit.training import sharding
+from tests.support import small, tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 
 
-def launch(kind: str, recipe: Path, out: Path, tmp_path: Path) -> None:
-    """The example's accelerate config, made to run on CPUs."""
+def launch(kind: str, recipe: Path, out: Path, tmp_path: Path, *more: str, fail_at: int | None = None) -> list[int]:
+    """The example's accelerate config, made to run on CPUs. How many parameters were sharded, and of how many."""
     config = yaml.safe_load((EXAMPLES / f"{kind}.yaml").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,10 +38,14 @@ def launch(kind: str, recipe: Path, out: Path, tmp_path: Path) -> None:
         environment["ACCELERATE_USE_CPU"] = "true"
     path = tmp_path / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m", "adapters_kit"]
-    command += ["train", str(recipe), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    seen = tmp_path / f"{out.name}.json"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m"]
+    command += ["tests.support.launched", str(seen), *([] if fail_at is None else ["--fail-at", str(fail_at)])]
+    command += ["train", str(recipe), "--out", str(out), *more]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False, cwd=root)
+    assert (done.returncode == 0) == (fail_at is None), done.stderr[-3000:]
+    return json.loads(seen.read_text())
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed"])
@@ -64,7 +72,8 @@ def test_two_processes_train_as_one(kind, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     one = ak.train(recipe.changed(**{"training.batch_size": 8}), tmp_path / "one", quiet=True)
-    launch(kind, path, tmp_path / "two", tmp_path)
+    sharded, parameters = launch(kind, path, tmp_path / "two", tmp_path)
+    assert sharded == (parameters if kind == "fsdp2" else 0), "what the config says, not plain copies"
     two = ak.Run.open(tmp_path / "two")
 
     def losses(run: ak.Run) -> list[float]:
@@ -80,3 +89,37 @@ def test_two_processes_train_as_one(kind, tmp_path):
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)
     assert ak.evaluate(two.path)["loss"] == pytest.approx(two.metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_and_merges(tmp_path):
+    """FSDP2 with two processes: stopped behind a checkpoint, resumed, the same as one process; merged as any other."""
+    small.write_jsonl(tmp_path / "train.jsonl", small.sentiment(16))
+    training = {"max_steps": 6, "batch_size": 2, "learning_rate": 3e-3, "log_every": 1, "samples": 0, "save_every": 2}
+    fields = {"model": str(small.model("llama")), "task": "causal-lm", "data": str(tmp_path / "train.jsonl")}
+    recipe = Recipe(**fields, method={"name": "lora", "r": 4}, training=training)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    one = ak.train(recipe.changed(**{"training.batch_size": 4}), tmp_path / "one", quiet=True)
+    launch("fsdp2", path, tmp_path / "two", tmp_path, fail_at=5)
+    sharded, parameters = launch("fsdp2", path, tmp_path / "two", tmp_path, "--resume")
+    assert sharded == parameters
+    two = ak.Run.open(tmp_path / "two")
+    assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4)
+    assert two.metrics["train_loss"] == pytest.approx(one.metrics["train_loss"], rel=1e-4)
+    assert ak.merge(two.adapter, tmp_path / "merged").check is not None, "verified"
+
+
+def test_fsdp_that_would_be_plain_copies_is_refused(monkeypatch):
+    state = SimpleNamespace(num_processes=2, distributed_type="MULTI_CPU")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match=r"says FSDP, and accelerate would train .*MULTI_CPU.*fsdp_version: 2"):
+        sharding.shard(SimpleNamespace(state=state))
+
+
+def test_what_blocks_share_is_refused_before_it_is_sharded(monkeypatch):
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
+    with pytest.raises(TrainingError, match=r"shared_phm_rule: false \(compacter\), or launch with .*ddp\.yaml"):
+        sharding.prepare_shards(ak.wrap(tiny.build("bert"), "compacter", phm_dim=2))
+    assert os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "BertLayer"
+    sharding.prepare_shards(ak.wrap(tiny.build("bert"), "compacter", phm_dim=2, shared_phm_rule=False))
