@@ -256,16 +256,21 @@ class Task:
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
-        mine: list[tuple[int, Any]] = []
+        found: list[Any] = [None] * len(order)
+        mine: list[int] = []
         try:
             with torch.no_grad(), autocast(model, device):
                 for start in starts[state.process_index :: state.num_processes]:
                     rows = order[start : start + batch_size].tolist()
                     batch = {k: v.to(device) for k, v in collate([features[i] for i in rows]).items() if k != "row"}
-                    mine += zip(rows, step(model, batch), strict=True)
+                    for row, result in zip(rows, step(model, batch), strict=True):
+                        found[row] = result
+                    mine += rows if state.num_processes > 1 else []
         finally:
             model.train(was_training)
-        return [result for _, result in sorted(dict(gather_object(mine)).items())]
+        for row, result in gather_object([(row, found[row]) for row in mine]):
+            found[row] = result
+        return found
 
     def score(self, results: Sequence[Any], features: Features) -> dict[str, float]:
         """The metrics; `results` and `features` are in the same order."""
