@@ -24,7 +24,7 @@ from adapters_kit.training.resolve import prepare
 from adapters_kit.training.sampling import OrderedByEpoch
 from tests.support import small
 
-FEW, MANY = 300, 1500
+FEW, MANY = 300, 1100
 
 
 def _turns(row: dict) -> list[dict]:
@@ -33,7 +33,7 @@ def _turns(row: dict) -> list[dict]:
 
 def _words(row: dict) -> dict:
     words = row["text"].split()
-    return {"tokens": words, "tags": ["B-X" if word in ("good", "bad") else "O" for word in words]}
+    return {"tokens": words, "tags": ["O" if place else "B-X" for place in range(len(words))]}
 
 
 def _spans(row: dict) -> dict:
@@ -109,7 +109,7 @@ def test_bytes_a_row(kind, tmp_path):
     task, family, made, keys = KINDS[kind]
     folder = small.model(family, chat=kind == "talks")
     held, most = [], []
-    for count in (FEW, FEW, MANY):
+    for count in (40, FEW, MANY):
         path = small.write_jsonl(tmp_path / f"{count}.jsonl", list(islice(cycle(made), count)))
         recipe = Recipe(model=str(folder), task=task, data=str(path), **keys)
         arrow = pa.total_allocated_bytes()
@@ -130,8 +130,9 @@ def test_bytes_a_row(kind, tmp_path):
         most.append(peak)
     kept, peak = ((found[2] - found[1]) / (MANY - FEW) for found in (held, most))
     assert len(features)
-    assert kept < 30
-    assert peak < 90
+    many = max(len(features) / len(parts.train), 1)  # a row of several sentences makes as many examples
+    assert kept < 30 * many
+    assert peak < 90 * many
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -141,7 +142,8 @@ def test_held_out_rows_are_those_of_scikit_learn(seed, rows_in_all):
     data = Dataset.from_dict({"row": list(range(rows_in_all))})
     draw = random.Random(seed)
     for names in ("ab", "abcdefg", "aaaaaaaaab"):
-        classes = [draw.choice(names) for _ in range(rows_in_all)]
+        classes = [names[row % len(names)] for row in range(rows_in_all)]
+        draw.shuffle(classes)
         for size in (0.25, 0.4, 15):
             count = size if size > 1 else round(size * rows_in_all)
             for given in (None, classes):
