@@ -228,6 +228,9 @@ def _training(verb: Adder) -> None:
         "--grid", type=numbers, metavar="X,Y", help="factors around each default learning rate (default: 0.33,1,3)"
     )
     made.add_argument("--max-minutes", type=float, help="start nothing that would end later; go on with the same call")
+    made.add_argument(
+        "--together", choices=("auto", "off"), default="off", help="auto: as many in one pass as there is memory for"
+    )
     made.add_argument("--out", type=Path, help="folder of the results (default: runs/ and the recipe's name)")
 
     made = verb(training.sweep, takes_keys=True)

@@ -30,9 +30,12 @@ from adapters_kit.training import data
 from adapters_kit.training.assembly import add_adapter, load_base, set_dropout
 from adapters_kit.training.callbacks import peak_memory
 from adapters_kit.training.loop import AdapterTrainer, total_steps
+from adapters_kit.training.many.hall import Guest
 from adapters_kit.training.resolve import filled_in, prepare, resolve
 
 FULL, BASE = "full", "base"
+OF_A_PROCESS = ("seconds", "cpu_seconds", "tokens_per_second", "peak_bytes")
+"""What a cell costs, as far as only a process of its own tells."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,13 @@ def rows_of(recipe: Recipe, validation_size: float) -> tuple[Task, dict[str, Dat
     return task, {"train": both.train, "validation": both.test, "test": splits.test}
 
 
-def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, work: Path | None = None, guest: Guest | None = None) -> dict[str, Any]:
     """Trains and scores; returns the scores and what they cost.
 
     Args:
         work: where what is only needed meanwhile is written; by default with other temporary files.
+        guest: of the pass in which it goes with others. What one of them takes of it nobody can tell: time, speed and
+            memory are None.
 
     Returns:
         scores: the task's metrics. For a kind other than "base" also: trainable and total parameters; adapter_bytes
@@ -134,7 +139,8 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     # Weights in 16 bits lose updates that are smaller than their last digit: full fine-tuning holds fp32 weights and
     # computes in the recipe's precision under autocast, as is usual.
     precise = {"training.precision": "fp32"} if cell.kind == FULL else {}
-    model, processor = load_base(seeded.changed(**precise), task)
+    load = load_base if guest is None else guest.load
+    model, processor = load(seeded.changed(**precise), task)
     seeded = filled_in(seeded, task)
     scored = task.encode(rows[cell.part])
     batch = seeded.training.eval_batch_size or 2 * seeded.training.batch_size
@@ -155,14 +161,15 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="adapters_kit_cell_", dir=work) as folder:
         out = Path(folder)
         quiet = Console(stderr=True, quiet=True)
-        trainer = AdapterTrainer(model, task, seeded, train_features, validation, processor, out, quiet, durable=False)
+        looped = AdapterTrainer if guest is None else guest.trainer
+        trainer = looped(model, task, seeded, train_features, validation, processor, out, quiet, durable=False)
         wall, busy = time.perf_counter(), time.process_time()
         trainer.train()
         seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - busy}
         trainer.screen.close()
         peak = peak_memory() - before
         tuned = trainer.results_of_kept() if cell.part == "validation" else task.run(trainer.model, scored, batch)
-        return {
+        result = {
             "scores": task.score(tuned, scored),
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total_params": _total(model),
@@ -174,6 +181,7 @@ def run_cell(cell: Cell, work: Path | None = None) -> dict[str, Any]:
             "optimizer_bytes": _state_bytes(trainer.optimizer),
             "merge": _merged(model, seeded, out) if cell.merges else None,
         }
+        return result if guest is None else result | dict.fromkeys(OF_A_PROCESS)
 
 
 def _merged(model: nn.Module, recipe: Recipe, out: Path) -> dict[str, float] | None:

@@ -8,7 +8,7 @@ Jamieson and Talwalkar 2016, arXiv:1502.07943, with the geometric rungs of ASHA 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapters_kit.errors import RecipeError
@@ -16,6 +16,41 @@ from adapters_kit.errors import RecipeError
 FACTOR = 3
 """One of so many goes on from each rung, that many times as far."""
 _LEAST = 0.02  # a part of a training that still tells something
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a candidate has at a rung.
+
+    Attributes:
+        score: more is better; -inf for one that is none.
+        loss: on the same rows; inf where the task has none.
+        noise: what so many rows cannot tell apart.
+    """
+
+    score: float
+    loss: float
+    noise: float = 0.0
+
+
+def noise(score: float, rows: int) -> float:
+    """Two standard errors of a share of so many rows; 0 for a score that is no share."""
+    return 2 * math.sqrt(score * (1 - score) / rows) if rows and 0 <= score <= 1 else 0.0
+
+
+def ranked(found: Mapping[str, Found]) -> list[str]:
+    """The best first. Scores that the rows cannot tell from the best count as equal, and the loss decides.
+
+    Early on that is most of them: after a few steps a loss orders candidates, where accuracies are still chance.
+    """
+    best = max(found.values(), key=lambda one: one.score)
+
+    def key(name: str) -> tuple[bool, float, float]:
+        one = found[name]
+        equal = one.score >= best.score - best.noise
+        return not equal, 0.0 if equal else -one.score, one.loss
+
+    return sorted(found, key=key)
 
 
 @dataclass(frozen=True)

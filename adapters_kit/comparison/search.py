@@ -13,7 +13,7 @@ from rich.console import Console
 from adapters_kit import system, tasks
 from adapters_kit.artifacts.files import write_json
 from adapters_kit.artifacts.json_file import read_json
-from adapters_kit.comparison.halving import Rung, cost, rungs
+from adapters_kit.comparison.halving import Found, Rung, cost, noise, ranked, rungs
 from adapters_kit.comparison.space import Candidate, grid
 from adapters_kit.errors import RecipeError, TrainingError, WriteError
 from adapters_kit.names import check_name
@@ -73,7 +73,8 @@ def search(
 
     All candidates begin; at each rung the best third goes on from its checkpoint, three times as far, until one is
     trained to its end. That one is the run that `train` would have made of its recipe. What the candidates are held
-    against is what `train` scores on: the recipe's held-out rows and its task's metric, the loss where two are equal.
+    against is what `train` scores on: the recipe's held-out rows and its task's metric. Where so many rows cannot tell
+    two scores apart (two standard errors), the loss decides until the last rung; there the metric does.
 
     The same call goes on with what is there; stopped or killed, no step before the last checkpoint is made again.
 
@@ -163,7 +164,7 @@ class _Ladder:
                 why = "; ".join(f"{name}: {error}" for name, error in self.failed.items())
                 raise TrainingError(f"No candidate could be trained so far. {why}")
             self._stop(going)
-            going = sorted(found, key=found.__getitem__)
+            going = ranked(found)
         self._stop(going)
         return self._outcome(going[0])
 
@@ -172,8 +173,8 @@ class _Ladder:
         until = rung.part if rung.part < 1 else None
         train_cells(recipes, together=self.together, quiet=self.console.quiet, until=until, failed=self.failed)
 
-    def _score(self, name: str, rung: Rung) -> tuple[float, float]:
-        """What candidates are sorted by, the best first: the metric, then the loss."""
+    def _score(self, name: str, rung: Rung) -> Found:
+        """By what candidates are sorted: the metric, and the loss."""
         path = self.out / name
         at = scores_at(path, rung.part) if rung.part < 1 else None
         if at is None:
@@ -184,9 +185,11 @@ class _Ladder:
         chosen = self.metric if self.metric in scores else next(n for n in ("f1", "pearson", "loss") if n in scores)
         score, loss = float(scores[chosen]), float(scores.get("loss", math.inf))
         self.scores[name].append((step, score))
-        self._tell(f"{name}: {chosen} {score:.4f} after {step} steps")
-        bad = math.inf if math.isnan(score) else score if chosen in LESS_IS_BETTER else -score
-        return bad, loss
+        self._tell(f"{name}: {chosen} {score:.4f}, loss {loss:.4f} after {step} steps")
+        sign = -1 if chosen in LESS_IS_BETTER else 1
+        # The last word is the metric's own: what ends is a run, and the table says which is best.
+        told = noise(score, int(scores.get("rows", 0))) if sign > 0 else 0.0
+        return Found(-math.inf if math.isnan(score) else sign * score, math.inf if math.isnan(loss) else loss, told)
 
     def _stop(self, names: Sequence[str]) -> None:
         """These go no further: nothing will go on from their checkpoints."""

@@ -106,7 +106,8 @@ def _check(recipe: Recipe, name: str, shapes: Any) -> None:
     method = recipe.method.name
     if isinstance(method, str) and is_adapter_folder(method):
         return
+    model = shapes(recipe.model, recipe.head)
     try:
-        build_config(shapes(recipe.model, recipe.head), method, **method_options(recipe, _SOME_STEPS))
-    except AdapterError as error:  # peft's own findings too
+        build_config(model, method, **method_options(recipe, _SOME_STEPS))
+    except AdapterError as error:
         raise RecipeError([f"{name}: {error}"], "the search") from error

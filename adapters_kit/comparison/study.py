@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -20,7 +20,7 @@ from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
 from adapters_kit.comparison.remaining import Remaining
 from adapters_kit.comparison.summary import Row, summarize
-from adapters_kit.comparison.worker import worker
+from adapters_kit.comparison.worker import Worker, worker
 from adapters_kit.errors import RecipeError, TrainingError, WriteError, did_you_mean
 from adapters_kit.loading import skeleton
 from adapters_kit.loading.gguf import lay_in_blocks
@@ -34,6 +34,7 @@ from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.assembly import method_options
 from adapters_kit.training.callbacks import duration
 from adapters_kit.training.inputs import Given, recipe_from
+from adapters_kit.training.many.passes import passes
 from adapters_kit.training.resolve import resolve
 from adapters_kit.wrapping import build_config
 
@@ -98,6 +99,7 @@ def compare(
     validation_size: float = 0.2,
     max_minutes: float | None = None,
     threads: int | None = None,
+    together: Literal["auto", "off"] = "off",
     quiet: bool = False,
 ) -> Comparison:
     """Trains every method and full fine-tuning on the same rows, for the same number of epochs, with several seeds.
@@ -122,6 +124,9 @@ def compare(
         validation_size: rows set aside for the search, a fraction of the training rows (below 1) or a number.
         max_minutes: start no cell that would end later; the table then says what is missing.
         threads: torch threads of each cell; by default as many as this process has.
+        together: "auto" trains what shares a base in one pass, as much as there is memory for, with the results of
+            going apart (`train_many`): the learning rates' search, and all seeds but the first, by which time, speed
+            and memory are told. With `max_minutes` everything goes apart.
         quiet: print nothing while running.
 
     Raises:
@@ -136,7 +141,10 @@ def compare(
         raise RecipeError([f"seeds={seeds}: give at least one seed, each once."])
     if grid is not None and (not grid or min(grid) <= 0):
         raise RecipeError([f"grid={list(grid)}: give factors above 0, such as 0.33, 1, 3; or None for no search."])
-    limits = _Limits(seeds, grid, rates or {}, validation_size, max_minutes, threads or torch.get_num_threads())
+    if together not in ("auto", "off"):
+        raise RecipeError([f"together={together!r} is neither 'auto' nor 'off'."], "the comparison")
+    joint = together == "auto" and max_minutes is None
+    limits = _Limits(seeds, grid, rates or {}, validation_size, max_minutes, threads or torch.get_num_threads(), joint)
     recipe = recipe_from(recipe, out / "data")
     if recipe.eval.keep is not None:
         raise RecipeError(["eval.keep: a comparison scores held-out rows alone; leave it and keep_within out."])
@@ -162,6 +170,7 @@ class _Limits:
     validation_size: float
     max_minutes: float | None
     threads: int
+    together: bool
 
 
 class _Study:
@@ -208,7 +217,10 @@ class _Study:
             attempt = partial(self._attempt, made)
             untrained = Variant(BASE, self.recipe.changed(method={"name": "lora"}, quantize=None), BASE, 0.0)
             base = attempt(untrained, None, self.limits.seeds[0], "test")
+            self._together(made, self._first_rates())
             chosen, searched = self._rates(attempt)
+            others = [(v, chosen[v.label], seed, "test") for seed in self.limits.seeds[1:] for v in self.variants]
+            self._together(made, [one for one in others if one[0].label not in self.failures])
             finals = self._finals(attempt, chosen)
         if not any(finals.values()):
             reasons = "; ".join(f"{label}: {why}" for label, why in self.failures.items())
@@ -262,9 +274,30 @@ class _Study:
                     finals[variant.label][seed] = result
         return finals
 
-    def _attempt(
-        self, made: Callable[[Cell], dict], variant: Variant, rate: float | None, seed: int, part: str
-    ) -> dict | None:
+    def _first_rates(self) -> list[tuple[Variant, float, int, str]]:
+        """What the search of learning rates tries in any case."""
+        factors = self.limits.grid if self.limits.grid is not None and len(self.limits.grid) > 1 else ()
+        searched = [v for v in self.variants if v.label not in self.limits.rates]
+        return [(v, v.rate * factor, self.limits.seeds[0], "validation") for v in searched for factor in factors]
+
+    def _together(self, made: Worker, asked: Sequence[tuple[Variant, float, int, str]]) -> None:
+        """Makes cells that share a base in passes; they are kept, and what fails here is tried again by itself."""
+        if not self.limits.together:
+            return
+        cells = {}
+        for variant, rate, seed, part in asked:
+            cell = self._cell(variant, rate, seed, part)
+            if variant.kind == "adapter" and not (self.out / "cells" / f"{cell.key}.json").is_file():
+                changes = {"training.learning_rate": rate, "training.seed": seed}
+                cells[f"{variant.label} lr {rate:.1e} seed {seed}"] = cell, variant.recipe.changed(**changes)
+        groups, told = passes({name: recipe for name, (_, recipe) in cells.items()})
+        if told:
+            self._tell(told)
+        for names in (names for names in groups if len(names) > 1):
+            self._tell(f"in one pass: {', '.join(names)}")
+            made.together([cells[name][0] for name in names])
+
+    def _attempt(self, made: Worker, variant: Variant, rate: float | None, seed: int, part: str) -> dict | None:
         """The cell's result; None where it failed or there is no time left for it."""
         cell = self._cell(variant, rate, seed, part)
         what = f"{variant.label:<16} seed {seed} lr {rate or 0:.1e} {part:<10}"
@@ -275,7 +308,7 @@ class _Study:
             self.left_out.append(what)
             return None
         started = time.monotonic()
-        result = made(cell)
+        result = made.run(cell)
         if "error" in result:
             self._tell(f"{what} failed: {result['error']}")
             self.remaining.done(variant.label, None)

@@ -80,11 +80,16 @@ def summarize(
                 stdev(scores.values()) if len(scores) > 1 else None,
                 fmean(differences) if differences else None,
                 interval(differences, least=0.0 if metric in UNBOUNDED else resolution(held_out)),
-                {name: median(result[name] for result in results.values()) for name in COSTS},
+                {name: _middle(results, name) for name in COSTS},
                 merge,
             )
         )
     return sorted(rows, key=lambda row: -row.score if higher else row.score)
+
+
+def _middle(results: Mapping[int, Mapping[str, Any]], cost: str) -> float:
+    """Over the seeds that know it: those that went in a pass with others do not know all. The first went alone."""
+    return median(result[cost] for result in results.values() if result[cost] is not None)
 
 
 def resolution(rows: int) -> float:

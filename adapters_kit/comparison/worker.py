@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,11 +30,25 @@ from adapters_kit.comparison.cell import Cell, run_cell
 from adapters_kit.errors import AdapterError, TrainingError
 from adapters_kit.recipe import Recipe
 from adapters_kit.recipe_changes import without_paths
+from adapters_kit.training.many.hall import Guest, Hall, seated
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What `worker` gives.
+
+    Attributes:
+        run: a cell in a process of its own; returns what `run_cell` does, or {"error": why there is none}.
+        together: cells in one pass; what each gives is kept for `run`. One that fails leaves nothing.
+    """
+
+    run: Callable[[Cell], dict[str, Any]]
+    together: Callable[[Sequence[Cell]], None]
 
 
 @contextmanager
-def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, Any]]]:
-    """Gives `run(cell) -> result`; a result is what `run_cell` returns, or {"error": why there is none}.
+def worker(folder: Path, threads: int) -> Iterator[Worker]:
+    """Gives `run(cell) -> result` and `run.together(cells)`.
 
     Args:
         folder: results are kept here as KEY.json; a cell that has one is not run again. Errors are not kept. No other
@@ -48,14 +63,21 @@ def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, An
     shutil.rmtree(work, ignore_errors=True)  # of a comparison that was killed
     process: subprocess.Popen[str] | None = None
 
-    def run(cell: Cell) -> dict[str, Any]:
+    def ask(cells: Sequence[Cell]) -> None:
         nonlocal process
-        kept, error = folder / f"{cell.key}.json", folder / f"{cell.key}.error.json"
+        work.mkdir(exist_ok=True)
+        process = process or _started(_SERVE, environment)
+        jobs = [{"cell": asdict(cell), **{name: str(file) for name, file in files(cell).items()}} for cell in cells]
+        _ask(process, {"cells": jobs, "work": str(work)})
+
+    def files(cell: Cell) -> dict[str, Path]:
+        return {"kept": folder / f"{cell.key}.json", "error": folder / f"{cell.key}.error.json"}
+
+    def run(cell: Cell) -> dict[str, Any]:
+        kept, error = files(cell).values()
         if not kept.is_file():
             error.unlink(missing_ok=True)
-            work.mkdir(exist_ok=True)
-            process = process or _started(_SERVE, environment)
-            _ask(process, {"cell": asdict(cell), "kept": str(kept), "error": str(error), "work": str(work)})
+            ask([cell])
         if kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))["result"]
         if not error.is_file():
@@ -64,7 +86,7 @@ def worker(folder: Path, threads: int) -> Iterator[Callable[[Cell], dict[str, An
         return json.loads(error.read_text(encoding="utf-8"))
 
     try:
-        yield run
+        yield Worker(run, ask)
     finally:
         if process is not None:
             system.stop_group(process.pid)
@@ -98,19 +120,28 @@ def _ask(process: subprocess.Popen[str], job: dict[str, Any]) -> None:
 
 
 def _work(job: dict[str, Any]) -> None:
-    """Runs one job and writes its result, or why there is none."""
-    cell = Cell(**job["cell"])
+    """Runs one job: a cell, whose result is written, or why there is none; or several in one pass."""
+    asked = [(Cell(**one["cell"]), one) for one in job["cells"]]
+    works = [(cell.key, partial(_keep, cell, one, Path(job["work"]))) for cell, one in asked]
+    if len(works) > 1:
+        seated(Hall(), works)
+        return
+    error = Path(asked[0][1]["error"])
     try:
-        result = run_cell(cell, Path(job["work"]))
-    except AdapterError as error:
-        write_json(Path(job["error"]), {"error": str(error)})
-    except Exception as error:  # whatever a model or a method throws belongs into the table, not over it
-        text = system.reason(error) or f"{type(error).__name__}: {error}".splitlines()[0]
-        write_json(Path(job["error"]), {"error": text, "traceback": traceback.format_exc()})
-    else:
-        # What was asked, for whoever looks; paths of this machine are nobody's business.
-        told = {**job["cell"], "recipe": without_paths(Recipe(**cell.recipe)).model_dump(mode="json")}
-        write_json(Path(job["kept"]), {"cell": told, "result": result})
+        works[0][1]()
+    except AdapterError as wrong:
+        write_json(error, {"error": str(wrong)})
+    except Exception as wrong:  # whatever a model or a method throws belongs into the table, not over it
+        text = system.reason(wrong) or f"{type(wrong).__name__}: {wrong}".splitlines()[0]
+        write_json(error, {"error": text, "traceback": traceback.format_exc()})
+
+
+def _keep(cell: Cell, asked: Mapping[str, Any], work: Path, guest: Guest | None = None) -> None:
+    """Runs a cell and writes its result as soon as it is there."""
+    result = run_cell(cell, work, guest)
+    # What was asked, for whoever looks; paths of this machine are nobody's business.
+    told = {**asked["cell"], "recipe": without_paths(Recipe(**cell.recipe)).model_dump(mode="json")}
+    write_json(Path(asked["kept"]), {"cell": told, "result": result})
 
 
 def serve() -> None:

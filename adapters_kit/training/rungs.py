@@ -30,7 +30,8 @@ def rung_step(part: float, steps: int) -> int:
 
 
 def scores_at(folder: Path, part: float) -> tuple[int, dict[str, float]] | None:
-    """The step of a rung and the scores there; None where the run has not come so far."""
+    """The step of a rung and the scores there, their number of held-out rows (`rows`) among them; None where the run
+    has not come so far."""
     if not (folder / RUNGS).is_file():
         return None
     found = read_json(folder / RUNGS)
@@ -59,7 +60,7 @@ class Rung(TrainerCallback):
         """Writes down the scores of this rung beside those of earlier ones."""
         trainer, steps = self.trainer, self.trainer.state.max_steps
         earlier = read_json(trainer.out / RUNGS)["scores"] if (trainer.out / RUNGS).is_file() else {}
-        scores = trainer.task.score(results, trainer.test_features)
+        scores = {**trainer.task.score(results, trainer.test_features), "rows": len(trainer.test_features)}
         write_json(
             trainer.out / RUNGS, {"steps": steps, "scores": {**earlier, str(rung_step(self.part, steps)): scores}}
         )

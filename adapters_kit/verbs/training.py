@@ -164,6 +164,7 @@ def _compare_methods(options: argparse.Namespace) -> Shown:
         "metric": options.metric,
         "grid": options.grid,
         "max_minutes": options.max_minutes,
+        "together": options.together,
     }
     from adapters_kit.comparison import compare as run_comparison
     from adapters_kit.comparison.report import cells

@@ -47,20 +47,30 @@ def recipe(tmp_path_factory) -> ak.Recipe:
 def in_process(monkeypatch):
     """Cells run in this process: for tests of what is compared, not of how cells are kept apart."""
 
+    jobs: list[int] = []
+
     @contextmanager
     def here(folder, threads):
         folder.mkdir(parents=True, exist_ok=True)
 
+        def files(cell):
+            return {"kept": str(folder / f"{cell.key}.json"), "error": str(folder / f"{cell.key}.error.json")}
+
+        def ask(cells):
+            jobs.append(len(cells))
+            worker._work({"cells": [{"cell": asdict(cell), **files(cell)} for cell in cells], "work": str(folder)})
+
         def run(cell):
-            kept, error = folder / f"{cell.key}.json", folder / f"{cell.key}.error.json"
+            kept, error = map(Path, files(cell).values())
             if not kept.is_file():
-                worker._work({"cell": asdict(cell), "kept": str(kept), "error": str(error), "work": str(folder)})
+                ask([cell])
             return json.loads(kept.read_text())["result"] if kept.is_file() else json.loads(error.read_text())
 
-        yield run
+        yield worker.Worker(run, ask)
 
     monkeypatch.setattr(study, "worker", here)
     monkeypatch.setattr(score_plots, "draw", lambda document, out: [])  # half of the time; `compared` has pictures
+    return jobs
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +221,31 @@ def test_no_time_left_says_what_is_missing_and_goes_on(recipe, in_process, tmp_p
 
 
 @pytest.mark.slow
+def test_together_every_score_and_rate_is_that_of_going_apart(recipe, in_process, tmp_path):
+    """In passes: both methods' rates, and all seeds but the first; not prefix, which cannot, nor what is kept."""
+    asked = {"methods": ["lora", "pfeiffer", "prefix"], "seeds": 2, "grid": (1, 30), "validation_size": 32}
+    apart = ak.compare(recipe, **asked, out=tmp_path / "apart", quiet=True)
+    assert set(in_process) == {1}
+    in_process.clear()
+    joint = ak.compare(recipe, **asked, out=tmp_path / "joint", together="auto", quiet=True)
+    assert [count for count in in_process if count > 1] == [4, 2]
+    for key in ("learning_rates", "searched"):
+        assert joint.document[key] == apart.document[key]
+    for label, seeds in apart.document["cells"].items():
+        for seed, told in seeds.items():
+            assert joint.document["cells"][label][seed]["scores"] == pytest.approx(told["scores"], abs=1e-4)
+    assert all(row.costs["seconds"] > 0 and row.costs["peak_bytes"] for row in joint.rows)
+    in_process.clear()
+    ak.compare(recipe, **asked, out=tmp_path / "joint", quiet=True)
+    assert in_process == []
+
+
+@pytest.mark.slow
 def test_what_fails_costs_its_own_row_only(recipe, in_process, tmp_path, monkeypatch):
-    def run(cell, work):
+    def run(cell, work, guest):
         if cell.kind == study.BASE:
             raise TrainingError("it was not its day")
-        return run_cell(cell, work)
+        return run_cell(cell, work, guest)
 
     monkeypatch.setattr(worker, "run_cell", run)
     kinds = {"lora": {}, "too long": {"training.max_length": 500}}

@@ -54,6 +54,16 @@ def test_a_budget_that_is_none_or_too_small_is_refused_and_the_advice_holds(budg
         assert halving.rungs(12, trainings) and halving.rungs(12, part)
 
 
+def test_what_the_rows_cannot_tell_apart_the_loss_does():
+    early = {"slow": (0.565, 0.692), "fast": (0.525, 0.689), "between": (0.54, 0.691)}
+    found = {name: halving.Found(score, loss, halving.noise(score, 200)) for name, (score, loss) in early.items()}
+    assert halving.ranked(found) == ["fast", "between", "slow"]
+    late = {"a": (0.78, 0.7), "b": (0.6, 0.5), "c": (0.61, 0.6), "failed": (-math.inf, math.inf)}
+    found = {name: halving.Found(score, loss, halving.noise(score, 200)) for name, (score, loss) in late.items()}
+    assert halving.ranked(found) == ["a", "c", "b", "failed"]
+    assert halving.noise(-3.2, 200) == halving.noise(0.5, 0) == 0.0
+
+
 def test_the_grid_suits_each_method(recipe):
     found = space.grid(recipe, ["lora", "houlsby", "ia3"], None, None, None)
     counts = {label: sum(one.told["method"] == label for one in found.values()) for label in ("lora", "houlsby", "ia3")}

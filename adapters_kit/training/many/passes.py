@@ -46,7 +46,10 @@ def _by_memory(resolved: Mapping[str, Recipe]) -> tuple[list[list[str]], str]:
     names = list(resolved)
     if len(names) < 2:
         return [names], ""
-    needs = {name: plan(recipe).memory for name, recipe in resolved.items()}
+    # Neither a rate nor a seed takes memory, and that is all in which most of them differ.
+    free_of = {"training.learning_rate": 1.0, "training.head_learning_rate": 1.0, "training.seed": 0}
+    alike = {recipe.changed(**free_of).to_yaml(): recipe for recipe in resolved.values()}
+    needs = {number: plan(recipe).memory for number, recipe in enumerate(alike.values())}
     once = max(need.weights + need.working for need in needs.values())
     own = max(need.adapter + need.gradients + need.optimizer + need.activations for need in needs.values())
     free = devices.free_memory() or system.free_memory()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,14 @@ from torch import nn
 
 from adapters_kit import system
 from adapters_kit.errors import ManyError, RecipeError, TrainingError, WriteError
-from adapters_kit.kernels.recompute import recompute_cheap
 from adapters_kit.names import check_name
-from adapters_kit.quantization import keep_layout
 from adapters_kit.recipe import RECIPE, Recipe
 from adapters_kit.tasks.base import Features
-from adapters_kit.training.assembly import set_dropout
 from adapters_kit.training.callbacks import Interruption
 from adapters_kit.training.inputs import Given, recipe_from
 from adapters_kit.training.loop import AdapterTrainer
-from adapters_kit.training.many.base import SharedBase, same_tensors
-from adapters_kit.training.many.body import Body, bodies
-from adapters_kit.training.many.conductor import Conductor, Joined
 from adapters_kit.training.many.fitting import check
-from adapters_kit.training.many.seat import Seat
+from adapters_kit.training.many.hall import Guest, Hall, seated
 from adapters_kit.training.many.trainer import JointTrainer
 from adapters_kit.training.resolve import processes, resolve
 from adapters_kit.training.resuming import opened
@@ -117,7 +110,7 @@ def train_together(
     """
     runs: dict[str, Run] = {}
     with ExitStack() as stack:
-        hall = _Hall()
+        together = _Together()
         for name, recipe in resolved.items():
             place = stack.enter_context(held(out / name, resume=resume, overwrite=overwrite))
             console = NamedConsole(name, quiet)
@@ -125,10 +118,10 @@ def train_together(
                 runs[name] = opened(out / name, asked[name], console)
             else:
                 goes_on = resume and (place.path / RECIPE).is_file()
-                hall.jobs[name] = _OfMany(recipe, place, goes_on, console, hall, until)
-        failures = hall.train(runs)
-    if hall.stop.name is not None:
-        raise KeyboardInterrupt(hall.stop.name)
+                together.jobs[name] = _OfMany(recipe, place, goes_on, console, together, until)
+        failures = together.train(runs)
+    if together.stop.name is not None:
+        raise KeyboardInterrupt(together.stop.name)
     if failures:
         raise ManyError([runs.get(name) for name in asked], failures) from next(iter(failures.values()))
     return runs
@@ -162,96 +155,62 @@ class NamedConsole(Console):
         super().print(f"{self.name}: {first}", *others, **options)
 
 
-class _Hall:
-    """What the trainings of one call have in common."""
+class _Together:
+    """The trainings of one call."""
 
     def __init__(self) -> None:
-        self.base = SharedBase()
+        self.hall = Hall()
         self.jobs: dict[str, _OfMany] = {}
-        self.seats: dict[str, Seat] = {}
         self.stop = _StopAll(self)
-        self._bodies: dict[float | None, list[Body]] = {}
 
     def train(self, runs: dict[str, Run]) -> dict[str, BaseException]:
         """Trains all; the finished runs go into `runs`, what stopped the others is returned."""
-        self.seats = {name: Seat(name, partial(_run, job)) for name, job in self.jobs.items()}
-        for name, job in self.jobs.items():
-            job.seat = self.seats[name]
         with self.stop:
-            Conductor(self.seats.values()).run()
-        runs |= {name: seat.result for name, seat in self.seats.items() if seat.error is None}
-        stopped = {name: seat.error for name, seat in self.seats.items() if seat.error is not None}
+            seats = seated(self.hall, [(name, job.seated) for name, job in self.jobs.items()])
+        runs |= {seat.name: seat.result for seat in seats if seat.error is None}
+        stopped = {seat.name: seat.error for seat in seats if seat.error is not None}
         return {name: error for name, error in stopped.items() if not isinstance(error, Paused)}
-
-    def shared(self, job: _OfMany) -> list[Body]:
-        """The bodies that run for all trainings with this one's base dropout."""
-        dropout = job.recipe.training.base_dropout
-        if dropout not in self._bodies:
-            host = job.bare
-            set_dropout(host, dropout)
-            keep_layout(host)
-            if job.recipe.training.recompute:
-                recompute_cheap(host)
-            host.requires_grad_(False).train()
-            self._bodies[dropout] = [Body(body) for body in bodies(host).values()]
-        return self._bodies[dropout]
-
-    def leave(self, seat: Seat) -> None:
-        """Lets go of a training that has ended."""
-        for shared in self._bodies.values():
-            for body in shared:
-                body.remove(seat)
-
-
-def _run(job: _OfMany, seat: Seat) -> Run:
-    try:
-        return job.run()
-    finally:
-        job.hall.leave(seat)
 
 
 class _StopAll(Interruption):
     """Ctrl-C and SIGTERM stop all trainings after their step."""
 
-    def __init__(self, hall: _Hall) -> None:
+    def __init__(self, together: _Together) -> None:
         super().__init__()
-        self.hall = hall
+        self.together = together
 
     def _note(self, number: int, frame: Any) -> None:
         super()._note(number, frame)
-        for job in self.hall.jobs.values():
+        for job in self.together.jobs.values():
             job.stop(self.name)
 
 
 class _OfMany(Training):
     """One training, with the base of all."""
 
-    seat: Seat
-
     def __init__(
-        self, recipe: Recipe, place: Place, resume: bool, console: Console, hall: _Hall, until: float | None
+        self, recipe: Recipe, place: Place, resume: bool, console: Console, together: _Together, until: float | None
     ) -> None:
-        self.hall = hall
+        self.together = together
+        self.guest = Guest(together.hall)
         self.loop: JointTrainer | None = None
         super().__init__(recipe, place, resume, console, until)
-        self.bare = same_tensors(self.model)
+
+    def seated(self, guest: Guest) -> Run:
+        """The run, made in a seat."""
+        self.guest.seat = guest.seat
+        return self.run()
 
     def load(self, recipe: Recipe) -> tuple[nn.Module, Any]:
         """The base model, its tensors those of the first."""
-        return self.hall.base.load(recipe, self.task)
+        return self.guest.load(recipe, self.task)
 
     def trainer(self, recipe: Recipe, train_features: Features, test_features: Features) -> AdapterTrainer:
         """The loop, on its way through the shared bodies."""
-        loop = JointTrainer(
-            self.model, self.task, recipe, train_features, test_features, self.processor, self.path, self.console
-        )
-        own, shared = bodies(self.model), self.hall.shared(self)
-        for body, theirs in zip(shared, own.values(), strict=True):
-            body.add(self.seat, theirs)
-        loop.seat, loop.joined = self.seat, Joined(self.seat, list(own.values()), shared)
-        self.loop = loop
-        self.stop(self.hall.stop.name)
-        return loop
+        given = self.model, self.task, recipe, train_features, test_features, self.processor, self.path, self.console
+        self.loop = self.guest.trainer(*given)
+        self.stop(self.together.stop.name)
+        return self.loop
 
     def stop(self, signal: str | None) -> None:
         """The step that is being made becomes the last."""
