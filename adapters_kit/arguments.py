@@ -154,6 +154,7 @@ def make_parser(recipe_keys: bool = False) -> tuple[Parser, dict[str, Parser]]:
     verb(models.methods)
     _looking(verb)
     _training(verb)
+    _choosing(verb)
     _using(verb)
     add_shipping(verb)
     verb(doctor.doctor)
@@ -213,6 +214,8 @@ def _training(verb: Adder) -> None:
     made.add_argument("--resume", action="store_true", help="go on from the last checkpoint of each")
     made.add_argument("--overwrite", action="store_true", help="replace the runs that are in the folder already")
 
+
+def _choosing(verb: Adder) -> None:
     made = verb(training.compare, takes_keys=True)
     made.add_argument(
         "paths",
