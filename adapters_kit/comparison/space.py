@@ -9,12 +9,12 @@ from itertools import product
 from typing import Any
 
 from adapters_kit.comparison.cell import FULL
-from adapters_kit.comparison.study import as_changes
-from adapters_kit.errors import AdapterError, RecipeError
+from adapters_kit.errors import AdapterError, RecipeError, did_you_mean
 from adapters_kit.loading import skeleton
 from adapters_kit.methods import find_method
 from adapters_kit.names import is_adapter_folder
 from adapters_kit.recipe import Recipe
+from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.assembly import method_options
 from adapters_kit.training.resolve import resolve
 from adapters_kit.wrapping import build_config
@@ -89,6 +89,28 @@ def grid(
             if rate == rates[0]:
                 _check(cell, name, shapes)
             found[name] = Candidate(cell, told)
+    return found
+
+
+def as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
+    """Label to changes of the recipe; names become the change of the method."""
+    if isinstance(methods, str):
+        raise RecipeError([f"methods={methods!r}: give a list, such as {methods.split(',')}."])
+    if isinstance(methods, Mapping):
+        return {label: dict(changes) for label, changes in methods.items()}
+    found = {}
+    for name in methods:
+        parts = [canonical(part) for part in name.split("+")]
+        unknown = [part for part in parts if part not in (FULL, *known_names())]
+        # "compacter++" has pluses of its own.
+        if canonical(name) in (FULL, *known_names()):
+            parts, unknown = [canonical(name)], []
+        if unknown:
+            raise RecipeError([f"methods: there is no method {unknown[0]!r}. "
+                               f"{did_you_mean(unknown[0], [FULL, *known_names()])}"])  # fmt: skip
+        own = recipe.method.label == "+".join(parts)
+        given = recipe.method.model_dump() if own else {"name": parts[0] if len(parts) == 1 else parts}
+        found["+".join(parts)] = {"method": FULL if parts == [FULL] else given}
     return found
 
 

@@ -19,6 +19,7 @@ from adapters_kit.artifacts.source import find
 from adapters_kit.comparison import report
 from adapters_kit.comparison.cell import BASE, FULL, Cell, depends_on, digest_of_model, digest_of_options, rows_of
 from adapters_kit.comparison.remaining import Remaining
+from adapters_kit.comparison.space import as_changes
 from adapters_kit.comparison.summary import Row, summarize
 from adapters_kit.comparison.worker import Worker, worker
 from adapters_kit.errors import RecipeError, TrainingError, WriteError, did_you_mean
@@ -30,7 +31,6 @@ from adapters_kit.pages.comparison_page import rows_table
 from adapters_kit.pages.verdict import LESS_IS_BETTER
 from adapters_kit.quantization import KEEP
 from adapters_kit.recipe import Recipe
-from adapters_kit.registry import canonical, known_names
 from adapters_kit.training.assembly import method_options
 from adapters_kit.training.callbacks import duration
 from adapters_kit.training.inputs import Given, recipe_from
@@ -331,28 +331,6 @@ class _Study:
 
     def _tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
-
-
-def as_changes(recipe: Recipe, methods: Any) -> dict[str, dict[str, Any]]:
-    """Label to changes of the recipe; names become the change of the method."""
-    if isinstance(methods, str):
-        raise RecipeError([f"methods={methods!r}: give a list, such as {methods.split(',')}."])
-    if isinstance(methods, Mapping):
-        return {label: dict(changes) for label, changes in methods.items()}
-    found = {}
-    for name in methods:
-        parts = [canonical(part) for part in name.split("+")]
-        unknown = [part for part in parts if part not in (FULL, *known_names())]
-        # "compacter++" has pluses of its own.
-        if canonical(name) in (FULL, *known_names()):
-            parts, unknown = [canonical(name)], []
-        if unknown:
-            raise RecipeError([f"methods: there is no method {unknown[0]!r}. "
-                               f"{did_you_mean(unknown[0], [FULL, *known_names()])}"])  # fmt: skip
-        own = recipe.method.label == "+".join(parts)
-        given = recipe.method.model_dump() if own else {"name": parts[0] if len(parts) == 1 else parts}
-        found["+".join(parts)] = {"method": FULL if parts == [FULL] else given}
-    return found
 
 
 _SOME_STEPS = 10**9  # the rows, and so the length of a run, are not known yet; each run fills in its own
