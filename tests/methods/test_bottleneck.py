@@ -290,7 +290,7 @@ def test_a_mixture_of_experts_is_adapted_as_a_whole():
         ({"reduction_factor": 0}, AdapterError, r"reduction_factor=0"),
         ({"reduction_factor": {"0": -1}}, AdapterError, r"reduction_factor\['0'\]=-1"),
         ({"bottleneck_dim": 0}, AdapterError, "at least one unit"),
-        ({"dropout": 1.5}, AdapterError, "dropout=1.5"),
+        ({"dropout": 1.5}, AdapterError, "dropout is 1.5"),
         ({"original_ln_after": False}, AdapterError, "loses the residual stream"),
         ({"original_ln_before": True, "original_ln_after": False}, AdapterError, "lose the residual stream"),
         ({"original_ln_before": True, "residual_before_ln": False}, AdapterError, "twice"),
