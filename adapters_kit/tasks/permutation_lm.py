@@ -13,6 +13,10 @@ from torch import nn
 from transformers import DataCollatorForPermutationLanguageModeling
 
 from adapters_kit.errors import ModelError
+from adapters_kit.methods import find_method
+from adapters_kit.methods.bottleneck.config import BottleneckConfig
+from adapters_kit.methods.configs import build
+from adapters_kit.names import is_adapter_folder
 from adapters_kit.tasks.base import IGNORED, Features, pad_inputs
 from adapters_kit.tasks.masked_lm import MaskedLM
 
@@ -31,8 +35,28 @@ class PermutationLM(MaskedLM):
                 f"{self.recipe.model} ({type(model).__name__}) takes no order of tokens (perm_mask), as XLNet does. "
                 "causal-lm and masked-lm train other models on texts."
             )
+        self._check_method(model)
         super().bind(processor, model)
         self._draw = DataCollatorForPermutationLanguageModeling(processor)
+
+    def _check_method(self, model: nn.Module) -> None:
+        """Refuses adapters that hold the stream beside a branch: of the two streams they would hold one.
+
+        Raises:
+            ModelError: with the methods that do.
+        """
+        named = self.recipe.method.name
+        for name in [named] if isinstance(named, str) else named:
+            if is_adapter_folder(name) or find_method(name).config_class is not BottleneckConfig:
+                continue
+            options = self.recipe.method.options
+            options = options if isinstance(named, str) else options.get("parts", {}).get(name, {})
+            sites = build(model, name, options).sites or {}
+            if any(site["reads"] not in ("branch", "normed") for site in sites.values()):
+                raise ModelError(
+                    f"method: {name} reads what runs beside a branch, and in permutation-lm two streams run through "
+                    f"{type(model).__name__} by turns. Take pfeiffer, lora or ia3."
+                )
 
     def _hidden(self, ids: np.ndarray, draw: np.random.Generator) -> dict[str, Any] | None:
         """The seed of a piece's spans and its order in evaluations; None where there is nothing to guess."""

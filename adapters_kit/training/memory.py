@@ -229,6 +229,7 @@ class StepMemory:
         checkpointing: with gradient checkpointing.
         optimizer: one of `OPTIMIZERS`.
         quantize: how the linears of the blocks are held; None for `dtype`.
+        beside: bytes of other models that are held meanwhile, such as a teacher.
     """
 
     def __init__(
@@ -240,6 +241,7 @@ class StepMemory:
         optimizer: str,
         quantize: str | None,
         on_gpu: bool = False,
+        beside: int = 0,
     ) -> None:
         self.model, self.dtype, self.checkpointing = model.train(), dtype, checkpointing
         self.optimizer, self.quantize, self.on_gpu = optimizer, quantize, on_gpu
@@ -247,9 +249,8 @@ class StepMemory:
         self.linears = block_linears(base)
         self.quantizable = max((unwrap(base.get_submodule(path)).weight.numel() for path in self.linears), default=0)
         # Worked out now: later the model may be cut short.
-        self.fixed = {
-            kind: fixed_bytes(model, optimizer, kind, self.linears) for kind in dict.fromkeys([quantize, "nf4"])
-        }
+        held = {kind: fixed_bytes(model, optimizer, kind, self.linears) for kind in dict.fromkeys([quantize, "nf4"])}
+        self.fixed = {kind: replace(one, weights=one.weights + beside) for kind, one in held.items()}
 
     def kept(self, batch: Batch, stands_for: dict[str, int] | None = None) -> Kept:
         """What a forward pass on `batch` keeps, as the model is now; `stands_for` of `anatomy.depth.shortened`."""

@@ -19,6 +19,7 @@ from adapters_kit.errors import AdapterError, RecipeError
 from adapters_kit.kernels.cross_entropy import chunked_loss, plain_loss
 from adapters_kit.kernels.fuse import fuse, unfuse
 from adapters_kit.kernels.recompute import recompute_cheap, recompute_nothing
+from adapters_kit.loading import skeleton
 from adapters_kit.loading.gguf import lay_in_blocks
 from adapters_kit.loading.model import file_in_blocks
 from adapters_kit.pages.html import pre
@@ -140,6 +141,7 @@ def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = No
         optimizer=training.optimizer,
         quantize=recipe.quantize,
         on_gpu=card is not None,
+        beside=_teacher(recipe, 2 if card is not None else 4),
     )
     made: dict[str, Any] = {
         "recipe": recipe,
@@ -163,6 +165,14 @@ def plan(recipe: Given, gpu: str | int | None = None, *, length: int | None = No
         text = f"training.precision: bf16 takes {size(half.memory.total)}"
         counted["advice"].insert(0, f"{text}, which fits" if half.fits else text)
     return Plan(**made, **counted)
+
+
+def _teacher(recipe: Recipe, each: int) -> int:
+    """Bytes of the model that `objective: distill` learns from, at `each` a parameter; 0 where nobody teaches."""
+    if recipe.objective is None or recipe.objective.name != "distill":
+        return 0
+    teacher = skeleton(recipe.objective.teacher or recipe.model, recipe.task)
+    return each * sum(parameter.numel() for parameter in teacher.parameters())
 
 
 def _wrapped(bare: nn.Module, recipe: Recipe) -> nn.Module:

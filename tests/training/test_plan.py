@@ -268,3 +268,22 @@ def test_only_a_gguf_file_has_blocks_to_keep(tmp_path):
     tiny.build("llama").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"\.gguf"):
         ak.plan({"model": str(tmp_path), "task": "causal-lm", "quantize": "keep", "method": "lora"}, length=8)
+
+
+def test_a_teacher_is_held_beside_the_student(tmp_path):
+    given = {
+        "model": str(small.model("llama")),
+        "task": "causal-lm",
+        "data": str(small.write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in small.sentiment(20)])),
+    }
+    alone = ak.plan(given)
+    taught = ak.plan({**given, "objective": {"name": "distill", "teacher": given["model"]}})
+    assert taught.memory.weights - alone.memory.weights == 4 * (alone.total - alone.trainable)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "parallel", ["lora", "houlsby"]])
+def test_what_reads_beside_a_branch_is_refused_where_two_streams_run(tmp_path, method):
+    rows = small.write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in small.sentiment(20)])
+    given = {"model": str(small.model("xlnet")), "task": "permutation-lm", "data": str(rows), "method": method}
+    with pytest.raises(ModelError, match=r"two streams run through XLNetLMHeadModel.*Take pfeiffer"):
+        ak.plan(given)
