@@ -71,3 +71,18 @@ def test_launches_do_not_creep_up(steps, method):
     }
     assert each[method] <= LAUNCHES[method]
     assert each["lora"] < 0.6 * each["peft lora"]
+
+
+@pytest.mark.slow
+def test_whole_runs_on_the_card(tmp_path):
+    """Trained, scored, asked, merged, compared; float32 gives the CPU's losses, and a step waits once for our sake."""
+    seen = printed("runs", str(tmp_path))
+    assert seen.pop("merged")["verified"] and "merge" in seen.pop("compared")["keys"]
+    for name, run in seen.items():
+        on_cpu, same, sixteen, scored = run["loss"]
+        assert run["precision"] == "bf16" and run["said"] == 2
+        assert run["learned"] > 3e-4, "otherwise equal losses show nothing"
+        assert same == pytest.approx(on_cpu, rel=1e-4), name
+        assert scored == pytest.approx(sixteen, rel=1e-3), name
+        ours = {what: count for what, count in run["waits"].items() if not any(known in what for known in THEIRS)}
+        assert sum(ours.values()) <= 1 and all("training/loop.py" in what for what in ours), (name, ours)

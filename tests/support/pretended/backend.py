@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+_loaded: list[ctypes.CDLL] = []
 SOURCE = Path(__file__).with_name("card.cpp")
 
 
@@ -51,8 +52,10 @@ def built() -> Path:
 
 
 def load() -> None:
-    """Registers it. Before torch is imported."""
+    """Registers it, once. Before torch is imported."""
+    if _loaded:
+        return
     assert "torch" not in sys.modules, "the card has to be there before torch is imported"
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_root() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL)
+    _loaded.append(ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL))

@@ -52,18 +52,17 @@ MOVES = {"_to_copy", "copy_", "to", "index", "index_put", "index_put_", "_index_
 
 
 class OnCard(torch.Tensor):
-    """A tensor that says it is on the card; `held` has its numbers."""
+    """A tensor that says it is on the card; `numbers` has its numbers."""
 
-    held: torch.Tensor
+    numbers: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor) -> "OnCard":
-        return torch.Tensor._make_wrapper_subclass(
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=HERE
-        )
+    def __new__(cls, numbers: torch.Tensor) -> "OnCard":
+        like = {"strides": numbers.stride(), "storage_offset": numbers.storage_offset(), "dtype": numbers.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.size(), **like, device=HERE)
 
-    def __init__(self, held: torch.Tensor) -> None:
-        self.held = held
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -75,35 +74,35 @@ class OnCard(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.held = value.held  # type: ignore[attr-defined]
+        self.numbers = value.numbers  # type: ignore[attr-defined]
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """Where the numbers are: tells what shares memory."""
-        return self.held.untyped_storage()
+        return self.numbers.untyped_storage()
 
     def storage(self) -> Any:
         """As `untyped_storage`."""
-        return self.held.storage()
+        return self.numbers.storage()
 
     def data_ptr(self) -> int:
         """As `untyped_storage`."""
-        return self.held.data_ptr()
+        return self.numbers.data_ptr()
 
     def __repr__(self) -> str:
-        return f"OnCard({self.held!r})"
+        return f"OnCard({self.numbers!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None
+        return ["numbers"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], _: Any, size: Any, stride: Any) -> "OnCard":
-        return OnCard(inner["held"])
+        return OnCard(inner["numbers"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return OnCard, (self.held,)
+        return OnCard, (self.numbers,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        made: torch.Tensor = OnCard(self.held.detach().clone())
+        made: torch.Tensor = OnCard(self.numbers.detach().clone())
         made = nn.Parameter(made, self.requires_grad) if isinstance(self, nn.Parameter) else made
         memo[id(self)] = made
         return made
@@ -168,12 +167,12 @@ def execute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             card.waits[("copy to the card" if comes else "copy to the CPU" if leaves else name, _asked_at())] += 1
         if name not in NO_LAUNCH:
             card.launches[name] += 1
-    known = {id(tensor.held): tensor for tensor in mine}
+    known = {id(tensor.numbers): tensor for tensor in mine}
     kwargs = {
         key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()
     }
     kwargs.pop("non_blocking", None), kwargs.pop("pin_memory", None)
-    args, kwargs = tree_map(lambda leaf: leaf.held if isinstance(leaf, OnCard) else leaf, (args, kwargs))
+    args, kwargs = tree_map(lambda leaf: leaf.numbers if isinstance(leaf, OnCard) else leaf, (args, kwargs))
     with torch._C._DisableAutocast() if hasattr(torch._C, "_DisableAutocast") else contextlib.nullcontext():
         out = _as_a_card_would(func, name, args, kwargs)
     if target is not None and target.type != HERE.type:
@@ -236,6 +235,8 @@ def _moved_one(tensor: torch.Tensor, fn: Any) -> torch.Tensor:
     state = getattr(tensor, "quant_state", None)
     if state is None:
         new = fn(tensor.detach())
+        if new.device == tensor.device and new.dtype == tensor.dtype and new.data_ptr() == tensor.data_ptr():
+            return tensor  # it is there already: an optimizer that has it goes on training it
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     # bitsandbytes' 4 bits: their class cannot be a tensor of the card's too.
     new = nn.Parameter(fn(tensor.data.as_subclass(torch.Tensor)), requires_grad=False)
