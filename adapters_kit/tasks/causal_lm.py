@@ -80,7 +80,8 @@ class CausalLM(Task):
         kinds = data.features.items()
         booleans = [name for name, kind in kinds if isinstance(kind, Value) and kind.dtype == "bool"]
         strings = [name for name, kind in kinds if isinstance(kind, Value) and kind.dtype == "string"]
-        texts = [name for name in strings if not isinstance(written_out(data[0][name]), list)]
+        first = data[0]
+        texts = [name for name in strings if not isinstance(written_out(first[name]), list)]
         refuse_preferences(data.column_names, given, booleans=booleans, texts=texts)
 
     def fit(self, train: Dataset, test: Dataset | None) -> None:

@@ -71,9 +71,9 @@ class TextClassification(Task):
             "score",
         }:
             return
-        first = data.select(range(min(len(data), 1000)))
-        marks = [name for name in data.column_names if set(map(str, first[name][:])) <= {"0", "1", "True", "False"}]
-        if len(marks) > 1 and len(first) > 1:
+        first = data.select(range(min(len(data), 1000)))[:]
+        marks = [name for name in data.column_names if set(map(str, first[name])) <= {"0", "1", "True", "False"}]
+        if len(marks) > 1 and len(data) > 1:
             raise DataError(
                 f"No column holds labels; {', '.join(marks)} say 0 or 1 of a class each. Give every row the list of "
                 "its classes: import pandas; frame = pandas.read_csv(FILE); frame['labels'] = [[name for name in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -109,7 +110,8 @@ def recognise(
                 found["text"], found["text_pair"] = found["text_pair"], found["text"]  # as GLUE has it
             _refuse_unlike(data, found)
             return found
-    talks = [name for name in names if holds_conversations(data, name)]
+    first = data[0] if len(data) else {}
+    talks = [name for name in names if holds_conversations(first, name)]
     talk = any("messages" in roles for roles in alternatives) and "messages" not in given
     if talk and len(talks) == 1:
         return recognise(data, {**given, "messages": talks[0]}, alternatives, optional)
@@ -144,9 +146,10 @@ def _refuse_unlike(data: Dataset, columns: Mapping[str, str]) -> None:
 
 def header_is_a_row(data: Dataset) -> str | None:
     """A sentence if a column's name is also a value in it, as in a table without a line of names; else None."""
-    first = data.select(range(min(len(data), _LOOKED_AT)))
-    for name in data.column_names:
-        if getattr(data.features[name], "dtype", "") == "string" and name in first[name][:]:
+    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") == "string"]
+    first = data.select_columns(texts).select(range(min(len(data), _LOOKED_AT)))[:] if texts else {}
+    for name in texts:
+        if name in first[name]:
             return (
                 f"The first line is taken for the names of the columns, but {name!r} is also a value in the lines "
                 "below it. If that line is a row, put a line with names above it, such as "
@@ -155,10 +158,10 @@ def header_is_a_row(data: Dataset) -> str | None:
     return None
 
 
-def holds_conversations(data: Dataset, column: str) -> bool:
-    """Whether the first cell of a column is a list of turns, or the JSON of one: each with who speaks, or a question
+def holds_conversations(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row's cell of a column is a list of turns, or the JSON of one: each with who speaks, or a question
     and its answer, or, under a name for talks, a text of the user's and of the assistant's by turns."""
-    first = written_out(data[0][column]) if len(data) else None
+    first = written_out(row.get(column))
     if isinstance(first, list) and column.lower().strip() in _TALKS:
         first = by_turns(first)
     return (
@@ -180,8 +183,10 @@ def unused(data: Dataset, used: Mapping[str, str], roles: Sequence[str]) -> str 
         return None
     free = [role for role in roles if role not in used] or list(roles)
 
+    first = data[0] if len(data) else {}
+
     def mapping(column: str) -> str:
-        if "messages" in roles and holds_conversations(data, column):
+        if "messages" in roles and holds_conversations(first, column):
             return f"data.columns: {{messages: {column}}}"
         by_alias = (role for role in [*free, *roles] if column.lower().strip() in ALIASES.get(role, (role,)))
         return f"data.columns: {{{next(by_alias, free[0])}: {column}}}"
