@@ -91,6 +91,7 @@ class AdapterTrainer(Trainer):
             training.seed,
             group=training.group_by_length,
         )
+        self.norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self.meter = Meter()
         self.interruption = Interruption()
         self.screen = Screen(self.meter, task.metric, console)
@@ -186,6 +187,8 @@ class AdapterTrainer(Trainer):
         inputs = dict(inputs)
         rows = inputs.pop("row")
         self.meter.tokens += inputs.pop(TOKENS)
+        for norm in self.norms:  # an adapter does not hold their averages: with others it would not be what was scored
+            norm.eval()
         if self.task.own_loss:
             loss = self.task.loss(model, inputs)
             outcome = (loss, None) if return_outputs else loss

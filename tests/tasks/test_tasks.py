@@ -129,7 +129,7 @@ MODELS = {
     "distill": ["llama"],
     **{key: ["llama"] for key in ("dpo", "orpo", "kto", "reward")},
 }
-ELSEWHERE = ("keep",)  # tests/training/test_kept.py trains within a budget
+ELSEWHERE = ("keep", "mix", "init", "search", "judge", "augment")  # tests of these keys train them
 IN_EXTRAS = ("sentence_embedding",)  # tests/extras runs them
 # A handful of trained units beside a tiny random model move it slowly.
 PATIENCE = {
