@@ -91,7 +91,7 @@ class AdapterTrainer(Trainer):
             training.seed,
             group=training.group_by_length,
         )
-        self.norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        self.norms = nn.ModuleList(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
         self.meter = Meter()
         self.interruption = Interruption()
         self.screen = Screen(self.meter, task.metric, console)
@@ -184,11 +184,9 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         """The loss of one batch, on this process."""
-        inputs = dict(inputs)
-        rows = inputs.pop("row")
+        rows = (inputs := dict(inputs)).pop("row")
         self.meter.tokens += inputs.pop(TOKENS)
-        for norm in self.norms:  # an adapter does not hold their averages: with others it would not be what was scored
-            norm.eval()
+        self.norms.eval()  # no adapter holds their averages: with others, what was scored would not be shipped
         if self.task.own_loss:
             loss = self.task.loss(model, inputs)
             outcome = (loss, None) if return_outputs else loss
