@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from adapters_kit.artifacts.files import write_json
@@ -247,6 +248,8 @@ class Task:
         Under a launcher with several processes every process takes its share of the batches and gets all results.
         """
         step, collate = step or self.step, collate or self.collate
+        if isinstance(model, DistributedDataParallel):  # hides the model's config and methods; each answers by itself
+            model = model.module
         self.check_ids(features)
         state = PartialState()
         order = np.argsort(-self.lengths(features), kind="stable")
