@@ -13,6 +13,7 @@ import adapters_kit as ak
 from adapters_kit import cli
 from adapters_kit.errors import ModelError, RecipeError
 from adapters_kit.kernels.block_tensor import BlockTensor
+from adapters_kit.kernels.cross_entropy import chunk_bytes, is_chunked
 from adapters_kit.loading import skeleton
 from adapters_kit.recipe import Recipe
 from adapters_kit.training.assembly import add_adapter, load_base
@@ -231,12 +232,15 @@ def test_within_a_tenth_of_a_real_model(real, smollm2_blocks, asset):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with Live(model) as live:
             loss = model(**batch).loss
+            kept = live.now
             if not name:
-                assert plan.memory.activations == pytest.approx(live.now, rel=0.01)
+                assert plan.memory.activations == pytest.approx(kept, rel=0.01)
             loss.backward()
+        if is_chunked(model):  # one operation: what it holds for a moment is not seen from outside
+            kept += chunk_bytes(batch["labels"].numel(), base.config.vocab_size, gpu=False)
         planned = plan.variants.get(name, plan.memory.total) - plan.memory.optimizer
         # Where recomputing makes a step small, scoring with its logits is what needs the most.
-        assert planned == pytest.approx(held + max(live.peak, plan.memory.evaluation), rel=0.1), name
+        assert planned == pytest.approx(held + max(live.peak, kept, plan.memory.evaluation), rel=0.1), name
 
 
 @pytest.mark.slow
