@@ -71,8 +71,7 @@ def _known_encoding(name: str) -> str:
 
 Delimiter = Annotated[str, AfterValidator(_one_character)]
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
-
-
+_Options = Annotated[dict[str, Any], WithJsonSchema({"type": "object"})]  # alike in every version of pydantic
 PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 """A text that names a file, a folder or something on the hub; a `Path` or a `Run` becomes one."""
 
@@ -153,10 +152,8 @@ class ObjectiveSpec(BaseModel):
 
 
 def _weight(value: Any) -> Any:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value >= 1 and value == int(value)
-    if value == "all" or whole:
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "all" or (number and (0 < value < 1 or (value >= 1 and value % 1 == 0))):
         return value
     raise PydanticCustomError(
         "weight", "it is a share of the training rows between 0 and 1, such as 0.3, a whole number of rows, or all"
@@ -204,7 +201,7 @@ class AugmentSpec(BaseModel):
     """Text: the size of noise on the embeddings (NEFTune's alpha; 5 is usual)."""
     spec_augment: float | None = Field(None, ge=0, lt=1)
     """Recordings: the part of the time that the model's own SpecAugment masks; 0 turns it off."""
-    images: list[str | dict[str, dict[str, Any]]] = Field(default_factory=list)
+    images: list[str | dict[str, _Options]] = Field(default_factory=list)
     """Pictures: transforms of torchvision v2, in order: names, or with options {ColorJitter: {brightness: 0.2}}."""
 
     @field_validator("images")
@@ -273,7 +270,9 @@ class DataSpec(BaseModel):
     @classmethod
     def _each_whole(cls, value: Any) -> Any:
         names = [value] if isinstance(value, str | os.PathLike) else value
-        return {os.fspath(name): "all" for name in names} if isinstance(names, list | tuple) else names
+        if isinstance(names, list | tuple) and all(isinstance(name, str | os.PathLike) for name in names):
+            return {os.fspath(name): "all" for name in names}
+        return names
 
     @field_validator("mix")
     @classmethod
